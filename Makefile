@@ -1,0 +1,51 @@
+SHELL  := /bin/bash
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# Part of the environment key, so that a moved or edited project rebuilds it.
+INPUTS := settings.ini setup.py pyproject.toml constraints.txt
+export MPLBACKEND := agg
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help venv demo test sync lab clean
+help:
+	@echo "make demo  train, attack, score and report on the embedded images"
+	@echo "make test  sync check, notebook tests, pytest"
+	@echo "make lab   JupyterLab on nbs/"
+
+venv: $(VENV)/.ready
+
+$(VENV)/.ready: $(INPUTS)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "expected Python 3.11 or newer, found %d.%d: run make with PYTHON=/path/to/python3.11" % v[:2])'
+	@began=$$SECONDS; set -e; \
+	if [ -z "$(NO_UV)" ] && command -v uv >/dev/null; then \
+	  [ -x $(BIN)/python ] || uv venv -q --seed --python $(PYTHON) $(VENV); \
+	  install="uv pip install -q --python $(BIN)/python"; \
+	else \
+	  [ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV); \
+	  if [ -z "$(NO_UV)" ] && $(BIN)/python -m pip install -q uv; then install="$(BIN)/python -m uv pip install -q --python $(BIN)/python"; \
+	  else install="$(BIN)/python -m pip install -q"; fi; \
+	fi; \
+	echo "installing the environment into $(VENV)"; \
+	$$install -c constraints.txt -e '.[reports,dev]'; \
+	echo "installation took $$((SECONDS-began)) s"
+	@touch $@
+
+demo: venv
+	@began=$$SECONDS; \
+	$(BIN)/papermill nbs/run_table1.ipynb /dev/null -p dataset glyphs --log-level ERROR --no-progress-bar --stdout-file /dev/stdout --stderr-file /dev/stderr && \
+	$(BIN)/papermill nbs/run_table2.ipynb /dev/null -p dataset glyphs --log-level ERROR --no-progress-bar --stdout-file /dev/stdout --stderr-file /dev/stderr && \
+	echo "the work took $$((SECONDS-began)) s"
+
+sync: venv
+	@$(BIN)/python tests/check_sync.py
+
+test: sync
+	$(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/python -m pytest
+
+lab: venv
+	$(BIN)/jupyter lab nbs
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,111 @@
+"Generators, fingerprints, checks and progress."
+import dataclasses, json, math, subprocess, sys
+
+import pytest
+import torch
+
+from robust_dml import core
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    name:str
+    eps:float
+    steps:tuple = (1, 2)
+
+
+def test_fingerprint_is_the_hash_of_canonical_json():
+    assert core.fingerprint({'b': [1, .5], 'a': None}) == core.fingerprint({'a': None, 'b': (1, .5)})
+    assert core.fingerprint(Attack('CA+', .1)) == core.fingerprint(dict(name='CA+', eps=.1, steps=[1, 2]))
+    assert core.fingerprint([Attack('CA+', .1)]) != core.fingerprint([Attack('CA+', .2)])
+    value = {'x': {'z': 1, 'y': [True, 'é', 1e-9]}}
+    assert core.fingerprint(json.loads(json.dumps(value))) == core.fingerprint(value)
+
+
+@pytest.mark.parametrize('change', [{'steps': 8.}, {'steps': '8'}, {'steps': 9}, {'extra': None}, {'eps': .1 + 2**-55}])
+def test_every_change_changes_the_fingerprint(change):
+    base = {'eps': .1, 'steps': 8}
+    assert core.fingerprint(base | change) != core.fingerprint(base)
+
+
+@pytest.mark.parametrize('value, kind', [(math.nan, ValueError), ([math.inf], ValueError), ({1, 2}, TypeError), (torch.ones(1), TypeError), (Attack, TypeError)])
+def test_fingerprint_refuses(value, kind):
+    with pytest.raises(kind, match='a fingerprint takes'): core.fingerprint({'v': value})
+
+
+def test_generator_is_the_same_in_another_process():
+    code = "import torch; from robust_dml.core import generator; print(torch.rand(4, generator=generator(3, 'GTM', 17)).tolist())"
+    other = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env={'PYTHONHASHSEED': '7', 'OMP_NUM_THREADS': '1'}).stdout
+    assert json.loads(other) == torch.rand(4, generator=core.generator(3, 'GTM', 17)).tolist()
+
+
+def test_generators_of_different_keys_differ():
+    keys = [(0, 'LTM', '7'), (7, 'LTM'), (0, 'LTM7')]+[(s, n, k) for s in range(5) for n in ('LTM', 'GTM', '') for k in range(100)] + [(s, k) for s in range(5) for k in range(5)]
+    draws = {tuple(torch.randint(1000, (6,), generator=core.generator(*k)).tolist()) for k in keys}
+    assert len(draws) == len(keys)
+
+
+def test_generator_leaves_the_global_stream_alone():
+    state = torch.get_rng_state()
+    torch.rand(5, generator=core.generator(0, 'x'))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize('key', [1.5, True, None, (1, 2)])
+def test_generator_refuses_other_keys(key):
+    with pytest.raises(TypeError, match='strings and integers'): core.generator(0, key)
+
+
+@pytest.mark.parametrize('x, kind, message', [
+    (torch.rand(2, 1, 4, 4)*2-1, ValueError, r'images must lie in \[0, 1\] \(normalisation belongs inside the model\), found range \[-'),
+    (torch.full((1, 1, 2, 2), 1.001), ValueError, r'found range \[1.001, 1.001\]'),
+    (torch.full((1, 1, 2, 2), -1e-6), ValueError, 'found range'),
+    (torch.tensor([0., math.nan]).view(1, 1, 1, 2), ValueError, '1 NaN or infinite of 2'),
+    (torch.tensor([0., math.inf]).view(1, 1, 1, 2), ValueError, 'NaN or infinite'),
+    (torch.rand(4, 4), ValueError, r'\(B, C, H, W\), found \(4, 4\)'),
+    (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), TypeError, 'found torch.uint8'),
+    ([[0.]], TypeError, 'found list'),
+])
+def test_check_images_refuses(x, kind, message):
+    with pytest.raises(kind, match=message): core.check_images(x)
+
+
+def test_check_images_channels_and_types():
+    x = torch.rand(2, 3, 4, 4)
+    assert core.check_images(x, channels=3) is x
+    for dtype in (torch.float64, torch.float16, torch.bfloat16): core.check_images(x.to(dtype))
+    core.check_images(x.requires_grad_())
+    with pytest.raises(ValueError, match='must have 1 channels, found 3'): core.check_images(x, channels=1)
+
+
+@pytest.mark.parametrize('value', [-.001, 1.001, math.nan, math.inf])
+def test_check_between_refuses(value):
+    with pytest.raises(ValueError, match=r'margin must lie in \[0, 1\], found'): core.check_between('margin', value, 0, 1)
+
+
+def test_check_between_accepts_the_ends_and_hints_at_pixel_units():
+    assert [core.check_between('eps', v, 0, 1) for v in (0, .5, 1)] == [0, .5, 1]
+    with pytest.raises(ValueError, match='8/255 is 0.031'): core.check_between('eps', 8, 0, 1)
+    with pytest.raises(ValueError) as err: core.check_between('eps', -1, 0, 1)
+    assert '255' not in str(err.value)
+    with pytest.raises(TypeError, match='must be a number'): core.check_between('eps', '8/255', 0, 1)
+
+
+def test_need_names_the_pip_package(monkeypatch):
+    for package, pip in (('sklearn', 'scikit-learn'), ('faiss', 'faiss-cpu')):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ImportError, match=f'the backend needs {package}; install it with: pip install {pip}'): core.need(package, 'the backend')
+
+
+def test_need_keeps_the_error_of_a_broken_package(tmp_path, monkeypatch):
+    (tmp_path/'half_installed_xyz.py').write_text('import missing_dependency_xyz')
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="missing_dependency_xyz"): core.need('half_installed_xyz', 'a test')
+
+
+def test_progress_writes_lines_to_a_log(capsys):
+    with core.progress(desc='epoch', total=4, initial=1) as bar: bar.update(3)
+    log = capsys.readouterr().err
+    assert '\r' not in log and log.endswith('\n') and '4/4' in log.splitlines()[-1] and log.splitlines()[-1].startswith('epoch')
+    assert list(core.progress(range(2), desc='quiet', show=False)) == [0, 1]
+    assert capsys.readouterr().err == ''

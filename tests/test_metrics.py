@@ -1,0 +1,221 @@
+"""Retrieval and clustering measures against loops, scikit-learn and pytorch-metric-learning."""
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from robust_dml import metrics
+from robust_dml.metrics import (average_precision, benign, first_match_rank, lone_queries, mean_average_precision,
+                                mean_average_precision_at_r, nmi, normalised_mutual_information, recall_at_k)
+
+
+def gen(seed=0): return torch.Generator().manual_seed(seed)
+
+
+def unit(n, d, seed=0, **kwargs): return torch.nn.functional.normalize(torch.randn(n, d, generator=gen(seed), **kwargs))
+
+
+def sample(n=60, classes=25, d=6, seed=0):
+    "Embeddings in float64 with labels, some classes of one image."
+    return unit(n, d, seed, dtype=torch.float64), torch.randint(classes, (n,), generator=gen(seed + 1))
+
+
+def ranking(query, label, gallery, gallery_label, own):
+    "Matches of each query along its ranking, by Python's sort."
+    for q, y, row in zip(query, label.tolist(), own):
+        dist = (q - gallery).norm(dim=1).tolist()
+        order = sorted((j for j in range(len(gallery)) if j != row), key=lambda j: (dist[j], j))
+        yield [int(gallery_label[j]) == y for j in order]
+
+
+def naive(query, label, gallery, gallery_label, own):
+    "Rank, AP and AP@R of each query; -1 and NaN where nothing matches."
+    ranks, aps, at_r = [], [], []
+    for hits in ranking(query, label, gallery, gallery_label, own):
+        places = [p for p, hit in enumerate(hits, 1) if hit]
+        terms = [j/p for j, p in enumerate(places, 1)]
+        ranks.append(places[0] - 1 if places else -1)
+        aps.append(sum(terms)/len(places) if places else math.nan)
+        at_r.append(sum(t for t, p in zip(terms, places) if p <= len(places))/len(places) if places else math.nan)
+    return torch.tensor(ranks), torch.tensor(aps), torch.tensor(at_r)
+
+
+def same(a, b): torch.testing.assert_close(a.double(), b.double(), atol=1e-6, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_six_points_on_the_circle(dtype):
+    angle = torch.tensor([0., 20, 50, 90, 130, 200], dtype=torch.float64).deg2rad()
+    emb, label = torch.stack([angle.cos(), angle.sin()], 1).to(dtype), torch.tensor([0, 0, 1, 1, 2, 2])
+    assert first_match_rank(emb, label).tolist() == [0, 0, 1, 0, 1, 0]
+    assert recall_at_k(emb, label, k=(1, 2)) == {1: pytest.approx(4/6), 2: 1.}
+    assert average_precision(emb, label).tolist() == [1, 1, .5, 1, .5, 1]
+    assert mean_average_precision(emb, label) == pytest.approx(5/6)
+
+
+@pytest.mark.parametrize('block', [None, 1, 13])
+@pytest.mark.parametrize('seed', range(4))
+def test_leave_one_out_against_loops(seed, block):
+    emb, label = sample(seed=seed)
+    rank, ap, at_r = naive(emb, label, emb, label, range(60))
+    assert (rank < 0).any() and (rank >= 0).any()
+    assert torch.equal(first_match_rank(emb, label, block=block), rank)
+    same(average_precision(emb, label, block=block), ap)
+    same(average_precision(emb, label, at_r=True, block=block), at_r)
+    assert recall_at_k(emb, label, k=3, block=block) == pytest.approx((rank[rank >= 0] < 3).double().mean().item(), abs=1e-12)
+    assert mean_average_precision(emb, label, block=block) == pytest.approx(ap.nanmean().item(), abs=1e-6)
+    assert mean_average_precision_at_r(emb, label, block=block) == pytest.approx(at_r.nanmean().item(), abs=1e-6)
+    assert lone_queries(label) == int((rank < 0).sum())
+
+
+def test_separate_gallery_with_some_own_rows():
+    gallery, gallery_label = sample(seed=1)
+    rows = torch.tensor([3, -1, 10, -1, 59, 0])
+    query = gallery[rows.clamp(min=0)] + .3*unit(6, 6, 9, dtype=torch.float64)
+    label = gallery_label[torch.tensor([3, 5, 10, 2, 59, 0])]
+    rank, ap, _ = naive(query, label, gallery, gallery_label, rows.tolist())
+    assert torch.equal(first_match_rank(query, label, gallery, gallery_label, rows=rows, block=4), rank)
+    same(average_precision(query, label, gallery, gallery_label, rows=rows, block=4), ap)
+    without = naive(query, label, gallery, gallery_label, [-1]*6)[0]
+    assert torch.equal(first_match_rank(query, label, gallery, gallery_label), without) and not torch.equal(without, rank)
+
+
+def test_drop_first_is_the_rule_of_the_reference():
+    emb, label = sample()
+    emb[41], label[41], label[5] = emb[5], 3, 4                        # a duplicate under another label
+    reference = []
+    for i in range(60):
+        order = (emb[i] - emb).norm(dim=1).sort(stable=True).indices[1:]  # the smallest goes, whatever it is
+        hits = (label[order] == label[i]).nonzero()
+        reference.append(int(hits[0]) if len(hits) else -1)
+    assert first_match_rank(emb, label, self_exclusion='drop_first').tolist() == reference
+    assert first_match_rank(emb, label).tolist() == naive(emb, label, emb, label, range(60))[0].tolist() != reference
+    far = emb + 2*unit(60, 6, 3, dtype=torch.float64)                  # attacked queries: the nearest item is not the own one
+    args = (far, label, emb, label)
+    assert not torch.equal(first_match_rank(*args, rows=torch.arange(60)), first_match_rank(*args, self_exclusion='drop_first'))
+
+
+def test_ties_count_in_gallery_order():
+    emb, label = torch.ones(6, 3), torch.tensor([0, 1, 1, 0, 2, 2])
+    assert first_match_rank(emb, label).tolist() == [2, 1, 1, 0, 4, 4]
+    same(average_precision(emb, label), torch.tensor([1/3, 1/2, 1/2, 1, 1/5, 1/5]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 40), st.integers(1, 12))
+def test_bounds_and_invariances(seed, n, classes):
+    emb, label = sample(n, classes, d=4, seed=seed)
+    rank = first_match_rank(emb, label)
+    order = torch.randperm(n, generator=gen(seed))
+    turn = torch.linalg.qr(torch.randn(4, 4, generator=gen(seed), dtype=torch.float64))[0]
+    assert torch.equal(first_match_rank(emb[order], label[order]), rank[order])   # order of queries and gallery
+    assert torch.equal(first_match_rank(3*emb@turn + 1, 7 - label), rank)         # rotation, scale, shift, names of classes
+    ap, at_r = average_precision(emb, label), average_precision(emb, label, at_r=True)
+    defined = rank >= 0
+    assert torch.equal(ap.isnan(), ~defined) and lone_queries(label) == int((~defined).sum())
+    assert ((ap[defined] > 0) & (ap[defined] <= 1) & (at_r[defined] <= ap[defined] + 1e-6)).all()
+
+
+def test_perfect_random_and_collapsed_embeddings():
+    label = torch.arange(20).repeat_interleave(10)
+    perfect = benign(torch.eye(20)[label], label)
+    assert [perfect[h] for h in ('R@1', 'R@2', 'mAP')] == [100, 100, 100] and perfect['NMI'] > 90
+    random = benign(unit(200, 64), label)
+    assert random['R@1'] == pytest.approx(100*9/199, abs=5) and random['mAP'] < 15  # chance is 4.5 %, about 1.5 % standard error
+    collapsed = benign(torch.ones(200, 8), label)
+    assert collapsed['NMI'] == 0 and collapsed['R@1'] < 6 and collapsed['mAP'] < 20
+
+
+def test_average_precision_matches_scikit_learn():
+    sk = pytest.importorskip('sklearn.metrics')
+    emb, label = sample(80, 8)
+    dist = (emb[:,None] - emb).norm(dim=2)
+    others = ~torch.eye(80, dtype=torch.bool)
+    theirs = [sk.average_precision_score((label == label[i])[others[i]], -dist[i][others[i]]) for i in range(80)]
+    same(average_precision(emb, label), torch.tensor(theirs))
+
+
+def test_ranking_measures_match_pytorch_metric_learning():
+    pytest.importorskip('pytorch_metric_learning')
+    from pytorch_metric_learning.distances import LpDistance
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+    from pytorch_metric_learning.utils.inference import CustomKNN
+    emb, label = sample(90, 20)
+    calc = AccuracyCalculator(include=('precision_at_1', 'mean_average_precision', 'mean_average_precision_at_r'), k=None,
+                              knn_func=CustomKNN(LpDistance(normalize_embeddings=False)), device=torch.device('cpu'))
+    theirs = calc.get_accuracy(emb, label)
+    assert recall_at_k(emb, label, k=1) == pytest.approx(theirs['precision_at_1'], abs=1e-6)
+    assert mean_average_precision(emb, label) == pytest.approx(theirs['mean_average_precision'], abs=1e-6)
+    assert mean_average_precision_at_r(emb, label) == pytest.approx(theirs['mean_average_precision_at_r'], abs=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(-3, 4), st.integers(0, 5)), min_size=1, max_size=40))
+def test_nmi_matches_scikit_learn(pairs):
+    sk = pytest.importorskip('sklearn.metrics')
+    label, cluster = torch.tensor(pairs).T
+    ours = normalised_mutual_information(label, cluster)
+    assert ours == pytest.approx(sk.normalized_mutual_info_score(label.numpy(), cluster.numpy()), abs=1e-9)
+    assert ours == pytest.approx(normalised_mutual_information(cluster, label), abs=1e-12)
+
+
+def test_nmi_with_many_classes_needs_no_table():
+    label = torch.arange(200_000)
+    assert normalised_mutual_information(label, label) == pytest.approx(1)  # a dense table would have 4e10 cells
+
+
+def clouds(spread, seed=0, classes=12, per=20):
+    label = torch.arange(classes).repeat_interleave(per)
+    return unit(classes, 16, seed)[label] + spread*torch.randn(classes*per, 16, generator=gen(seed + 1)), label
+
+
+def test_nmi_counts_the_classes_present():
+    emb, label = clouds(.01)
+    assert nmi(emb, 5*label, backend='torch') == nmi(emb, label, k=12, backend='torch') != nmi(emb, label, k=3, backend='torch')
+
+
+def test_backends_give_the_same_nmi_up_to_their_starts():
+    pytest.importorskip('faiss')
+    easy, label = clouds(.001, classes=3)
+    for backend in ('torch', 'faiss'): assert max(nmi(easy, label, seed=s, backend=backend) for s in range(8)) == pytest.approx(1)
+    hard, label = clouds(.25)
+    mean = {b: sum(nmi(hard, label, seed=s, backend=b) for s in range(16))/16 for b in ('torch', 'faiss')}
+    assert mean['torch'] == pytest.approx(mean['faiss'], abs=.04)  # one value varies by about 0.045, the difference of two means of 16 by 0.016
+
+
+def test_blocks_are_small(monkeypatch):
+    sizes, inner = [], metrics.pairwise_distance
+    monkeypatch.setattr(metrics, 'pairwise_distance', lambda u, v: sizes.append(len(u)*len(v)) or inner(u, v))
+    emb, label = unit(5000, 2), torch.arange(5000)//5
+    recall_at_k(emb, label, k=1)
+    average_precision(emb[:2000], label[:2000], emb, label)
+    assert sum(sizes) == 35_000_000 and max(sizes) <= 2**23
+
+
+def test_benign_row():
+    emb, label = clouds(.3)
+    label = torch.cat([label, torch.tensor([77])])
+    emb = torch.cat([emb, unit(1, 16, 5)])
+    row = benign(emb, label, backend='torch')
+    assert row == benign(emb, label, backend='torch', block=17) and tuple(row) == ('R@1', 'R@2', 'mAP', 'NMI', 'undefined', 'backend')
+    assert (row['undefined'], row['backend']) == (1, 'torch')
+    assert row['R@2'] == 100*recall_at_k(emb, label, k=2) and row['R@1'] < row['R@2']
+    assert row['mAP'] == 100*mean_average_precision(emb, label) and row['NMI'] == 100*nmi(emb, label, backend='torch')
+    assert benign(emb, label, self_exclusion='drop_first')['backend'] in ('torch', 'faiss')
+
+
+@pytest.mark.parametrize('call,message', [
+    (lambda e, y: recall_at_k(e, torch.arange(10), k=1), 'at least one query needs another image'),
+    (lambda e, y: mean_average_precision(e, torch.arange(10)), 'at least one query needs another image'),
+    (lambda e, y: recall_at_k(e, y, k=0), 'k must lie in'),
+    (lambda e, y: recall_at_k(e, y, k=(1, 0)), 'k must lie in'),
+    (lambda e, y: recall_at_k(e, y, e, k=1), 'gallery and gallery_label go together'),
+    (lambda e, y: recall_at_k(e, y, e, y[:9], k=1), r'gallery_label must be a tensor of one integer per embedding \(10\)'),
+    (lambda e, y: recall_at_k(e, y.float(), k=1), 'query_label must be a tensor of one integer'),
+    (lambda e, y: average_precision(e, y, self_exclusion='none'), 'self_exclusion must be one of'),
+    (lambda e, y: average_precision(e*math.nan, y), 'query must be finite'),
+    (lambda e, y: nmi(e, y[:3]), 'label must be a tensor of one integer'),
+    (lambda e, y: normalised_mutual_information(y, y[:3]), 'label and cluster must match')])
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message): call(unit(10, 4), torch.arange(10)//2)

@@ -1,0 +1,206 @@
+"Networks: shapes, constants, weights, determinism, and that an attack leaves no trace."
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torchvision import models as zoo
+
+from robust_dml.data import ImageSet
+from robust_dml.models import MODELS, build, embed, embed_all, frozen, train_mode
+
+SMALL = dict(dim=16, size=28, channels=1, seed=0)
+
+
+def images(n=2, channels=3, size=64): return torch.rand(n, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('channels, size', [(1, 28), (3, 64)])
+def test_every_network_embeds(name, channels, size):
+    if (name, size) in (('c2f2', 64), ('convnext_tiny', 28)):
+        with pytest.raises(ValueError, match=f'found size {size}'): build(name, dim=16, size=size, channels=channels, seed=0)
+        return
+    net = build(name, dim=16, size=size, channels=channels, seed=0)
+    with frozen(net): emb = embed(net, images(2, channels, size))
+    assert emb.shape == (2, 16) and torch.allclose(emb.norm(dim=1), torch.ones(2), atol=1e-6)
+    assert (emb[0] - emb[1]).norm() > .01                          # the signal reaches the head with BatchNorm frozen
+    assert all(m.momentum == .1 and m.num_batches_tracked == 0 for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_c2f2_is_the_published_network():
+    net = build('c2f2', dim=512, size=28, channels=1, seed=0)
+    kinds = [type(m).__name__ for m in net.modules() if not list(m.children())]
+    assert kinds == ['Conv2d', 'ReLU', 'MaxPool2d', 'Conv2d', 'ReLU', 'MaxPool2d', 'Flatten', 'Linear', 'ReLU', 'Linear']
+    assert sum(p.numel() for p in net.parameters()) == (25*32 + 32) + (32*64*25 + 64) + (3136*1024 + 1024) + (1024*512 + 512)
+    x = images(2, 1, 28)
+    assert torch.equal(net(x), net.head(net.backbone(x)))          # no normalisation of the input
+
+
+def test_small_halves_twice():
+    for size,side in ((16, 4), (28, 7), (29, 8), (32, 8), (64, 16)):
+        assert build('small', dim=4, size=size, channels=2, seed=0).head.in_features == 32*side**2
+
+
+def test_resnet_stem_below_64_pixels():
+    small,large = (build('resnet18', dim=8, size=s, channels=3, seed=0).backbone for s in (28, 64))
+    assert small.conv1.stride == (1, 1) and small.conv1.kernel_size == (3, 3) and isinstance(small.maxpool, nn.Identity)
+    assert large.conv1.stride == (2, 2) and large.conv1.kernel_size == (7, 7) and isinstance(large.maxpool, nn.MaxPool2d)
+
+
+def saved_classifier(name, folder, **options):
+    torch.manual_seed(0)
+    original = getattr(zoo, name)(**options).eval()
+    save_file(original.state_dict(), folder/'weights.safetensors')
+    return original, build(name, dim=8, size=64, channels=3, seed=0, weights=folder/'weights.safetensors').eval()
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'efficientnet_b0', 'convnext_tiny', 'googlenet'])
+def test_features_equal_those_of_the_torchvision_classifier(name, tmp_path):
+    "The reference gets images standardised with ImageNet's constants, ours standardises inside (GoogLeNet with its own)."
+    options = dict(transform_input=True, aux_logits=True, init_weights=True) if name == 'googlenet' else {}
+    original,net = saved_classifier(name, tmp_path, **options)
+    features = []
+    last = [m for m in original.modules() if isinstance(m, nn.Linear)][-1]
+    last.register_forward_hook(lambda m, inputs, out: features.append(inputs[0]))
+    x,mean,std = images(), torch.tensor([.485, .456, .406]).view(1, 3, 1, 1), torch.tensor([.229, .224, .225]).view(1, 3, 1, 1)
+    with torch.no_grad():
+        original((x - mean)/std)
+        ours = net.backbone((x - net.mean)/net.std)
+        torch.testing.assert_close(ours, features[-1], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(net(x), net.head(ours))
+
+
+@pytest.mark.parametrize('name', ['googlenet', 'convnext_tiny', 'efficientnet_b0'])
+def test_training_mode_is_not_random(name):
+    net = train_mode(build(name, dim=8, size=64, channels=3, seed=0))
+    state = torch.get_rng_state()
+    with torch.no_grad(): assert torch.equal(net(images()), net(images()))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_every_parameter_of_the_backbone_is_loaded(tmp_path):
+    one = build('resnet18', dim=8, size=28, channels=1, seed=1)
+    save_file(one.state_dict(), tmp_path/'whole.safetensors')
+    save_file(one.backbone.state_dict(), tmp_path/'backbone.safetensors')
+    for file in ('whole', 'backbone'):
+        two = build('resnet18', dim=8, size=28, channels=1, seed=2, weights=tmp_path/f'{file}.safetensors')
+        assert equal(one.backbone.state_dict(), two.backbone.state_dict()) and not equal(one.head.state_dict(), two.head.state_dict())
+
+
+@pytest.mark.parametrize('damage', ['missing', 'unknown', 'shape'])
+def test_weights_that_do_not_fit_are_refused(tmp_path, damage):
+    state = build('small', **SMALL).backbone.state_dict()
+    if damage == 'missing': del state['0.bias']
+    if damage == 'unknown': state['extra.weight'] = torch.zeros(1)
+    if damage == 'shape': state['0.weight'] = torch.zeros(16, 3, 5, 5)
+    save_file(state, tmp_path/'w.safetensors')
+    with pytest.raises(ValueError, match='found 1 missing, unknown or misshaped'): build('small', **SMALL, weights=tmp_path/'w.safetensors')
+
+
+def test_pickles_and_damaged_files_are_refused(tmp_path):
+    torch.save(build('small', **SMALL).backbone.state_dict(), tmp_path/'w.pth')
+    with pytest.raises(ValueError, match='pickle'): build('small', **SMALL, weights=tmp_path/'w.pth')
+    (tmp_path/'w.pth').rename(tmp_path/'w.safetensors')
+    with pytest.raises(ValueError, match='pickle'): build('small', **SMALL, weights=tmp_path/'w.safetensors')
+    (tmp_path/'cut.safetensors').write_bytes(b'\x10\x00')
+    with pytest.raises(ValueError, match='cannot be read'): build('small', **SMALL, weights=tmp_path/'cut.safetensors')
+    with pytest.raises(FileNotFoundError): build('small', **SMALL, weights=tmp_path/'none.safetensors')
+
+
+def test_names_are_checked():
+    with pytest.raises(ValueError, match="'small', 'c2f2', 'resnet18'.*found 'vgg16'"): build('vgg16', **SMALL)
+    with pytest.raises(ValueError, match="'IMAGENET1K_V1'.*found 'imagenet'"): build('resnet18', dim=8, size=64, channels=3, seed=0, weights='imagenet')
+    with pytest.raises(ValueError, match="must be None or the path.*found 'DEFAULT'"): build('small', **SMALL, weights='DEFAULT')
+    with pytest.raises(ValueError, match='size must lie'): build('small', **{**SMALL, 'size': 8})
+    with pytest.raises(ValueError, match='3 entries'): build('small', **{**SMALL, 'channels': 3}, mean=(.5,))
+
+
+def test_a_failed_download_says_what_to_do(monkeypatch):
+    def offline(*args, **kwargs): raise OSError('no route')
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', offline)
+    with pytest.raises(OSError, match='no route.*safetensors'): build('resnet18', dim=8, size=64, channels=3, seed=0, weights='IMAGENET1K_V1')
+
+
+def test_pretrained_name_loads_what_torchvision_delivers(monkeypatch):
+    torch.manual_seed(3)
+    state = zoo.resnet18().state_dict()
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', lambda *args, **kwargs: state)
+    net = build('resnet18', dim=8, size=64, channels=3, seed=0, weights='DEFAULT')
+    assert equal(net.backbone.state_dict(), {k: v for k,v in state.items() if not k.startswith('fc.')})
+    with pytest.raises(ValueError, match='conv1.weight.*channels=3'): build('resnet18', dim=8, size=28, channels=3, seed=0, weights='DEFAULT')
+
+
+def test_seed_determines_the_weights_and_nothing_else_changes():
+    torch.manual_seed(1); before = torch.get_rng_state(); one = build('small', **SMALL).state_dict()
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2); two = build('small', **SMALL).state_dict()
+    assert equal(one, two)
+    assert not torch.equal(one['head.weight'], build('small', **{**SMALL, 'seed': 1}).state_dict()['head.weight'])
+
+
+def test_normalisation_is_inside_and_saved():
+    net = build('small', **SMALL, mean=(.3,), std=(.2,))
+    plain = build('small', **SMALL)
+    x = images(2, 1, 28)
+    torch.testing.assert_close(net(x), plain((x - .3)/.2))
+    assert {'mean', 'std'} <= net.state_dict().keys()
+    with pytest.raises(ValueError, match='(B, 1, H, W)'): net(images())
+
+
+def trace(net): return [m.training for m in net.modules()], [p.requires_grad for p in net.parameters()], [p.grad for p in net.parameters()]
+
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_frozen_restores_everything(fails):
+    net = train_mode(build('resnet18', dim=4, size=28, channels=1, seed=0))
+    net.head.weight.requires_grad_(False)
+    net(images(2, 1, 28)).sum().backward()
+    before,state = trace(net), {k: v.clone() for k,v in net.state_dict().items()}
+    grads = [None if g is None else g.clone() for g in before[2]]
+    try:
+        with frozen(net):
+            assert not any(m.training for m in net.modules()) and not any(p.requires_grad for p in net.parameters())
+            x = images(2, 1, 28).requires_grad_()
+            torch.autograd.grad(embed(net, x).sum(), x)
+            if fails: raise RuntimeError
+    except RuntimeError: assert fails
+    after = trace(net)
+    assert after[:2] == before[:2] and equal(state, net.state_dict())
+    assert all(a is b for a,b in zip(after[2], before[2])) and all(g is None or torch.equal(g, h) for g,h in zip(grads, after[2]))
+
+
+def test_batchnorm_statistics_stay_unless_released():
+    net = build('resnet18', dim=4, size=28, channels=1, seed=0)
+    def statistics(): return net.backbone.bn1.running_mean.clone()
+    start = statistics()
+    train_mode(net)(images(4, 1, 28)).sum().backward()
+    assert torch.equal(statistics(), start) and net.backbone.bn1.weight.grad is not None and net.training
+    train_mode(net, freeze_batchnorm=False)(images(4, 1, 28))
+    assert not torch.equal(statistics(), start)
+
+
+def test_embed_refuses_what_is_no_embedding():
+    class Tuple(nn.Module):
+        def forward(self, x): return x.flatten(1), x
+    with pytest.raises(ValueError, match='found tuple'): embed(Tuple(), images())
+    with pytest.raises(ValueError, match=r'shape \(2, D\).*found shape \(2, 3, 64, 64\)'): embed(nn.Identity(), images())
+    broken = nn.Sequential(nn.Flatten(), nn.Linear(3*64*64, 4))
+    nn.init.constant_(broken[1].bias, float('nan'))
+    with pytest.raises(ValueError, match='must be finite, found 8'): embed(broken, images())
+
+
+def test_embed_all_equals_one_batch_and_leaves_no_trace():
+    data = ImageSet(torch.randint(256, (11, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), torch.arange(11), tuple('abcdefghijk'))
+    net = build('small', **SMALL).double()
+    class Double(nn.Module):
+        def __init__(self): super().__init__(); self.net = net
+        def forward(self, x): return self.net(x.double())
+    model = Double()
+    before = trace(model)
+    one,many = (embed_all(model, data, batch_size=b) for b in (11, 3))
+    torch.testing.assert_close(one, many, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(one, embed(model, data.batch(torch.arange(11))).detach(), rtol=1e-12, atol=1e-12)
+    assert one.shape == (11, 16) and not one.requires_grad and trace(model)[:2] == before[:2]

@@ -1,0 +1,243 @@
+"Reports from made-up records: means and spreads, what may be bold, and a page that needs nothing from outside."
+import base64, copy, csv, io, json, math, subprocess, sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from robust_dml import report
+from robust_dml.scores import ARS_HEADINGS, HEADINGS, ars, ars_cells, constant_before, ers, ers_cells, paper_table
+
+LABELS = {'natural': 'Natural', 'act': 'ACT', 'colo_tride': 'COLO-TRIDE (official)'}
+
+
+def record(defense, seed, shift=0., setting='A', collapsed=False):
+    rng = np.random.default_rng([seed, len(defense)])
+    r1 = 50 + 5*len(defense) % 40 + rng.normal()
+    after = {h: float(10 + 3*i + shift + rng.normal()) for i, h in enumerate(HEADINGS)} | {'TMA': .5 + .01*float(rng.normal()), 'ES:D': .4}
+    before = {**constant_before(r1), 'CA-': 2.2, 'QA-': .5}
+    log = [dict(epoch=e, loss=1/(e + 1), dist_ap=.5, dist_an=.9, separability=.6, collapseness=-.4, assisted=.5) for e in range(3)]
+    return dict(setting=setting, defense=defense, profile='', label=LABELS[defense], seed=seed,
+        train=dict(address=f'train-{defense}', config={'options': {'steps': 8}}, log=log, seconds=10., image_steps=500, updates=20, device='cpu', provenance=dict(python='3.11', commit='abc')),
+        eval=dict(address=f'eval-{defense}', config={}, benign={'R@1': r1, 'R@2': r1 + 5, 'mAP': 30., 'NMI': 60.}, before=before, after={**after, 'LTM fixed': 1., 'GTM fixed': 2.},
+            ers=ers(after), ers_cells=ers_cells(after), ars=ars(before, after), ars_cells=ars_cells(before, after), ars_constant=ars(constant_before(r1), after),
+            ars_cells_constant=ars_cells(constant_before(r1), after), indicators=dict(mean_distance=1., separability=.5, same_distance=.5, other_distance=1.), collapsed=collapsed,
+            queries=100, excluded=0, backend='torch', seconds=5., image_steps=900, device='cpu', example_attack='ES'))
+
+
+def made_up(experiment='table1', seeds=(0, 1, 2), **more):
+    records = [record(d, seed, shift=5*i) for i, d in enumerate(LABELS) for seed in seeds]
+    return dict(experiment=experiment, title='Made-up', dataset='glyphs', preset='smoke', parameters=dict(dataset='glyphs'), overrides=['fewer epochs'], data=dict(name='glyphs', checksum='00'),
+        settings={'A': dict(name='A', eps=32/255, step_size=16/255, steps=4, warm_epochs=0)}, attack=dict(step_size=3/255, steps=32), records=records, published=[]) | more
+
+
+def pictures(k=2):
+    gen = torch.Generator().manual_seed(0)
+    def images(*shape): return torch.rand(*shape, 1, 8, 8, generator=gen)
+    label = torch.arange(k)
+    after = label[:, None].repeat(1, 5)
+    after[0, 0], after[1, 3] = 1, 0
+    clean = images(k)
+    return dict(clean=clean, adv=(clean + 8/255).clamp(0, 1), before=(images(k, 5)*255).byte(), after=(images(k, 5)*255).byte(), label=label, label_before=label[:, None].repeat(1, 5), label_after=after)
+
+
+class Page(HTMLParser):
+    "Tags, addresses and nesting of a page."
+    VOID = {'meta', 'img', 'br'}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.links, self.text = [], [], [], ''
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [(name, value) for name, value in attrs if name in ('src', 'href', 'srcset', 'action', 'data') or name.startswith('on')]
+        if tag not in self.VOID: self.open.append(tag)
+
+    def handle_endtag(self, tag): assert self.open.pop() == tag
+    def handle_data(self, data): self.text += data
+
+
+@pytest.mark.parametrize('make, experiment', [(report.table1, 'table1'), (report.table2, 'table2')])
+def test_table_is_mean_and_sample_spread(make, experiment):
+    results = made_up(experiment)
+    table = make(results)
+    assert list(table['Defense']) == list(LABELS.values()) and list(table['PGD steps']) == ['-', 8, 8]
+    for row, defense in enumerate(LABELS):
+        runs = [r['eval'] for r in results['records'] if r['defense'] == defense]
+        cells = [run['after' if experiment == 'table1' else 'ars_cells'] for run in runs]
+        for heading in HEADINGS if experiment == 'table1' else ARS_HEADINGS:
+            values = [c[heading] for c in cells]
+            assert table[heading][row] == pytest.approx(np.mean(values), abs=1e-9)
+            assert table[heading + ' sd'][row] == pytest.approx(np.std(values, ddof=1), abs=1e-9)
+        score, key = ('ERS', 'ers') if experiment == 'table1' else ('Averaged ARS', 'ars')
+        assert table[score][row] == pytest.approx(np.mean([run[key] for run in runs]), abs=1e-9)
+
+
+def test_csv_depends_on_numbers_only():
+    results = made_up()
+    other = copy.deepcopy(results)
+    for r in other['records']:
+        r['train'] |= dict(seconds=99., provenance={}, address='train-x', device='cuda')
+        r['eval'] |= dict(seconds=77., image_steps=1, address='eval-x')
+    first, second = (report.to_csv(report.table1(x), 'table1') for x in (results, other))
+    assert first == second
+    rows = list(csv.DictReader(io.StringIO(first.decode())))
+    assert float(rows[1]['ERS']) == pytest.approx(report.table1(results)['ERS'][1], abs=.0051)
+    assert not [name for name in rows[0] if '(s)' in name or 'second' in name.lower()]
+    other['records'][0]['eval']['ers'] += 1
+    assert report.to_csv(report.table1(other), 'table1') != first
+
+
+def test_one_seed_has_no_spread():
+    results = made_up(seeds=[4])
+    table = report.table1(results)
+    assert table.filter(like=' sd').isna().all(axis=None) and '±' not in report.to_markdown(table, 'table1')
+    assert report.leaders(table, report.COLUMNS['table1']) == set() and '**' not in report.to_markdown(table, 'table1')
+    assert 'no order of the defences is claimed' in report.summary(results)[0]
+    assert next(csv.DictReader(io.StringIO(report.to_csv(table, 'table1').decode())))['ERS sd'] == ''
+
+
+@pytest.mark.parametrize('values, spreads, collapsed, best', [
+    ((10, 20, 30), (1, 1, 1), (0, 0, 0), 2),       # 29 > 21
+    ((10, 20, 21), (1, 1, 1), (0, 0, 0), None),    # 20 < 21
+    ((10, 20, 30), (9, 1, 1), (0, 0, 0), 2),       # a wide row far behind does no harm
+    ((10, 20, 30), (25, 1, 1), (0, 0, 0), None),   # a wide row that reaches the best does
+    ((10, 20, 30), (1, 1, 1), (0, 0, 3), None),    # a collapsed model cannot win
+    ((10, 20, 30), (1, math.nan, 1), (0, 0, 0), None)])
+def test_bold_needs_disjoint_intervals(values, spreads, collapsed, best):
+    table = report.table1(made_up()).assign(**{'ERS': values, 'ERS sd': spreads, 'Collapsed': collapsed})
+    column = [c for c in report.COLUMNS['table1'] if c.name == 'ERS']
+    assert report.leaders(table, column) == ({(best, 'ERS')} if best is not None else set())
+    lower = table.assign(**{'CA-': values, 'CA- sd': spreads, 'Collapsed': 0})
+    column = [c for c in report.COLUMNS['table1'] if c.name == 'CA-']
+    first = all(values[0] + spreads[0] < v - sd for v, sd in zip(values[1:], spreads[1:]))
+    assert report.leaders(lower, column) == ({(0, 'CA-')} if first else set())  # here lower is better
+
+
+def test_order_is_claimed_only_beyond_the_spread():
+    results = made_up()
+    for r in results['records']: r['eval']['ers'] = {'natural': 5., 'act': 30., 'colo_tride': 40.}[r['defense']] + r['seed']
+    assert 'COLO-TRIDE (official) (41.0\xa0±\xa01.0) is ahead of ACT' in report.summary(results)[0]
+    for r in results['records']: r['eval']['ers'] = 30. + r['seed'] + (r['defense'] == 'act')
+    assert 'no order is claimed' in report.summary(results)[0]
+
+
+def test_undefined_cell_is_shown_and_left_out(tmp_path):
+    results = made_up('table2', seeds=(0, 1))
+    results['records'][0]['eval']['ars_cells']['CA-'] = None
+    kept = results['records'][1]['eval']['ars_cells']['CA-']
+    assert report.table2(results)['CA-'][0] == pytest.approx(kept)  # the defined seed alone
+    results['records'][1]['eval']['ars_cells']['CA-'] = math.nan
+    assert report.as_text(report.table2(results), 'table2')['CA-'][0] == '0/0'
+    page = Page(report.write_report(tmp_path, results).read_text(encoding='utf-8'))
+    assert '0/0: undefined' in page.text
+
+
+def test_published_numbers_beside_ours():
+    printed = [dict(c, table=n) for n in (1, 2) for c in paper_table(n) if c['dataset'] == 'CUB']
+    results = made_up('table2', published=printed)
+    table, beside = report.table2(results), report.compare(results)
+    def cell(defense, metric): return beside[(beside['Defense'] == defense) & (beside['Metric'] == metric)]
+    assert len(cell('ACT', 'R@1')) == 1 and len(cell('HM', 'R@1')) == 0
+    assert cell('ACT', 'CA+')['Difference'].item() == pytest.approx(table['CA+'][1] - 31.0)
+    assert cell('Natural', 'CA-')['Printed'].item() == '0/0' and math.isnan(cell('Natural', 'CA-')['Difference'].item())
+
+
+def test_page_needs_nothing_from_outside(tmp_path):
+    hostile = '<img src=http://x onerror=alert(1)>"\'&|'
+    results = made_up(title=hostile, dataset=hostile, parameters={hostile: hostile}, overrides=[hostile], data={hostile: [hostile]},
+                      published=[dict(c, value='<i>1') for c in paper_table(1) if c['dataset'] == 'CUB'])
+    for r in results['records']: r['label'] += hostile
+    original = copy.deepcopy(results)
+    path = report.write_report(tmp_path/'deep'/'report', results, {'A ' + results['records'][0]['label']: pictures()})
+    page = Page(path.read_text(encoding='utf-8'))
+    assert page.open == [] and hostile in page.text and results == original
+    assert set(page.tags) <= {'html', 'head', 'meta', 'title', 'style', 'body', 'main', 'h1', 'h2', 'h3', 'p', 'a', 'div', 'span', 'table', 'thead', 'tbody', 'tr', 'th', 'td', 'b', 'br',
+                              'dl', 'dt', 'dd', 'ul', 'li', 'code', 'figure', 'figcaption', 'img'}
+    assert all(value.startswith('data:image/png;base64,') if name == 'src' else (name, value) == ('href', '#setup') for name, value in page.links)
+    assert 'url(' not in page.text and '@import' not in page.text
+    images = [base64.b64decode(value.partition(',')[2]) for name, value in page.links if name == 'src']
+    assert sorted(images) == sorted(p.read_bytes() for p in (path.parent/'figures').iterdir()) and len(images) == 3
+    for data in images: Image.open(io.BytesIO(data)).verify()
+
+
+def test_files_of_a_report(tmp_path):
+    results = made_up()
+    results['records'][0] |= dict(examples=pictures())
+    results['records'][0]['train']['log'][1]['assisted'] = math.nan
+    for _ in range(2): report.write_report(tmp_path, results)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['figures', 'index.html', 'results.json', 'table.csv', 'table.md']
+    def refuse(name): raise AssertionError(name)
+    read = json.loads((tmp_path/'results.json').read_text(encoding='utf-8'), parse_constant=refuse)
+    assert read['records'][1]['eval']['ers'] == results['records'][1]['eval']['ers'] and 'examples' not in read['records'][0]
+    again = report.write_report(tmp_path/'again', read).parent  # a report can be made from its own results
+    assert (again/'table.csv').read_bytes() == (tmp_path/'table.csv').read_bytes()
+
+
+def test_defences_keep_colour_and_marker():
+    from matplotlib.colors import to_hex
+    records = made_up(seeds=[0])['records']
+    looks = [report.look(r) for r in records] + [report.look(dict(records[-1], profile='paper'))]
+    assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == 4
+    red, green, blue = (int(looks[0][0][i:i+2], 16) for i in (1, 3, 5))
+    assert red == green == blue  # natural is grey
+    loss = report.curves(records).axes[0]
+    assert [(to_hex(line.get_color()), line.get_marker()) for line in loss.lines] == looks[:3]
+    assert [list(line.get_xdata()) for line in loss.lines] == [[1, 2, 3]]*3
+
+
+def test_robustness_figure_shows_the_means():
+    results = made_up(seeds=(0, 1))
+    table, ax = report.table1(results), report.robustness(results, 'A')
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    drawn = {(round(float(y)), round(float(x), 6)) for c in ax.collections for x, y in c.get_offsets()}
+    for heading in ('R@1', 'LTM', 'ERS'):
+        line = next(i for i, name in enumerate(names) if name.split(',')[0] == heading)
+        assert {(line, round(v, 6)) for v in table[heading]} <= drawn
+
+
+def test_strip_frames_misses_differently():
+    tensors = pictures()
+    axes = np.array(report.strip(tensors).axes).reshape(2, 15)
+    def frame(ax): return ax.spines['left'].get_edgecolor(), ax.spines['left'].get_linestyle()
+    assert {frame(ax) for ax in axes[:, 4:9].flat} == {frame(axes[0, 4])}  # all hits before
+    for row in range(2):
+        for k in range(5):
+            hit = bool(tensors['label_after'][row, k] == tensors['label'][row])
+            same = [a == b for a, b in zip(frame(axes[row, 10 + k]), frame(axes[0, 4]))]
+            assert same == [hit, hit]  # colour and line style both
+    change = axes[0, 2].images[0].get_array()
+    assert change.max() == pytest.approx(1, abs=1e-5) and change.min() >= .5 - 1e-6  # grey is no change, white the largest
+
+
+def test_cost_counts_all_seeds():
+    results = made_up(seeds=(0, 1))
+    results['records'][0]['train']['image_steps'] = 0
+    results['records'][1]['train'].pop('image_steps')
+    table = report.cost(results)
+    assert math.isnan(table['Training, image steps/s'][0]) and table['Training, image steps/s'][1] == pytest.approx(50)
+    assert table['Attacks, image steps/s'][0] == pytest.approx(180)
+
+
+def test_show_prints_the_table(capsys):
+    report.show(made_up())
+    text = capsys.readouterr().out
+    assert text.startswith('Setting A, ε = 32/255') and all(name in text for name in (*LABELS.values(), 'ES:R ↑', 'CA- ↓', 'ERS ↑'))
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match='at least one record'): report.table1(made_up(records=[]))
+    with pytest.raises(ValueError, match="experiment must be one of 'table1', 'table2', found 'table9'"): report.table1(made_up('table9'))
+    with pytest.raises(ValueError, match='every seed once, found seeds'): report.table1(made_up(seeds=(0, 0)))
+    broken = made_up()
+    del broken['records'][0]['eval']['after']['LTM fixed']
+    with pytest.raises(ValueError, match="expected eval/after/LTM fixed in the record of Natural, found no 'LTM fixed'"): report.table1(broken)
+
+
+def test_import_is_light():
+    code = "import sys, robust_dml.report; print([m for m in ('pandas', 'matplotlib', 'seaborn', 'robust_dml.evaluate', 'robust_dml.train', 'robust_dml.models') if m in sys.modules])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
