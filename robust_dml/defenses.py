@@ -127,7 +127,7 @@ def mean_shift(
     moved = [paired_distance(after[k], before[k]) for k in map('apn'.index, parts)]
     return torch.cat(moved).mean() if moved else before[0].new_tensor(torch.nan)
 
-# %% ../nbs/21_defenses.ipynb #70edf790
+# %% ../nbs/21_defenses.ipynb #adcb4f32
 def training_log(
     emb:Tensor,            # (2B, D) float: clean embeddings
     triplets:Triplets,
@@ -136,16 +136,14 @@ def training_log(
     parts:str='',          # the perturbed elements
     steps:int=0,           # PGD updates done
     assisted:float=0.,     # 1: the perturbation lowered the hardness
-    lam:float=10.,         # sharpness λ of the logged collapseness
-    weighting:str='near',
 )->dict[str, float]:
-    "Hardness, distances, separability and collapseness of the batch before and after the perturbation."
+    "Hardness, distances, separability and collapseness (near, λ = 10) of the batch before and after the perturbation."
     clean = take(emb, triplets)
     after = tuple(e.detach() for e in after) if after else tuple(e*torch.nan for e in clean)
     d,d_adv = triplet_distances(*clean),triplet_distances(*after)
     values = dict(hardness=hardness(*d).mean(), dist_ap=d[0].mean(), dist_an=d[1].mean(), separability=separability(*d),
-        collapseness=collapseness(*d, lam=lam, weighting=weighting), adv_hardness=hardness(*d_adv).mean(),
-        adv_collapseness=collapseness(*d_adv, lam=lam, weighting=weighting), shift=mean_shift(clean, after, parts if steps else ''))
+        collapseness=collapseness(*d, lam=10.), adv_hardness=hardness(*d_adv).mean(),
+        adv_collapseness=collapseness(*d_adv, lam=10.), shift=mean_shift(clean, after, parts if steps else ''))
     floats = torch.stack(list(values.values())).tolist() # one transfer from the device
     return dict(zip(values, floats), assisted=float(assisted), steps_done=float(steps),
                 image_steps=float(steps*len(parts)*len(triplets.a)))

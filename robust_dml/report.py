@@ -290,9 +290,9 @@ def png(fig:'Figure', *, dpi:int=150)->bytes:
     with theme(): fig.savefig(file, format='png', dpi=dpi, facecolor='white', metadata={'Software': None})
     return file.getvalue()
 
-# %% ../nbs/34_report.ipynb #c8d04ff3
+# %% ../nbs/34_report.ipynb #a201d745
 _PANELS = (('loss', 'Loss'), ('dist_ap', 'Distance to the positive'), ('dist_an', 'Distance to the negative'),
-           ('separability', 'Separability'), ('collapseness', 'Collapseness C'), ('assisted', 'Share of assisted batches'))
+           ('separability', 'Separability'), ('collapseness', 'Collapseness C (near, λ = 10)'), ('assisted', 'Share of assisted batches'))
 
 def _curve(ax:'Axes', record:Mapping[str,Any], key:str)->None:
     "One line for one seed; unlogged epochs are gaps."

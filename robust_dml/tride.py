@@ -265,7 +265,7 @@ def _assists(signs, steps):
     "1 if any of the PGD steps lowered the hardness."
     return float(steps > 0 and bool((torch.stack(signs[:steps]) > 0).any()))
 
-# %% ../nbs/22_tride.ipynb #5c6b3bcc
+# %% ../nbs/22_tride.ipynb #ac426f3f
 def _tride_step(model, x, label, *, state, clock, gen, s):
     "One batch of Algorithm 1 with the switches `s`."
     phase,signs = state['phase'],[]
@@ -280,11 +280,12 @@ def _tride_step(model, x, label, *, state, clock, gen, s):
     adv = perturb(model, x, emb, triplets, objective, parts=PARTS[phase], eps=s.eps, steps=0 if idle else s.steps,
         step_size=s.step_size*step_factor(clock.epoch, clock.epochs, schedule=s.step_schedule), stop=stop_rule(s, phase))
     after = embed_together(model, *adv.images)
-    loss = update_loss(*triplet_distances(*after), phase=phase, margin=s.margin, in_phase=s.top_loss_in, beta=s.top_beta,
+    d_adv = triplet_distances(*after)
+    loss = update_loss(*d_adv, phase=phase, margin=s.margin, in_phase=s.top_loss_in, beta=s.top_beta,
         top_margin=s.top_margin)                                                                     # eq. (9)
-    log = training_log(emb, triplets, after, parts=PARTS[phase], steps=adv.steps, assisted=_assists(signs, adv.steps),
-        lam=s.lam, weighting=s.weighting)
-    return Step(loss, dict(state, phase=next_phase(phase, s.phase)), log)
+    own = C if s.collapse_eval == 'once_clean' else collapseness(*d_adv, lam=s.lam, weighting=s.weighting)
+    log = training_log(emb, triplets, after, parts=PARTS[phase], steps=adv.steps, assisted=_assists(signs, adv.steps))
+    return Step(loss, dict(state, phase=next_phase(phase, s.phase)), dict(log, own_collapseness=own.item()))
 
 # %% ../nbs/22_tride.ipynb #95963325
 def tride(

@@ -268,7 +268,7 @@ def test_made_again_from_its_options(name):
     assert (again.name,again.options,again.init()) == (name,defence.options,defence.init())
     net,(x,label) = network(),batch()
     first,second = run(defence, net, x, label),run(again, net, x, label)
-    assert isinstance(first, Step) and first.loss.item() == second.loss.item() and first.log.keys() == run(make('natural', margin=.2), net, x, label).log.keys()
+    assert isinstance(first, Step) and first.loss.item() == second.loss.item() and first.log.keys() - {'own_collapseness'} == run(make('natural', margin=.2), net, x, label).log.keys()
 
 
 def test_unknown_names_are_listed():
@@ -312,3 +312,11 @@ def test_naive_and_presets_cover_the_tables():
     assert set(NAIVE) == {'naive_cap', 'naive_anp', 'naive_tride', 'naive_sip'} and set(DEFENSES) == {'natural', 'act', 'hm', 'colo_tride', *NAIVE}
     setting_a = tride(eps=32/255, step_size=16/255, steps=4, margin=.2, lam=2., profile='official').options
     assert (setting_a['weighting'], setting_a['cap_on_collapse'], setting_a['top_beta'], setting_a['step_schedule'], setting_a['miner_margin']) == ('far', 'stop', .5, 'linear0', 'gradual')
+
+
+@pytest.mark.parametrize('when, seen', [('once_clean', 'hardness'), ('per_step', 'adv_hardness')])
+def test_own_collapseness_is_what_the_defence_watches(when, seen):
+    "With λ = 0 the collapseness is the mean hardness, of the clean or of the perturbed triplets."
+    net,(x,label) = network(),batch()
+    log = run(make('colo_tride', **NAMES['colo_tride'] | dict(lam=0., collapse_eval=when, orientation='attack')), net, x, label).log
+    assert log['own_collapseness'] == pytest.approx(log[seen], abs=1e-6) and log['hardness'] != pytest.approx(log['adv_hardness'], abs=1e-3)
