@@ -20,10 +20,10 @@ $(VENV)/.ready: $(INPUTS)
 	@began=$$SECONDS; set -e; \
 	if [ -z "$(NO_UV)" ] && command -v uv >/dev/null; then \
 	  [ -x $(BIN)/python ] || uv venv -q --seed --python $(PYTHON) $(VENV); \
-	  install="uv pip install -q --python $(BIN)/python"; \
+	  install="uv pip install -q --compile-bytecode --python $(BIN)/python"; \
 	else \
 	  [ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV); \
-	  if [ -z "$(NO_UV)" ] && $(BIN)/python -m pip install -q uv; then install="$(BIN)/python -m uv pip install -q --python $(BIN)/python"; \
+	  if [ -z "$(NO_UV)" ] && $(BIN)/python -m pip install -q uv; then install="$(BIN)/python -m uv pip install -q --compile-bytecode --python $(BIN)/python"; \
 	  else install="$(BIN)/python -m pip install -q"; fi; \
 	fi; \
 	echo "installing the environment into $(VENV)"; \
@@ -31,10 +31,13 @@ $(VENV)/.ready: $(INPUTS)
 	echo "installation took $$((SECONDS-began)) s"
 	@touch $@
 
+
+# The pipe keeps the kernel's output in order when the caller sends it to a file.
+PAPERMILL := $(BIN)/papermill --log-level ERROR --no-progress-bar --stdout-file /dev/stdout --stderr-file /dev/stderr
+
 demo: venv
-	@began=$$SECONDS; \
-	$(BIN)/papermill nbs/run_table1.ipynb /dev/null -p dataset glyphs --log-level ERROR --no-progress-bar --stdout-file /dev/stdout --stderr-file /dev/stderr && \
-	$(BIN)/papermill nbs/run_table2.ipynb /dev/null -p dataset glyphs --log-level ERROR --no-progress-bar --stdout-file /dev/stdout --stderr-file /dev/stderr && \
+	@set -o pipefail; began=$$SECONDS; \
+	for table in table1 table2; do $(PAPERMILL) nbs/run_$$table.ipynb /dev/null -p dataset glyphs 2>&1 | cat || exit 1; done; \
 	echo "the work took $$((SECONDS-began)) s"
 
 sync: venv

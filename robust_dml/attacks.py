@@ -190,7 +190,7 @@ def ca_measure(emb, queries, targets, gallery, *, name)->dict[str,Tensor]:
     closer = _ca_distance(emb, targets) - targets['dist'] > NOISE
     return {name: 100*closer.to(emb.dtype).mean((1, 2))}
 
-# %% ../nbs/13_attacks.ipynb #b13a9350
+# %% ../nbs/13_attacks.ipynb #a5855e73
 def qa_targets(queries, gallery, seed, *, name, m=1, self_exclusion='id')->dict[str,Tensor]:
     "Candidates: any rows for QA+, near rows without repetition for QA-."
     if name == 'QA+': return dict(row=draw(queries, len(gallery.emb), m, seed=seed, name=name))
@@ -201,8 +201,12 @@ def qa_objective(emb, queries, targets, gallery, *, name)->Tensor:
     "Minus the mean amount by which the gallery beats the candidates (QA+) or is beaten by them (QA-, GTT)."
     sign = 1 if name == 'QA+' else -1
     dist = pairwise_distance(emb, gallery.emb, ignore_below=NOISE)
-    wanted = dist.gather(1, targets['row'])
-    return -hinge(sign*(wanted[:,:,None] - dist[:,None])).mean((1, 2))
+    return -hinge(sign*(_to_rows(emb, targets['row'], gallery)[...,None] - dist[:,None])).mean((1, 2))
+
+def _to_rows(emb, row, gallery):
+    "(B, M): distance of each query from its own choice of gallery rows, without a matrix over the gallery."
+    chosen = gallery.emb[row]
+    return quiet(paired_distance(emb[:,None].expand_as(chosen), chosen))
 
 def qa_measure(emb, queries, targets, gallery, *, name)->dict[str,Tensor]:
     "Position of the candidates in percent of the gallery, mean over the candidates."
@@ -235,19 +239,21 @@ def es_measure(emb, queries, targets, gallery)->dict[str,Tensor]:
     "ES:D, distance from the clean embedding; ES:R, R@1 in percent."
     return {'ES:D': paired_distance(emb, queries.emb), 'ES:R': first_hit(emb, queries, targets['own'], gallery)}
 
-# %% ../nbs/13_attacks.ipynb #eebf344c
+# %% ../nbs/13_attacks.ipynb #42d8f145
 def ltm_targets(queries, gallery, seed, *, exclude_self=False, self_exclusion='id')->dict[str,Tensor]:
-    "Masks of the other-class and of the same-class rows."
+    "Masks of the own class and of what is no mate in it, the query's own row aside if asked for."
     own, same = own_row(queries, gallery, self_exclusion), gallery.label == queries.label[:,None]
     hidden = torch.arange(len(gallery.label), device=own.device) == own[:,None]
-    return dict(own=own, other=~same, same=same & ~hidden if exclude_self else same)
+    mates = same & ~hidden if exclude_self else same
+    return dict(own=own, same=same, not_mate=~mates, lone=~mates.any(1))
 
 def ltm_objective(emb, queries, targets, gallery)->Tensor:
     "Minus the lead of the nearest same-class row over the farthest other-class row."
-    dist = pairwise_distance(emb, gallery.emb, ignore_below=NOISE)
-    farthest_other = dist.masked_fill(~targets['other'], -torch.inf).max(1).values
-    nearest_same = dist.masked_fill(~targets['same'], torch.inf).min(1).values
-    return -hinge(farthest_other - nearest_same)
+    with torch.no_grad(): # only the two chosen rows carry a gradient
+        dist = pairwise_distance(emb, gallery.emb)
+        row = torch.stack([dist.masked_fill(targets['same'], -torch.inf).argmax(1), dist.masked_fill(targets['not_mate'], torch.inf).argmin(1)], 1)
+    farthest_other, nearest_mate = _to_rows(emb, row, gallery).unbind(1)
+    return -hinge(farthest_other - nearest_mate.masked_fill(targets['lone'], torch.inf))
 
 def hit_measure(emb, queries, targets, gallery, *, name)->dict[str,Tensor]:
     "R@1 in percent."

@@ -297,12 +297,12 @@ def _side(
     number = {name: k for k, name in enumerate(dict.fromkeys(names))}
     return ImageSet(pixels[keep] if broken else pixels, torch.tensor([number[name] for name in names]), tuple(number), crop)
 
-# %% ../nbs/01_data.ipynb #a6ebea14
+# %% ../nbs/01_data.ipynb #2a483493
 def _first(items:list[tuple[str, str]], name:str, limit:int|None)->list[tuple[str, str]]:
-    "The items of the first `limit` classes."
+    "The items of at most `limit` classes, the first ones."
     if limit is None: return items
     classes = list(dict.fromkeys(c for c, _ in items))
-    check_between(name, limit, 1, len(classes))
+    check_between(name, limit, 1, math.inf)
     kept = set(classes[:limit])
     return [item for item in items if item[0] in kept]
 
@@ -357,12 +357,12 @@ def _members(archive:zipfile.ZipFile)->list[tuple[str, str]]: # (Alphabet/charac
     if not found: raise ValueError(f'{archive.filename} must hold folder/Alphabet/character/*.png, found none among its {len(archive.namelist())} members')
     return [('/'.join(m.split('/')[1:3]), m) for m in found]
 
-# %% ../nbs/01_data.ipynb #f9f7195a
+# %% ../nbs/01_data.ipynb #5f64ea0f
 def omniglot(
     root:str|Path,              # folder of the archives
     *,
     size:int=28, channels:int=1, # side in pixels; 1, or 3 equal ones
-    train_classes:int|None=None, test_classes:int|None=None, # keep only the first classes
+    train_classes:int|None=None, test_classes:int|None=None, # keep at most the first so many classes
 )->Split:
     "Handwritten characters from the official archives, white on black; training and test alphabets are disjoint."
     check_between('size', size, 8, 512), check_choice('channels', channels, (1, 3))
@@ -385,7 +385,7 @@ def _class_files(folder:Path)->list[str]: # 'class/file', sorted
     if not files: raise ValueError(f'each class folder must hold an image ({" ".join(SUFFIXES)}), found none in {folder}; remove or fill it')
     return [f'{folder.name}/{file}' for file in files]
 
-# %% ../nbs/01_data.ipynb #b609357b
+# %% ../nbs/01_data.ipynb #234ed8d7
 def image_folder(
     root:str|Path,     # folder of class folders
     *,
@@ -393,7 +393,7 @@ def image_folder(
     channels:int=3,    # 1 grey, 3 RGB
     crop:int|None=None, # side of the window a batch shows
     skip_unreadable:bool=False, # leave broken files out and list them in `Split.skipped`
-    train_classes:int|None=None, test_classes:int|None=None, # keep only the first classes
+    train_classes:int|None=None, test_classes:int|None=None, # keep at most the first so many classes
 )->Split:
     "A folder of class folders; the first half of the sorted class names trains."
     check_between('size', size, 8, 4096), check_choice('channels', channels, (1, 3))
@@ -409,7 +409,7 @@ def image_folder(
     return _split(folder.resolve().name, *items, read, (channels, size, size), crop=crop, skip_unreadable=skip_unreadable,
                   train_classes=train_classes, test_classes=test_classes)
 
-# %% ../nbs/01_data.ipynb #864e0da9
+# %% ../nbs/01_data.ipynb #8ed53ca9
 def load(
     dataset:str,               # 'glyphs', 'omniglot' or the path of a folder of class folders
     *,
@@ -418,7 +418,7 @@ def load(
     channels:int=1,            # 1 grey, 3 colour
     crop:int|None=None,        # side of the window a batch shows
     seed:int=0,                # for glyphs
-    train_classes:int|None=None, test_classes:int|None=None, # keep only the first classes of each side
+    train_classes:int|None=None, test_classes:int|None=None, # keep at most the first so many classes of each side
     skip_unreadable:bool=False, # for folders
 )->Split:
     "A data set by its key or path."

@@ -226,7 +226,7 @@ def test_queries_from_outside_the_gallery_hide_nothing():
         assert s['GTT'].targets(outside, CIRCLE, 0)['row'].item() == 0 and near(outside, CIRCLE).item() == 0
         t = s['ES'].targets(outside, CIRCLE, 0)
         assert s['ES'].measure(outside.emb, outside, t, CIRCLE)['ES:R'].item() == 100
-    assert torch.equal(ltm_targets(outside, CIRCLE, 0)['same'], ltm_targets(outside, CIRCLE, 0, exclude_self=True)['same'])
+    assert torch.equal(ltm_targets(outside, CIRCLE, 0)['not_mate'], ltm_targets(outside, CIRCLE, 0, exclude_self=True)['not_mate'])
 
 
 def test_a_lonely_query_has_no_answer():

@@ -1,0 +1,90 @@
+"""Evaluations of a trained model: independent of the batch size, repeatable, and what the threat model promises."""
+import math
+
+import pytest
+import torch
+
+from robust_dml import data
+from robust_dml.evaluate import evaluate
+from robust_dml.models import build
+from robust_dml.train import train
+from robust_dml.tride import make
+
+
+@pytest.fixture(scope='module')
+def images(): return data.glyphs(train_classes=20, test_classes=12, per_class=12)
+
+
+@pytest.fixture(scope='module')
+def model(images):
+    "A net trained for a few epochs, so that embeddings have structure."
+    net = build('small', dim=32, size=28, channels=1, seed=0)
+    train(net, images.train, make('natural', margin=.2, miner='semihard'), epochs=25, pairs=24, lr=2e-3, show=False)
+    return net
+
+
+ATTACK = dict(eps=16/255, step_size=4/255, steps=6, show=False, backend='torch')
+
+
+def test_trained_net_falls(model, images):
+    "Retrieval that works without attack and does not under LTM and ES."
+    result = evaluate(model, images.test, **ATTACK | dict(eps=32/255, step_size=8/255, steps=10))
+    assert result.benign['R@1'] > 60 and result.after['LTM'] < 10 and result.after['ES:R'] < 10
+    assert result.before['GTT'] == 100 and result.before['ES:D'] == pytest.approx(0, abs=1e-5)
+    assert result.before['LTM'] == pytest.approx(result.benign['R@1'], abs=1e-4)
+    assert not result.collapsed and result.queries == len(images.test) and result.image_steps == 10*11*len(images.test)
+
+
+def test_batch_size_changes_nothing_in_float64(images):
+    net = build('small', dim=32, size=28, channels=1, seed=0).double()
+    train(net, images.train, make('natural', margin=.2), epochs=1, pairs=24, lr=2e-3, show=False)
+    whole, parts = (evaluate(net, images.test, batch_size=n, **ATTACK) for n in (144, 7))
+    for heading in whole.after:
+        assert parts.after[heading] == pytest.approx(whole.after[heading], abs=1e-9) and parts.before[heading] == pytest.approx(whole.before[heading], abs=1e-9)
+
+
+def test_batch_size_in_float32(model, images):
+    "At most half a point (or .005 of cosine and distance) from rounding."
+    whole, parts = (evaluate(model, images.test, batch_size=n, **ATTACK) for n in (144, 7))
+    for heading in whole.after:
+        tolerance = .005 if heading in ('TMA', 'ES:D') else .5
+        assert parts.after[heading] == pytest.approx(whole.after[heading], abs=tolerance), heading
+
+
+def test_same_seed_same_numbers(model, images):
+    first, second = (evaluate(model, images.test, limit=40, **ATTACK) for _ in range(2))
+    assert first.after == second.after and first.queries == 40
+    other = evaluate(model, images.test, limit=40, seed=1, **ATTACK)
+    assert other.before != first.before
+
+
+def test_no_budget_no_effect(model, images):
+    result = evaluate(model, images.test, **ATTACK | dict(eps=0.))
+    for heading in result.after: assert result.after[heading] == pytest.approx(result.before[heading], abs=1e-4), heading
+    assert result.ars == pytest.approx(100, abs=.01)
+
+
+def test_model_is_left_alone(model, images):
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    evaluate(model, images.test, limit=20, **ATTACK)
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    for key, value in model.state_dict().items(): assert torch.equal(value, before[key])
+
+
+def test_lone_query_is_left_out(model, images):
+    "A class with one image: reported, and in no mean of R@1."
+    kept = torch.cat([torch.tensor([0]), torch.arange(12, 144)])
+    few = data.ImageSet(images.test.images[kept], images.test.labels[kept], images.test.classes)
+    result = evaluate(model, few, **ATTACK)
+    rest = data.ImageSet(images.test.images[12:], images.test.labels[12:]-1, images.test.classes[1:])
+    assert result.excluded == 1 and not math.isnan(result.after['ES:R'])
+    assert result.before['ES:R'] <= evaluate(model, rest, **ATTACK).before['ES:R'] + 1e-6 # one more distractor
+
+
+@pytest.mark.parametrize('broken, message', [(lambda x: (x.flatten(1),), 'must return a tensor'), (lambda x: x.flatten(1)*torch.nan, 'must be finite'), (lambda x: x, 'must return a tensor')],
+                         ids=('tuple', 'nan', 'shape'))
+def test_broken_models_are_named(images, broken, message):
+    class Broken(torch.nn.Module):
+        def forward(self, x): return broken(x)
+    with pytest.raises(ValueError, match=message): evaluate(Broken(), images.test, limit=5, **ATTACK)
