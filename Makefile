@@ -7,9 +7,10 @@ INPUTS := settings.ini setup.py pyproject.toml constraints.txt
 export MPLBACKEND := agg
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help venv demo test sync lab clean
+.PHONY: help venv demo table1 table2 test sync lab clean
 help:
 	@echo "make demo  train, attack, score and report on the embedded images"
+	@echo "make table1 P='-p dataset omniglot -p root path/to/archives'   a table with parameters; also table2"
 	@echo "make test  sync check, notebook tests, pytest"
 	@echo "make lab   JupyterLab on nbs/"
 
@@ -36,9 +37,10 @@ $(VENV)/.ready: $(INPUTS)
 PAPERMILL := $(BIN)/papermill --log-level ERROR --no-progress-bar --stdout-file /dev/stdout --stderr-file /dev/stderr
 
 demo: venv
-	@set -o pipefail; began=$$SECONDS; \
-	for table in table1 table2; do $(PAPERMILL) nbs/run_$$table.ipynb /dev/null -p dataset glyphs 2>&1 | cat || exit 1; done; \
-	echo "the work took $$((SECONDS-began)) s"
+	@began=$$SECONDS; $(MAKE) --no-print-directory table1 && $(MAKE) --no-print-directory table2 && echo "the work took $$((SECONDS-began)) s"
+
+table1 table2: venv
+	@mkdir -p build; set -o pipefail; $(PAPERMILL) nbs/run_$@.ipynb build/$@.ipynb $(P) 2>&1 | cat
 
 sync: venv
 	@$(BIN)/python tests/check_sync.py

@@ -129,7 +129,7 @@ def progress(
     return tqdm(iterable, desc=desc, total=total, initial=initial, disable=not show, ncols=100, miniters=1,
                 mininterval=.5 if redraws else 15., file=sys.stderr if redraws else _Lines())
 
-# %% ../nbs/00_core.ipynb #edfd43d2
+# %% ../nbs/00_core.ipynb #69f1a83d
 def load_safetensors(
     path:str|Path,        # file to read
     *,
@@ -143,6 +143,6 @@ def load_safetensors(
         raise ValueError(f'expected a safetensors file, found a pickle: {path}; a pickle can run code, so convert it where you trust it: '
                          "safetensors.torch.save_file(torch.load(path, weights_only=True), 'weights.safetensors')")
     if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
-        raise ValueError(f'expected {path} with sha256 {sha256[:12]}, found {found[:12]}; the file was changed or damaged: delete its folder and run again')
+        raise ValueError(f'expected {path} with sha256 {sha256[:12]}, found {found[:12]}; the file was changed or damaged: delete it and run again')
     try: return load(data)
     except Exception as err: raise ValueError(f'expected a safetensors file, found {path} that cannot be read ({err}); copy or make it again') from err

@@ -43,12 +43,14 @@ def random_crop(
     row, col = top+step, left+torch.where(flip == 1, step.flip(0), step)
     return x[torch.arange(B).view(-1, 1, 1, 1), torch.arange(C).view(-1, 1, 1), row[:, None, :, None], col[:, None, None, :]]
 
-# %% ../nbs/01_data.ipynb #02d3ecbf
+# %% ../nbs/01_data.ipynb #617198f7
 def _check_set(self:'ImageSet')->None:
     "Refuse images and labels that do not belong together."
     N, K = len(self.images), len(self.classes)
     if len(self.images.shape) != 4 or not N:
         raise ValueError(f'images must have shape (N, C, H, W) with N > 0, found {tuple(self.images.shape)}')
+    if not str(self.images.dtype).endswith('uint8'):
+        raise ValueError(f'images must be stored as uint8 in 0 to 255, found {self.images.dtype}; convert floats in [0, 1] with (x*255).round().to(torch.uint8)')
     if tuple(self.labels.shape) != (N,) or self.labels.dtype != torch.long:
         raise ValueError(f'labels must have shape ({N},) and type long, found {tuple(self.labels.shape)} and {self.labels.dtype}')
     if self.labels.unique().tolist() != list(range(K)):
@@ -357,11 +359,12 @@ def _members(archive:zipfile.ZipFile)->list[tuple[str, str]]: # (Alphabet/charac
     if not found: raise ValueError(f'{archive.filename} must hold folder/Alphabet/character/*.png, found none among its {len(archive.namelist())} members')
     return [('/'.join(m.split('/')[1:3]), m) for m in found]
 
-# %% ../nbs/01_data.ipynb #5f64ea0f
+# %% ../nbs/01_data.ipynb #ce05b502
 def omniglot(
     root:str|Path,              # folder of the archives
     *,
     size:int=28, channels:int=1, # side in pixels; 1, or 3 equal ones
+    skip_unreadable:bool=False, # leave damaged images out and list them
     train_classes:int|None=None, test_classes:int|None=None, # keep at most the first so many classes
 )->Split:
     "Handwritten characters from the official archives, white on black; training and test alphabets are disjoint."
@@ -376,7 +379,7 @@ def omniglot(
         home = {member: archive for archive, items in ((first, train), (second, test)) for _, member in items}
         def read(member):
             with home[member].open(member) as file: return _stroke_image(read_image(file, channels=1), size)
-        return _split(name, train, test, read, (channels, size, size), train_classes=train_classes, test_classes=test_classes)
+        return _split(name, train, test, read, (channels, size, size), skip_unreadable=skip_unreadable, train_classes=train_classes, test_classes=test_classes)
 
 # %% ../nbs/01_data.ipynb #1d5dc893
 def _class_files(folder:Path)->list[str]: # 'class/file', sorted
@@ -409,7 +412,7 @@ def image_folder(
     return _split(folder.resolve().name, *items, read, (channels, size, size), crop=crop, skip_unreadable=skip_unreadable,
                   train_classes=train_classes, test_classes=test_classes)
 
-# %% ../nbs/01_data.ipynb #8ed53ca9
+# %% ../nbs/01_data.ipynb #9782d0b6
 def load(
     dataset:str,               # 'glyphs', 'omniglot' or the path of a folder of class folders
     *,
@@ -425,8 +428,8 @@ def load(
     limits = {k: v for k, v in (('train_classes', train_classes), ('test_classes', test_classes)) if v is not None}
     if dataset == 'glyphs': split = glyphs(size=size, channels=channels, seed=seed, **limits)
     elif dataset == 'omniglot':
-        if root is None: raise ValueError('omniglot needs root, the folder of its archives, found None')
-        split = omniglot(root, size=size, channels=channels, **limits)
+        if root is None: raise ValueError('omniglot needs root, the folder that holds images_background.zip and images_evaluation.zip (or the two small ones) of github.com/brendenlake/omniglot, found None')
+        split = omniglot(root, size=size, channels=channels, skip_unreadable=skip_unreadable, **limits)
     elif dataset and (Path(root or '.')/dataset).is_dir():
         split = image_folder(Path(root or '.')/dataset, size=size, channels=channels, crop=crop, skip_unreadable=skip_unreadable, **limits)
     else: raise ValueError(f"dataset must be 'glyphs', 'omniglot' or the path of a folder of class folders, found {dataset!r}")

@@ -7,7 +7,7 @@ __all__ = ['OFFSET', 'Clock', 'Step', 'Defense', 'clean_embedding', 'take', 'tri
            'embed_together', 'mean_shift', 'training_log', 'check_inner', 'natural', 'act_objective', 'act',
            'hm_objective', 'pseudo_hardness', 'ics_loss', 'hm']
 
-# %% ../nbs/21_defenses.ipynb #7a34280d
+# %% ../nbs/21_defenses.ipynb #6bcd94e1
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .collapse import collapseness, separability
 from .core import check_between, check_choice
 from .distances import hardness, paired_distance, triplet_loss
-from .mining import MINERS, Triplets
+from .mining import MINERS, Triplets, softhard
 from .models import embed, frozen, train_mode
 from .pgd import pgd
 
@@ -242,14 +242,15 @@ def ics_loss(
     "Intra-class structure: a perturbed anchor must stay nearer to its clean image than the positive is."
     return triplet_loss(*triplet_distances(a, a_adv, p), margin=0.).mean()
 
-# %% ../nbs/21_defenses.ipynb #7db8341f
+# %% ../nbs/21_defenses.ipynb #06017264
 def _settled(loss, previous): return previous is not None and bool((loss - previous).abs() < 1e-7)
 
-def _hm_step(model, x, label, *, state, clock, gen, eps, step_size, steps, margin, ics, source, destination, pseudo, loss_cap):
+def _hm_step(model, x, label, *, state, clock, gen, eps, step_size, steps, margin, ics, source, destination, pseudo, loss_cap, allow_self):
     "One HM update; keywords as in `hm`."
     emb = clean_embedding(model, x)
-    triplets = MINERS[source](emb, label, gen=gen, margin=margin)
-    if pseudo is None: target = hardness(*triplet_distances(*take(emb, MINERS[destination](emb, label, gen=gen, margin=margin))))
+    mine = dict(MINERS, softhard=partial(softhard, allow_self=allow_self))
+    triplets = mine[source](emb, label, gen=gen, margin=margin)
+    if pseudo is None: target = hardness(*triplet_distances(*take(emb, mine[destination](emb, label, gen=gen, margin=margin))))
     else: target = pseudo_hardness(state['loss'], margin=margin, cap=loss_cap, kind=pseudo)
     if pseudo is None and source == destination: steps = 0 # drawn alike: there is nowhere to go
     def objective(a, p, n): return hm_objective(*triplet_distances(a, p, n), target)
@@ -260,7 +261,7 @@ def _hm_step(model, x, label, *, state, clock, gen, eps, step_size, steps, margi
     loss = fit + ics*ics_loss(rest[0], a_adv, rest[1]) if ics else fit
     return Step(loss, dict(state, loss=fit.item()), training_log(emb, triplets, (a_adv, p_adv, n_adv), parts='apn', steps=adv.steps))
 
-# %% ../nbs/21_defenses.ipynb #39148c9c
+# %% ../nbs/21_defenses.ipynb #cc95653a
 def hm(
     *,
     eps:float,                # radius in [0, 1]
@@ -272,12 +273,13 @@ def hm(
     destination:str='semihard', # miner of the benign destination; used only if `pseudo` is None
     pseudo:str|float|None='gLGA', # 'gLGA', 'g_B', 'g_2', 'g_1/2', a constant, or None: benign destination
     loss_cap:float|None=None, # u of the gradual adversary; None: the margin
+    allow_self:bool=True,     # whether the softhard miner may fall back to an anchor as its own positive, as the reference code does
 )->Defense:
     "Hardness manipulation, HM[S, gLGA]&ICS by default."
     check_inner(eps, step_size, steps, margin)
     for key,miner in dict(source=source, destination=destination).items(): check_choice(key, miner, tuple(MINERS))
     options = dict(eps=eps, step_size=step_size, steps=steps, margin=margin, ics=ics, source=source, destination=destination,
-                   pseudo=pseudo, loss_cap=margin if loss_cap is None else loss_cap)
+                   pseudo=pseudo, loss_cap=margin if loss_cap is None else loss_cap, allow_self=allow_self)
     if options['loss_cap'] <= 0: raise ValueError(f"loss_cap must be positive, found {options['loss_cap']}")
     check_between('ics', ics, 0, float('inf'))
     if pseudo is not None: pseudo_hardness(2., margin=margin, cap=options['loss_cap'], kind=pseudo)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Protocol', 'query_rows', 'attack_batches', 'mean_outcomes', 'Evaluation', 'evaluate', 'examples']
 
-# %% ../nbs/31_evaluate.ipynb #d7d60e0c
+# %% ../nbs/31_evaluate.ipynb #93f8ebcc
 import math, time
 from dataclasses import asdict, dataclass, field
 from typing import Literal
@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from .attacks import FIXED, SUITE, Attack, Gallery, Queries, run_attack, suite
 from .collapse import indicators, is_collapsed
-from .core import generator, progress
+from .core import check_choice, generator, progress
 from .data import ImageSet
 from .metrics import benign
-from .models import embed, embed_all
+from .models import checksum, dtype_of, embed, embed_all
 from .scores import HEADINGS, ars, ars_cells, constant_before, ers, ers_cells
 from .search import knn, resolve_backend
 from .store import Run, append_line, read_lines
 
-# %% ../nbs/31_evaluate.ipynb #4c9a2687
+# %% ../nbs/31_evaluate.ipynb #e139bba1
 @dataclass(frozen=True)
 class Protocol:
     "How a model is attacked and measured; equal protocols on equal weights give equal numbers."
@@ -36,7 +36,10 @@ class Protocol:
     self_exclusion:Literal['id','drop_first'] = 'id'        # 'drop_first' is the reference code's rule
     esd_eval:Literal['final','last_forward'] = 'final'      # 'last_forward' measures ES:D one step early, as the reference code does
 
+    aggregation:Literal['query','batch']='query'            # 'batch' averages the means of batches, as the reference code does
+
     def __post_init__(self):
+        check_choice('aggregation', self.aggregation, ('query', 'batch'))
         if self.limit < 0 or self.batch_size < 1:
             raise ValueError(f'limit must be 0 or more and batch_size 1 or more, found {self.limit} and {self.batch_size}')
 
@@ -51,7 +54,7 @@ def query_rows(
     if not limit or limit >= total: return torch.arange(total)
     return torch.randperm(total, generator=generator(seed, 'queries'))[:limit].sort().values
 
-# %% ../nbs/31_evaluate.ipynb #d27268e8
+# %% ../nbs/31_evaluate.ipynb #730d6078
 def attack_batches(
     model:nn.Module,
     dataset:ImageSet,
@@ -65,25 +68,26 @@ def attack_batches(
     desc:str='attack',    # title of the bars
 )->list[dict]:            # one record per attack and batch
     "Attack all queries with all attacks, one batch after the other, going on from what the run folder holds."
-    records = read_lines(run, 'queries.jsonl') if run else []
-    done = {(r['attack'], r['start']) for r in records}
+    weights = checksum(model)
+    found = read_lines(run, 'queries.jsonl') if run else []
+    done = {(r['attack'], r['start']): r for r in found if r.get('weights') == weights and r['attack'] in attacks}
     rows = query_rows(len(dataset), limit=protocol.limit, seed=protocol.seed)
     for name,attack in attacks.items():
         missing = [i for i in range(0, len(rows), protocol.batch_size) if (name, i) not in done]
-        before = sum(r['queries'] for r in records if r['attack'] == name)
+        before = sum(r['queries'] for r in done.values() if r['attack'] == name)
         with progress(desc=f'{desc} {name}', total=len(rows), initial=before, show=show and bool(missing)) as bar:
             for start in missing:
                 batch = rows[start:start+protocol.batch_size]
-                record = dict(attack=name, start=start, queries=len(batch), **_attack_rows(model, dataset, gallery, attack, protocol, batch, device))
+                record = dict(attack=name, start=start, queries=len(batch), weights=weights, **_attack_rows(model, dataset, gallery, attack, protocol, batch, device))
                 if run: append_line(run, 'queries.jsonl', record)
-                records.append(record)
+                done[name, start] = record
                 bar.update(len(batch))
-    return sorted(records, key=lambda r: (list(attacks).index(r['attack']), r['start']))
+    return sorted(done.values(), key=lambda r: (list(attacks).index(r['attack']), r['start']))
 
 def _attack_rows(model, dataset, gallery, attack, protocol, rows, device)->dict:
     "Outcome of one attack on the queries `rows`: per query before and after, and the seconds it took."
     began = time.perf_counter()
-    x = dataset.batch(rows, device=device, dtype=gallery.emb.dtype)
+    x = dataset.batch(rows, device=device, dtype=dtype_of(model))
     at = rows.to(device)
     queries = Queries(emb=gallery.emb[at], label=gallery.label[at], row=at, id=rows)
     out = run_attack(model, attack, x, queries, gallery, eps=protocol.eps, step_size=protocol.step_size, steps=protocol.steps,
@@ -91,16 +95,22 @@ def _attack_rows(model, dataset, gallery, attack, protocol, rows, device)->dict:
     values = {key: {h: [None if math.isnan(v) else v for v in t.tolist()] for h,t in part.items()} for key,part in (('before', out.before), ('after', out.after))}
     return dict(values, seconds=time.perf_counter()-began)
 
-# %% ../nbs/31_evaluate.ipynb #d7f815dd
+# %% ../nbs/31_evaluate.ipynb #23505692
 def mean_outcomes(
     records:list[dict],             # of `attack_batches`
     moment:Literal['before','after'],
+    *,
+    aggregation:Literal['query','batch']='query', # 'batch': unweighted mean over the means of batches
 )->dict[str,float]:
     "Mean outcome per table heading over all queries for which it is defined; NaN when there is none."
     values = {}
     for record in records:
-        for heading,column in record[moment].items(): values.setdefault(heading, []).extend(v for v in column if v is not None)
-    return {heading: math.fsum(column)/len(column) if column else math.nan for heading,column in values.items()}
+        for heading,column in record[moment].items():
+            defined = [v for v in column if v is not None]
+            values.setdefault(heading, []).extend(defined if aggregation == 'query' else [_mean(defined)] if defined else [])
+    return {heading: _mean(column) for heading,column in values.items()}
+
+def _mean(values:list[float])->float: return math.fsum(values)/len(values) if values else math.nan
 
 # %% ../nbs/31_evaluate.ipynb #0450f0cc
 @dataclass(frozen=True)
@@ -133,7 +143,7 @@ class Evaluation:
         for name in ('ers', 'ars', 'ars_constant'): object.__setattr__(self, name, scores.get(name, math.nan))
         for name in ('ers_cells', 'ars_cells', 'ars_cells_constant'): object.__setattr__(self, name, scores.get(name, {}))
 
-# %% ../nbs/31_evaluate.ipynb #aaa482c6
+# %% ../nbs/31_evaluate.ipynb #bd0e2109
 def evaluate(
     model:nn.Module,   # images in [0, 1] to embeddings; normalisation inside
     dataset:ImageSet,  # test images: queries and gallery at once, a query never finds itself
@@ -147,6 +157,7 @@ def evaluate(
     batch_size:int=128,
     self_exclusion:Literal['id','drop_first']='id',
     esd_eval:Literal['final','last_forward']='final',
+    aggregation:Literal['query','batch']='query', # 'batch' averages the means of batches, as the reference code does
     backend:Literal['auto','faiss','torch']='auto', # k-means of NMI
     device:str='cpu',
     run:Run|None=None, # run folder: killed evaluations go on from here
@@ -154,7 +165,8 @@ def evaluate(
     desc:str='attack', # title of the bars
 )->Evaluation:
     "Benign retrieval, ten attacks, ERS and ARS of a model."
-    protocol = Protocol(eps=eps, step_size=step_size, steps=steps, seed=seed, limit=limit, batch_size=batch_size, self_exclusion=self_exclusion, esd_eval=esd_eval)
+    protocol = Protocol(eps=eps, step_size=step_size, steps=steps, seed=seed, limit=limit, batch_size=batch_size, self_exclusion=self_exclusion, esd_eval=esd_eval,
+                        aggregation=aggregation)
     attacks = {**suite(self_exclusion=self_exclusion), **FIXED} if attacks is None else attacks
     backend = resolve_backend(backend)
     gallery = Gallery(emb=embed_all(model, dataset, batch_size=batch_size, device=device), label=dataset.labels.to(device))
@@ -162,12 +174,13 @@ def evaluate(
     clean = benign(gallery.emb, gallery.label, backend=backend, self_exclusion=self_exclusion)
     signs = indicators(gallery.emb, gallery.label, gen=generator(seed, 'indicators'))
     return Evaluation(
-        benign={h: clean[h] for h in ('R@1', 'R@2', 'mAP', 'NMI')}, before=mean_outcomes(records, 'before'), after=mean_outcomes(records, 'after'),
+        benign={h: clean[h] for h in ('R@1', 'R@2', 'mAP', 'NMI')}, 
+        before=mean_outcomes(records, 'before', aggregation=aggregation), after=mean_outcomes(records, 'after', aggregation=aggregation),
         indicators=signs, collapsed=is_collapsed(signs), queries=sum(r['queries'] for r in records if r['attack'] == next(iter(attacks))),
         excluded=clean['undefined'], backend=backend, protocol=asdict(protocol), device=str(device), seconds=sum(r['seconds'] for r in records),
         image_steps=steps*sum(r['queries'] for r in records))
 
-# %% ../nbs/31_evaluate.ipynb #51abc0f0
+# %% ../nbs/31_evaluate.ipynb #ecb8ec1f
 def examples(
     model:nn.Module,
     dataset:ImageSet,
@@ -179,7 +192,7 @@ def examples(
     "Clean and adversarial queries with their top five results, chosen at random."
     emb = embed_all(model, dataset, batch_size=protocol.batch_size, device=device)
     rows = query_rows(len(dataset), limit=count, seed=protocol.seed).to(device)
-    x = dataset.batch(rows.cpu(), device=device, dtype=emb.dtype)
+    x = dataset.batch(rows.cpu(), device=device, dtype=dtype_of(model))
     gallery = Gallery(emb=emb, label=dataset.labels.to(device))
     queries = Queries(emb=emb[rows], label=gallery.label[rows], row=rows, id=rows.cpu())
     adv = run_attack(model, SUITE['ES'], x, queries, gallery, eps=protocol.eps, step_size=protocol.step_size, steps=protocol.steps, seed=protocol.seed).images

@@ -215,7 +215,7 @@ def _order(table:'DataFrame', column:Column)->str:
     if leaders(ranked, [column]): return f'In {column.name}, {first} is ahead of {second} by more than the spread of the seeds.'
     return f'In {column.name}, {first} and {second} lie within the spread of the seeds: no order is claimed.'
 
-# %% ../nbs/34_report.ipynb #246a805d
+# %% ../nbs/34_report.ipynb #1be19037
 def _in_255(value:float)->str:
     "A pixel distance in units of 1/255: '32/255'."
     return f'{round(255*value, 2):g}/255'
@@ -225,6 +225,11 @@ def _fall(row:Mapping[str,Any])->str:
     verb = 'falls' if max(row['ES:R'], row['LTM']) < row['R@1'] else 'goes'
     return f"Without defence, the share of queries whose nearest image is right (R@1) {verb} from {row['R@1']:.1f} % to {row['ES:R']:.1f} % under the attack ES and to {row['LTM']:.1f} % under LTM."
 
+def _limited(results:Mapping[str,Any])->str:
+    "A warning where only some queries were attacked."
+    limit = results['attack'].get('limit')
+    return f'Only {limit} random queries were attacked, while R@1 without attack counts all.' if limit else ''
+
 def summary(results:Mapping[str,Any])->list[str]: # a paragraph per setting
     "What the numbers say, in two or three sentences per setting."
     table, said = table1(results), []
@@ -233,7 +238,7 @@ def summary(results:Mapping[str,Any])->list[str]: # a paragraph per setting
     natural = {records[0]['label'] for records in _rows(results).values() if records[0]['defense'] == 'natural'}
     for setting, block in table.groupby('Setting', sort=False):
         plain, kept = block[block['Defense'].isin(natural)], block[~block['Defense'].isin(natural)]
-        parts = [f'Setting {setting}, ε = {_in_255(results["settings"][setting]["eps"])}.', *(_fall(row) for _,row in plain.iterrows())]
+        parts = [f'Setting {setting}, ε = {_in_255(results["settings"][setting]["eps"])}.', _limited(results), *(_fall(row) for _,row in plain.iterrows())]
         keeps = [f"{r['LTM']:.1f} % ({r['R@1']:.1f} %) for {r['Defense']}" for _,r in kept.iterrows()]
         if keeps: parts += [f'Trained against attacks, R@1 under LTM (without attack) is {_join(keeps)}.', _order(scored.loc[kept.index], score)]
         flagged = list(block['Defense'][block['Collapsed'] > 0])
@@ -290,17 +295,17 @@ def png(fig:'Figure', *, dpi:int=150)->bytes:
     with theme(): fig.savefig(file, format='png', dpi=dpi, facecolor='white', metadata={'Software': None})
     return file.getvalue()
 
-# %% ../nbs/34_report.ipynb #a201d745
+# %% ../nbs/34_report.ipynb #5580885e
 _PANELS = (('loss', 'Loss'), ('dist_ap', 'Distance to the positive'), ('dist_an', 'Distance to the negative'),
-           ('separability', 'Separability'), ('collapseness', 'Collapseness C (near, λ = 10)'), ('assisted', 'Share of assisted batches'))
+           ('separability', 'Separability'), ('collapseness', 'Collapseness C (near, λ = 10)'), ('collapsing', 'Batches with C ≥ 0; dashed: assisted'))
 
-def _curve(ax:'Axes', record:Mapping[str,Any], key:str)->None:
+def _curve(ax:'Axes', record:Mapping[str,Any], key:str, style:str='-')->None:
     "One line for one seed; unlogged epochs are gaps."
     values = [math.nan if row.get(key) is None else row[key] for row in record['train']['log']]
-    if key == 'assisted' and record['defense'] in ('natural', 'act', 'hm') or all(map(math.isnan, values)): return
+    if all(map(math.isnan, values)): return
     colour, marker = look(record)
     epochs = [row['epoch'] + 1 for row in record['train']['log']]
-    ax.plot(epochs, values, color=colour, marker=marker, markevery=max(1, len(values)//5), markersize=3.5, linewidth=1, alpha=.85)
+    ax.plot(epochs, values, style, color=colour, marker=marker, markevery=max(1, len(values)//5), markersize=3.5, linewidth=1, alpha=.85)
 
 def curves(
     records:Sequence[Mapping[str,Any]], # of one setting
@@ -313,7 +318,10 @@ def curves(
         for ax, (key, title) in zip(axes, _PANELS):
             ax.set_title(title)
             for record in records: _curve(ax, record, key)
-            if key == 'assisted': ax.set_ylim(-.04, 1.04)
+            if key == 'collapsing':
+                for record in records:
+                    if any('collapsing' in row for row in record['train']['log']): _curve(ax, record, 'assisted', '--')
+                ax.set_ylim(-.04, 1.04)
             if ax.get_subplotspec().is_last_row(): ax.set_xlabel('epoch')
             ax.xaxis.get_major_locator().set_params(integer=True)
         _legend(fig, _rows({'experiment': 'table1', 'records': records}))
@@ -622,7 +630,7 @@ def _page(results:Mapping[str,Any], figures:Mapping[str,tuple[bytes,str]])->str:
             f'<h2>Cost</h2>{_costs(results)}<p class="note">Means over the seeds. Image steps: images times PGD steps. Times depend on the machine and are not part of the csv file.</p>'
             f'<h2 id="setup">Configuration</h2>{_setup(results)}<h2>Provenance</h2>{_origin(results)}</main></body></html>\n')
 
-# %% ../nbs/34_report.ipynb #ca51301c
+# %% ../nbs/34_report.ipynb #7f3959da
 def write_report(
     folder:Path,              # for example reports/table1-glyphs-quick
     results:Mapping[str,Any], # records of an experiment, see the module `experiments`
@@ -633,8 +641,9 @@ def write_report(
     table, figures = _table(results, experiment), _figures(results, examples)
     records = [{k: v for k,v in record.items() if k != 'examples'} for record in results['records']]
     for name, (data, _) in figures.items(): write_atomic(folder/'figures'/name, data)
+    for stale in {p.name for p in (folder/'figures').glob('*.png')} - figures.keys(): (folder/'figures'/stale).unlink()
     write_atomic(folder/'table.csv', to_csv(table, experiment))
     write_atomic(folder/'table.md', to_markdown(table, experiment).encode())
     write_atomic(folder/'results.json', to_json({**results, 'records': records}))
-    write_atomic(folder/'index.html', _page(results, figures).encode())
+    write_atomic(folder/'index.html', _page(results, figures).encode(errors='backslashreplace'))
     return folder/'index.html'

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['reports_root', 'StoreError', 'write_atomic', 'to_json', 'Run', 'append_line', 'read_lines', 'save_tensors',
-           'load_tensors', 'provenance', 'open_run']
+           'load_tensors', 'provenance', 'find_run', 'open_run']
 
 # %% ../nbs/30_store.ipynb #3652edbe
 import hashlib, json, os, platform, subprocess
@@ -50,7 +50,7 @@ def write_atomic(
         raise StoreError(f'expected to write {path}, found: {error.strerror}; free space or choose another folder with -p out FOLDER '
                          '(what was finished before is kept)') from error
 
-# %% ../nbs/30_store.ipynb #6f335e72
+# %% ../nbs/30_store.ipynb #a72165e1
 def to_json(
     value, # dicts, lists, strings, numbers; NaN becomes null
 )->bytes:
@@ -60,9 +60,9 @@ def to_json(
         if isinstance(v, dict): return {str(k): plain(x) for k,x in v.items()}
         if isinstance(v, (list, tuple)): return [plain(x) for x in v]
         return v
-    return (json.dumps(plain(value), sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + '\n').encode()
+    return (json.dumps(plain(value), sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + '\n').encode(errors='backslashreplace')
 
-# %% ../nbs/30_store.ipynb #fd3850bc
+# %% ../nbs/30_store.ipynb #f99766e3
 @dataclass(frozen=True)
 class Run:
     "One run folder of the store."
@@ -75,12 +75,14 @@ class Run:
 
     def write(self, name:str, value)->None: write_atomic(self.folder/name, to_json(value))
 
-    def read(self, name:str):
-        "Value of a JSON file; StoreError when it is broken."
+    def read(self, name:str, *keys:str)->dict:
+        "Value of a JSON file that must hold `keys`; StoreError when it is broken."
         path = self.folder/name
-        try: return json.loads(path.read_text(encoding='utf-8'))
-        except (ValueError, UnicodeDecodeError) as error:
-            raise StoreError(f'expected JSON in {path}, found a damaged file ({error}); delete it and run again') from error
+        try: value = json.loads(path.read_text(encoding='utf-8'))
+        except ValueError as error: raise StoreError(f'expected JSON in {path}, found a damaged file ({error}); delete it and run again') from error
+        absent = [key for key in keys if not isinstance(value, dict) or key not in value]
+        if absent: raise StoreError(f'expected {", ".join(absent)} in {path}, found a file without; it was edited or damaged: delete it and run again')
+        return value
 
 # %% ../nbs/30_store.ipynb #9fb36751
 def append_line(
@@ -147,15 +149,23 @@ def _commit()->str:
     git = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, cwd=home)
     return git.stdout.strip() if git.returncode == 0 else 'unknown'
 
-# %% ../nbs/30_store.ipynb #23232c93
-def open_run(
+# %% ../nbs/30_store.ipynb #ca0214a0
+def find_run(
     reports:Path, # folder of `reports_root`
     kind:str,     # 'train' or 'eval'
     config:dict,  # JSON-able, complete: equal configurations share one folder
 )->Run:
+    "The run folder of a configuration, whether or not it exists."
+    return Run(Path(reports)/'store'/f'{kind}-{fingerprint(config)[:12]}')
+
+def open_run(
+    reports:Path,
+    kind:str,
+    config:dict,
+)->Run:
     "The run folder of a configuration, with its card; made when it is new."
-    run = Run(Path(reports)/'store'/f'{kind}-{fingerprint(config)[:12]}')
+    run = find_run(reports, kind, config)
     if not run.has('card.json'): run.write('card.json', dict(kind=kind, config=config, provenance=provenance()))
-    if fingerprint(run.read('card.json')['config']) != fingerprint(config):
+    if fingerprint(run.read('card.json', 'config', 'provenance')['config']) != fingerprint(config):
         raise StoreError(f'expected the configuration of {run.address} in {run.folder/"card.json"}, found another one; the card was edited: delete the folder')
     return run

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['save_checkpoint', 'load_checkpoint', 'mean_log', 'train_epoch', 'train', 'finish', 'load_trained']
 
-# %% ../nbs/32_train.ipynb #57cd9673
+# %% ../nbs/32_train.ipynb #af12a065
 import math, time
 
 import torch
@@ -15,9 +15,10 @@ from torch.optim import Adam, Optimizer
 from .core import generator, progress
 from .data import ImageSet, pair_batches
 from .defenses import Clock, Defense
+from .models import dtype_of
 from .store import Run, load_tensors, save_tensors
 
-# %% ../nbs/32_train.ipynb #629b052e
+# %% ../nbs/32_train.ipynb #9d3c7adb
 def save_checkpoint(
     run:Run,
     model:nn.Module,
@@ -38,7 +39,7 @@ def load_checkpoint(
 )->dict: # the `progress` that was saved; empty when there is no checkpoint
     "Put weights and optimiser back; a clear error when the file is not the one that was recorded."
     if not run.has('checkpoint.json'): return {}
-    progress = run.read('checkpoint.json')
+    progress = run.read('checkpoint.json', 'epoch', 'file', 'sha256', 'state', 'log')
     tensors = load_tensors(run, progress['file'], progress['sha256'])
     model.load_state_dict({k.removeprefix('model.'): v for k,v in tensors.items() if k.startswith('model.')})
     moments = {}
@@ -61,7 +62,7 @@ def mean_log(
     columns = {key: [log[key] for log in logs if not math.isnan(log[key])] for key in logs[0]}
     return {key: math.fsum(column)/len(column) if column else math.nan for key,column in columns.items()}
 
-# %% ../nbs/32_train.ipynb #666d808c
+# %% ../nbs/32_train.ipynb #73657da1
 def train_epoch(
     model:nn.Module,
     dataset:ImageSet,
@@ -80,7 +81,7 @@ def train_epoch(
     order, draws = generator(seed, 'pairs', clock.epoch), generator(seed, 'defense', clock.epoch)
     logs = []
     for i,rows in enumerate(pair_batches(dataset.labels, pairs=pairs, gen=order, allow_self=allow_self)):
-        x, label = dataset.augment(rows, draws, device), dataset.labels[rows].to(device)
+        x, label = dataset.augment(rows, draws, device, dtype_of(model)), dataset.labels[rows].to(device)
         loss,state,log = defense.step(model, x, label, state=state, clock=Clock(clock.epoch, clock.epochs, clock.update+i), gen=draws)
         if not loss.isfinite(): raise FloatingPointError(f'expected a finite loss, found {loss.item()} at epoch {clock.epoch}, batch {i} of {defense.name}; '
                                                          'lower the learning rate or the budget (the last whole epoch is kept)')
@@ -130,7 +131,7 @@ def _check(dataset:ImageSet, epochs:int, pairs:int)->None:
     if epochs < 1 or pairs < 2: raise ValueError(f'expected at least 1 epoch and 2 pairs per batch, found {epochs} and {pairs}')
     if len(dataset.labels.unique()) < 2: raise ValueError(f'expected at least 2 training classes, found {len(dataset.labels.unique())}; a triplet needs a negative')
 
-# %% ../nbs/32_train.ipynb #eb07c36a
+# %% ../nbs/32_train.ipynb #0ae8e427
 def finish(
     run:Run,
     model:nn.Module,
@@ -148,6 +149,6 @@ def load_trained(
     model:nn.Module, # gets the weights
 )->dict:             # the training's result
     "Weights and result of a finished training."
-    result = run.read('result.json')
+    result = run.read('result.json', 'sha256', 'log')
     model.load_state_dict(load_tensors(run, 'model.safetensors', result['sha256']))
     return result

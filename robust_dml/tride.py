@@ -187,7 +187,7 @@ OFFICIAL = PAPER | dict(weighting='far', collapse_eval='per_step', adv_distance=
     anp_main='assist_only', top_term_on_collapse=True, top_gain='per_step', assist_start_frac=0., top_loss_in='both')
 PROFILES = dict(paper=PAPER, official=OFFICIAL)
 
-# %% ../nbs/22_tride.ipynb #3ce2a0bc
+# %% ../nbs/22_tride.ipynb #5bd19447
 def switches(
     profile:str,  # 'paper' or 'official'
     **options,    # the five required ones and any deviation from the profile
@@ -200,6 +200,10 @@ def switches(
     check_inner(s.eps, s.step_size, s.steps, s.margin)
     for key,valid in CHOICES.items(): check_choice(key, getattr(s, key), valid)
     check_between('assist_start_frac', s.assist_start_frac, 0, 1)
+    if s.orientation == 'attack' and (s.cap_hinge or s.anp_main != 'attack'):
+        raise ValueError("orientation='attack' needs cap_hinge=False and anp_main='attack', found switches that end the attack at C = 0; set both")
+    if s.steps == 1 and s.step_schedule != 'const':
+        raise ValueError(f"a single PGD step has the length eps, found steps=1 with step_schedule={s.step_schedule!r}; use step_schedule='const'")
     for key in ('lam', 'top_beta', 'top_margin'): check_between(key, getattr(s, key), 0, float('inf'))
     return s
 
@@ -265,7 +269,7 @@ def _assists(signs, steps):
     "1 if any of the PGD steps lowered the hardness."
     return float(steps > 0 and bool((torch.stack(signs[:steps]) > 0).any()))
 
-# %% ../nbs/22_tride.ipynb #ac426f3f
+# %% ../nbs/22_tride.ipynb #0d94dcb0
 def _tride_step(model, x, label, *, state, clock, gen, s):
     "One batch of Algorithm 1 with the switches `s`."
     phase,signs = state['phase'],[]
@@ -285,7 +289,7 @@ def _tride_step(model, x, label, *, state, clock, gen, s):
         top_margin=s.top_margin)                                                                     # eq. (9)
     own = C if s.collapse_eval == 'once_clean' else collapseness(*d_adv, lam=s.lam, weighting=s.weighting)
     log = training_log(emb, triplets, after, parts=PARTS[phase], steps=adv.steps, assisted=_assists(signs, adv.steps))
-    return Step(loss, dict(state, phase=next_phase(phase, s.phase)), dict(log, own_collapseness=own.item()))
+    return Step(loss, dict(state, phase=next_phase(phase, s.phase)), dict(log, own_collapseness=own.item(), collapsing=float(own >= 0)))
 
 # %% ../nbs/22_tride.ipynb #95963325
 def tride(
@@ -303,8 +307,8 @@ def tride(
     first = 'cap' if s.phase == 'alternate' else s.phase
     return Defense('colo_tride', asdict(s), partial(dict, phase=first), partial(_tride_step, s=s))
 
-# %% ../nbs/22_tride.ipynb #94ff394a
-NAIVE = {f'naive_{name}': dict(phase=phase, orientation='attack', step_schedule='const', miner_margin='const')
+# %% ../nbs/22_tride.ipynb #301b6fdc
+NAIVE = {f'naive_{name}': dict(phase=phase, orientation='attack', step_schedule='const', miner_margin='const', cap_hinge=False, anp_main='attack')
          for name,phase in dict(cap='cap', anp='anp', tride='alternate', sip='sip').items()}
 
 def naive(

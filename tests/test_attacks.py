@@ -241,7 +241,7 @@ def test_a_lonely_query_has_no_answer():
 
 
 def test_ties_go_to_the_lower_row_even_with_rounding():
-    d = tensor([[.5, .2, .2 + 1e-9, .2, .9]], dtype=torch.float64)
+    d = tensor([[.5, .2, .2 + 1e-15, .2, .9]], dtype=torch.float64)
     assert nearest(d).item() == 1 and nearest(d.flip(1)).item() == 1
     assert position(d, torch.arange(5)[None]).tolist() == [[3, 0, 1, 2, 4]]
     r = torch.rand(6, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -283,7 +283,7 @@ def test_finite_gradient_at_the_clean_image_at_duplicates_and_after_a_collapse(n
 
 def test_rounding_at_the_start_gives_no_direction():
     "A distance that is zero but for rounding pushes nowhere: to the own copy (source GTM, LTM, CA+) or to the wanted row (QA)."
-    nudged = ZERO.emb + 1e-9*tensor([[0., 1.]])
+    nudged = ZERO.emb + 1e-15*tensor([[0., 1.]])
     for name, t in (('GTM', gtm_targets(ZERO, CIRCLE, 0)), ('CA+', ca_constants(tensor([[0]]), CIRCLE)), ('QA+', dict(row=tensor([[0]])))):
         z = nudged.clone().requires_grad_()
         assert torch.autograd.grad(ALL[name].objective(z, ZERO, t, CIRCLE).sum(), z)[0].abs().max() == 0

@@ -187,3 +187,15 @@ def test_log_keys_are_shared_and_right():
     (hm, dict(ics=.5, loss_cap=0.), 'loss_cap'), (hm, dict(ics=-1.), 'ics')])
 def test_wrong_options_are_refused_when_the_defence_is_made(make, wrong, words):
     with pytest.raises(ValueError, match=words): make(**INNER | wrong)
+
+
+def test_hm_softhard_quirk_is_a_switch():
+    "With one pair per class the softhard fallback may pair an anchor with itself; allow_self=False forbids it."
+    net,(x,label) = network(),batch()
+    triplets = {}
+    for allowed in (True, False):
+        seen = []
+        defence = hm(**INNER, ics=0., allow_self=allowed)
+        for seed in range(6): seen.append(defence.step(net, x, label, state=defence.init(), clock=Clock(0, 1), gen=generator(seed, 'mine')).log['dist_ap'])
+        triplets[allowed] = min(seen)
+    assert defence.options['allow_self'] is False and triplets[True] < triplets[False]

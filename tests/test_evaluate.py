@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from robust_dml import data
+from robust_dml.attacks import SUITE
 from robust_dml.evaluate import evaluate
 from robust_dml.models import build
 from robust_dml.train import train
@@ -88,3 +89,34 @@ def test_broken_models_are_named(images, broken, message):
     class Broken(torch.nn.Module):
         def forward(self, x): return broken(x)
     with pytest.raises(ValueError, match=message): evaluate(Broken(), images.test, limit=5, **ATTACK)
+
+
+def test_double_and_plain_models(images):
+    "A model that is no EmbeddingNet gets its images in its own dtype."
+    from torch import nn
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 16))
+    result, exact = (evaluate(m, images.test, limit=12, **ATTACK) for m in (net, net.double()))
+    for heading in exact.before: assert exact.before[heading] == pytest.approx(result.before[heading], abs=.5)
+
+
+def test_mean_of_batch_means(model, images):
+    "The reference code's aggregation differs only through the last, smaller batch."
+    whole = {how: evaluate(model, images.test, batch_size=100, aggregation=how, **ATTACK) for how in ('query', 'batch')}
+    halves = [evaluate(model, images.test, batch_size=100, **ATTACK)]
+    assert whole['query'].after == halves[0].after and whole['batch'].after != whole['query'].after
+    with pytest.raises(ValueError, match="'query', 'batch'"): evaluate(model, images.test, aggregation='mean', **ATTACK)
+
+
+@pytest.mark.parametrize('scale', [1e-3, 1e-4])
+def test_collapsed_embedding_keeps_its_ranks(images, scale):
+    "In float64 a model that maps everything into a tiny ball is ranked exactly: before the attacks R@1 and GTT are the benign values."
+    from torch import nn
+    class Tiny(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = build('small', dim=16, size=28, channels=1, seed=0).double()
+        def forward(self, x): return scale*self.net(x) + torch.ones(16, dtype=torch.float64)
+    result = evaluate(Tiny(), images.test, limit=30, **ATTACK)
+    assert result.collapsed and result.before['GTT'] == 100
+    all_queries = evaluate(Tiny(), images.test, attacks={'ES': SUITE['ES']}, **ATTACK)
+    assert all_queries.before['ES:R'] == pytest.approx(all_queries.benign['R@1'], abs=1e-9)

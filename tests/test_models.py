@@ -202,5 +202,5 @@ def test_embed_all_equals_one_batch_and_leaves_no_trace():
     before = trace(model)
     one,many = (embed_all(model, data, batch_size=b) for b in (11, 3))
     torch.testing.assert_close(one, many, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(one, embed(model, data.batch(torch.arange(11))).detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(one, embed(model, data.batch(torch.arange(11), dtype=torch.float64)).detach(), rtol=1e-12, atol=1e-12)
     assert one.shape == (11, 16) and not one.requires_grad and trace(model)[:2] == before[:2]
