@@ -366,3 +366,17 @@ def test_pair_batches_come_from_the_generator():
     label = torch.arange(40)//4
     def epoch(*key, pairs=8): return torch.cat(list(data.pair_batches(label, pairs=pairs, gen=generator(*key))))
     assert epoch(0, 1).equal(epoch(0, 1)) and epoch(0, 1).equal(epoch(0, 1, pairs=13)) and not epoch(0, 1).equal(epoch(0, 2))
+
+
+@pytest.mark.parametrize('images', [torch.rand(4, 1, 8, 8), torch.zeros(4, 1, 8, 8, dtype=torch.int16)], ids=('float', 'int16'))
+def test_images_are_stored_as_bytes(images):
+    with pytest.raises(ValueError, match='stored as uint8 in 0 to 255'): data.ImageSet(images, torch.tensor([0, 0, 1, 1]), ('a', 'b'))
+
+
+def test_damaged_drawing_can_be_skipped(tmp_path):
+    archive(tmp_path/'images_background_small1.zip', ('Greek',))
+    archive(tmp_path/'images_background_small2.zip', ('Tagalog',))
+    with zipfile.ZipFile(tmp_path/'images_background_small2.zip', 'a') as z: z.writestr('images_background_small2/Tagalog/character01/9999_99.png', b'no image')
+    with pytest.raises(ValueError, match='9999_99.png'): data.load('omniglot', root=tmp_path)
+    split = data.load('omniglot', root=tmp_path, skip_unreadable=True)
+    assert len(split.skipped) == 1 and split.skipped[0].endswith('9999_99.png')
