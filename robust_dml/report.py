@@ -526,7 +526,7 @@ def _main_table(results:Mapping[str,Any])->str:
         last = setting
     return _grid(_head(columns, ends), body, 'results')
 
-# %% ../nbs/34_report.ipynb #ba7f992f
+# %% ../nbs/34_report.ipynb #e2242d2a
 def _reading(results:Mapping[str,Any])->str:
     "What the columns mean and how the spread was made."
     columns, table = COLUMNS[results['experiment']], _table(results, results['experiment'])
@@ -537,7 +537,7 @@ def _reading(results:Mapping[str,Any])->str:
     notes = ['↑ higher is better for the defender, ↓ lower is better.', one if table['Seeds'].max() < 2 else many]
     if table['Seeds'].max() > 1 and table['Seeds'].min() < 2: notes.append('Rows with one seed have no spread; nothing is bold in their setting.')
     if table[[c.name for c in columns]].isna().any(axis=None): notes.append('0/0: undefined, because the value without attack already is the goal of the attacker; left out of the mean.')
-    notes.append('Collapsed: the model maps all images to nearly one point; nothing can be moved then, which earns an ERS of about 30 and is no robustness.')
+    notes.append('Collapsed: the model maps all images to nearly one point; little can be moved then, which earns points in ERS and ARS and is no robustness.')
     return f'<p class="note">{escape(" ".join(notes))}</p><h3>How to read the columns</h3><dl>{terms}</dl>'
 
 # %% ../nbs/34_report.ipynb #b6c7c949
@@ -587,7 +587,7 @@ def _origin(results:Mapping[str,Any])->str:
     return (f'<h3>Runs in the store</h3>{_grid(head, body)}<p class="note">Without partner: queries whose class has no other test image; R@1 is undefined for them and they are left out.</p>'
             f'<h3>Data</h3>{_facts(results["data"])}<h3>Software</h3>' + ''.join(map(_facts, machines)))
 
-# %% ../nbs/34_report.ipynb #bf01ca7e
+# %% ../nbs/34_report.ipynb #02825ab2
 def _slug(text:str)->str:
     "A file name from a label."
     return re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-') or 'x'
@@ -599,7 +599,7 @@ def _figures(results:Mapping[str,Any], examples:Mapping[str,Mapping[str,Tensor]]
         made[f'robustness-{_slug(setting)}.png'] = png(robustness(results, setting).figure), (f'Setting {setting}. Each line is an attack, each marker a defence (mean over its seeds; faint: single seeds). '
             'Farther right is more robust. The two lines on top show what the model is worth without attack; read the scores of a model with a mean distance near 0 with suspicion.')
         made[f'curves-{_slug(setting)}.png'] = png(curves([r for r in results['records'] if r['setting'] == setting])), (f'Training in setting {setting}, one thin line per seed. '
-            'Distances that shrink together while separability falls announce a collapse; C is positive when one is impending, and COLO-TRIDE then assists instead of attacking.')
+            'Distances that shrink together while separability falls announce a collapse; C is positive when one is impending, and COLO-TRIDE then assists or stops instead of attacking.')
     names, attack = {f'{setting} {label}': f'{label}, setting {setting}' for setting, label in _rows(results)}, results['records'][0]['eval'].get('example_attack', 'ES')
     for label, tensors in examples.items():
         made[f'queries-{_slug(label)}.png'] = png(strip(tensors)), (f'{names.get(label, label)}: queries under the attack {attack} and the five nearest test images before and after. '

@@ -323,3 +323,10 @@ def test_own_collapseness_is_what_the_defence_watches(when, seen):
     net,(x,label) = network(),batch()
     log = run(make('colo_tride', **NAMES['colo_tride'] | dict(lam=0., collapse_eval=when, orientation='attack')), net, x, label).log
     assert log['own_collapseness'] == pytest.approx(log[seen], abs=1e-6) and log['hardness'] != pytest.approx(log['adv_hardness'], abs=1e-3)
+
+
+def test_early_stop_threshold():
+    "The official code ends PGD below a loss of 1e-5."
+    stop = stop_rule(switches('official', **INNER), 'cap')
+    assert stop(torch.tensor(-9e-6), None) and not stop(torch.tensor(-2e-5), None)
+    assert stop_rule(switches('paper', **INNER), 'cap') is None
