@@ -204,3 +204,13 @@ def test_embed_all_equals_one_batch_and_leaves_no_trace():
     torch.testing.assert_close(one, many, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(one, embed(model, data.batch(torch.arange(11), dtype=torch.float64)).detach(), rtol=1e-12, atol=1e-12)
     assert one.shape == (11, 16) and not one.requires_grad and trace(model)[:2] == before[:2]
+
+
+def test_googlenet_sees_what_its_original_weights_expect():
+    "torchvision's own conversion from ImageNet-normalised images to those of the original weights."
+    from torchvision.models import googlenet
+    net = build('googlenet', dim=4, size=64, channels=3, seed=0)
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    imagenet = (x - torch.tensor([.485, .456, .406]).view(1, 3, 1, 1))/torch.tensor([.229, .224, .225]).view(1, 3, 1, 1)
+    theirs = googlenet(weights=None, transform_input=True, aux_logits=False, init_weights=False)._transform_input(imagenet)
+    torch.testing.assert_close((x - net.mean)/net.std, theirs, rtol=1e-5, atol=1e-5)
