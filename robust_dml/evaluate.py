@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Protocol', 'query_rows', 'attack_batches', 'mean_outcomes', 'Evaluation', 'evaluate', 'examples']
 
-# %% ../nbs/31_evaluate.ipynb #93f8ebcc
+# %% ../nbs/31_evaluate.ipynb #1f671090
 import math, time
 from dataclasses import asdict, dataclass, field
 from typing import Literal
@@ -13,12 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .attacks import FIXED, SUITE, Attack, Gallery, Queries, run_attack, suite
+from .attacks import FIXED, SUITE, Attack, Gallery, members, run_attack, suite
 from .collapse import indicators, is_collapsed
 from .core import check_choice, generator, progress
 from .data import ImageSet
 from .metrics import benign
-from .models import checksum, dtype_of, embed, embed_all
+from .models import checksum, dtype_of, embed, embed_all, frozen
 from .scores import HEADINGS, ars, ars_cells, constant_before, ers, ers_cells
 from .search import knn, resolve_backend
 from .store import Run, append_line, read_lines
@@ -54,7 +54,7 @@ def query_rows(
     if not limit or limit >= total: return torch.arange(total)
     return torch.randperm(total, generator=generator(seed, 'queries'))[:limit].sort().values
 
-# %% ../nbs/31_evaluate.ipynb #730d6078
+# %% ../nbs/31_evaluate.ipynb #624e7a7b
 def attack_batches(
     model:nn.Module,
     dataset:ImageSet,
@@ -88,9 +88,7 @@ def _attack_rows(model, dataset, gallery, attack, protocol, rows, device)->dict:
     "Outcome of one attack on the queries `rows`: per query before and after, and the seconds it took."
     began = time.perf_counter()
     x = dataset.batch(rows, device=device, dtype=dtype_of(model))
-    at = rows.to(device)
-    queries = Queries(emb=gallery.emb[at], label=gallery.label[at], row=at, id=rows)
-    out = run_attack(model, attack, x, queries, gallery, eps=protocol.eps, step_size=protocol.step_size, steps=protocol.steps,
+    out = run_attack(model, attack, x, members(gallery, rows.to(device)), gallery, eps=protocol.eps, step_size=protocol.step_size, steps=protocol.steps,
                      seed=protocol.seed, esd_eval=protocol.esd_eval)
     values = {key: {h: [None if math.isnan(v) else v for v in t.tolist()] for h,t in part.items()} for key,part in (('before', out.before), ('after', out.after))}
     return dict(values, seconds=time.perf_counter()-began)
@@ -143,7 +141,7 @@ class Evaluation:
         for name in ('ers', 'ars', 'ars_constant'): object.__setattr__(self, name, scores.get(name, math.nan))
         for name in ('ers_cells', 'ars_cells', 'ars_cells_constant'): object.__setattr__(self, name, scores.get(name, {}))
 
-# %% ../nbs/31_evaluate.ipynb #bd0e2109
+# %% ../nbs/31_evaluate.ipynb #fb01cd75
 def evaluate(
     model:nn.Module,   # images in [0, 1] to embeddings; normalisation inside
     dataset:ImageSet,  # test images: queries and gallery at once, a query never finds itself
@@ -159,7 +157,7 @@ def evaluate(
     esd_eval:Literal['final','last_forward']='final',
     aggregation:Literal['query','batch']='query', # 'batch' averages the means of batches, as the reference code does
     backend:Literal['auto','faiss','torch']='auto', # k-means of NMI
-    device:str='cpu',
+    device:str='cpu',  # where the model is
     run:Run|None=None, # run folder: killed evaluations go on from here
     show:bool=True,    # progress bars
     desc:str='attack', # title of the bars
@@ -174,13 +172,13 @@ def evaluate(
     clean = benign(gallery.emb, gallery.label, backend=backend, self_exclusion=self_exclusion)
     signs = indicators(gallery.emb, gallery.label, gen=generator(seed, 'indicators'))
     return Evaluation(
-        benign={h: clean[h] for h in ('R@1', 'R@2', 'mAP', 'NMI')}, 
+        benign={h: clean[h] for h in ('R@1', 'R@2', 'mAP', 'NMI')},
         before=mean_outcomes(records, 'before', aggregation=aggregation), after=mean_outcomes(records, 'after', aggregation=aggregation),
         indicators=signs, collapsed=is_collapsed(signs), queries=sum(r['queries'] for r in records if r['attack'] == next(iter(attacks))),
         excluded=clean['undefined'], backend=backend, protocol=asdict(protocol), device=str(device), seconds=sum(r['seconds'] for r in records),
         image_steps=steps*sum(r['queries'] for r in records))
 
-# %% ../nbs/31_evaluate.ipynb #ecb8ec1f
+# %% ../nbs/31_evaluate.ipynb #014f9960
 def examples(
     model:nn.Module,
     dataset:ImageSet,
@@ -194,10 +192,10 @@ def examples(
     rows = query_rows(len(dataset), limit=count, seed=protocol.seed).to(device)
     x = dataset.batch(rows.cpu(), device=device, dtype=dtype_of(model))
     gallery = Gallery(emb=emb, label=dataset.labels.to(device))
-    queries = Queries(emb=emb[rows], label=gallery.label[rows], row=rows, id=rows.cpu())
+    queries = members(gallery, rows)
     adv = run_attack(model, SUITE['ES'], x, queries, gallery, eps=protocol.eps, step_size=protocol.step_size, steps=protocol.steps, seed=protocol.seed).images
     found = dict(clean=x, adv=adv, label=queries.label)
-    with torch.no_grad(): moved = embed(model, adv)
+    with frozen(model), torch.no_grad(): moved = embed(model, adv)
     for moment,query in (('before', emb[rows]), ('after', moved)):
         top = knn(query, emb, k=min(5, len(dataset)-1), rows=rows)[1]
         found |= {moment: _thumbnails(dataset, top), f'label_{moment}': gallery.label[top]}
