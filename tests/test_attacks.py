@@ -412,3 +412,11 @@ def test_bad_input_is_named(world):
     with pytest.raises(ValueError, match='two classes'): Gallery(gallery.emb, torch.zeros(60).long())
     with pytest.raises(ValueError, match='gallery needs'): Gallery(gallery.emb, gallery.label[:5])
     with pytest.raises(ValueError, match='queries need'): Queries(queries.emb, queries.label, queries.row[:2], queries.id)
+
+
+def test_ltm_finds_a_mate_in_the_last_row():
+    "Item 4 (130°) has one mate, the last row (200°); the farthest item of another class lies at 0°."
+    query = members(CIRCLE, tensor([4]))
+    value = ALL['LTM fixed'].objective(query.emb, query, ltm_targets(query, CIRCLE, 0, exclude_self=True), CIRCLE)
+    expected = 2*math.sin(math.radians(35)) - 2*math.sin(math.radians(65))
+    assert value.item() == pytest.approx(expected, abs=1e-6)
