@@ -162,7 +162,7 @@ def first_hit(
     hit = gallery.label[nearest(dist)] == queries.label
     return (100*hit.to(emb.dtype)).masked_fill(~defined, torch.nan)
 
-# %% ../nbs/13_attacks.ipynb #a59ca3ea
+# %% ../nbs/13_attacks.ipynb #c89c37fe
 def ca_targets(queries, gallery, seed, *, name, w=1, self_exclusion='id')->dict[str,Tensor]:
     "Gallery rows that query for the candidate, their embeddings and their distances to the whole gallery."
     if name == 'CA-':
@@ -180,21 +180,21 @@ def ca_constants(
     dist = pairwise_distance(emb.flatten(0, 1), gallery.emb)
     return dict(row=row, emb=emb, dist=dist.view(*row.shape, -1))
 
-def _ca_distance(emb, targets):
-    "(B, W, 1): distance A of each candidate from its queries."
-    return quiet(paired_distance(emb[:,None].expand_as(targets['emb']), targets['emb']))[...,None]
+def _to_each(emb, chosen):
+    "(B, M): distance of each of `emb` (B, D) from its own `chosen` embeddings (B, M, D), without a matrix over the gallery."
+    return quiet(paired_distance(emb[:,None].expand_as(chosen), chosen))
 
 def ca_objective(emb, queries, targets, gallery, *, name)->Tensor:
     "Minus the mean amount by which the gallery beats the candidate (CA+) or is beaten by it (CA-)."
     sign = 1 if name == 'CA+' else -1
-    return -hinge(sign*(_ca_distance(emb, targets) - targets['dist'])).mean((1, 2))
+    return -hinge(sign*(_to_each(emb, targets['emb'])[...,None] - targets['dist'])).mean((1, 2))
 
 def ca_measure(emb, queries, targets, gallery, *, name)->dict[str,Tensor]:
     "Rank of the candidate in percent of the gallery, mean over its queries; ties do not count."
-    closer = _ca_distance(emb, targets) - targets['dist'] > noise(emb)
+    closer = _to_each(emb, targets['emb'])[...,None] - targets['dist'] > noise(emb)
     return {name: 100*closer.to(emb.dtype).mean((1, 2))}
 
-# %% ../nbs/13_attacks.ipynb #3d78243d
+# %% ../nbs/13_attacks.ipynb #165148bc
 def qa_targets(queries, gallery, seed, *, name, m=1, self_exclusion='id')->dict[str,Tensor]:
     "Candidates: any rows for QA+, near rows without repetition for QA-."
     if name == 'QA+': return dict(row=draw(queries, len(gallery.emb), m, seed=seed, name=name))
@@ -205,12 +205,7 @@ def qa_objective(emb, queries, targets, gallery, *, name)->Tensor:
     "Minus the mean amount by which the gallery beats the candidates (QA+) or is beaten by them (QA-, GTT)."
     sign = 1 if name == 'QA+' else -1
     dist = pairwise_distance(emb, gallery.emb, ignore_below=noise(emb))
-    return -hinge(sign*(_to_rows(emb, targets['row'], gallery)[...,None] - dist[:,None])).mean((1, 2))
-
-def _to_rows(emb, row, gallery):
-    "(B, M): distance of each query from its own choice of gallery rows, without a matrix over the gallery."
-    chosen = gallery.emb[row]
-    return quiet(paired_distance(emb[:,None].expand_as(chosen), chosen))
+    return -hinge(sign*(_to_each(emb, gallery.emb[targets['row']])[...,None] - dist[:,None])).mean((1, 2))
 
 def qa_measure(emb, queries, targets, gallery, *, name)->dict[str,Tensor]:
     "Position of the candidates in percent of the gallery, mean over the candidates."
@@ -243,7 +238,7 @@ def es_measure(emb, queries, targets, gallery)->dict[str,Tensor]:
     "ES:D, distance from the clean embedding; ES:R, R@1 in percent."
     return {'ES:D': paired_distance(emb, queries.emb), 'ES:R': first_hit(emb, queries, targets['own'], gallery)}
 
-# %% ../nbs/13_attacks.ipynb #42d8f145
+# %% ../nbs/13_attacks.ipynb #e8962d60
 def ltm_targets(queries, gallery, seed, *, exclude_self=False, self_exclusion='id')->dict[str,Tensor]:
     "Masks of the own class and of what is no mate in it, the query's own row aside if asked for."
     own, same = own_row(queries, gallery, self_exclusion), gallery.label == queries.label[:,None]
@@ -256,7 +251,7 @@ def ltm_objective(emb, queries, targets, gallery)->Tensor:
     with torch.no_grad(): # only the two chosen rows carry a gradient
         dist = pairwise_distance(emb, gallery.emb)
         row = torch.stack([dist.masked_fill(targets['same'], -torch.inf).argmax(1), dist.masked_fill(targets['not_mate'], torch.inf).argmin(1)], 1)
-    farthest_other, nearest_mate = _to_rows(emb, row, gallery).unbind(1)
+    farthest_other, nearest_mate = _to_each(emb, gallery.emb[row]).unbind(1)
     return -hinge(farthest_other - nearest_mate.masked_fill(targets['lone'], torch.inf))
 
 def hit_measure(emb, queries, targets, gallery, *, name)->dict[str,Tensor]:

@@ -9,7 +9,7 @@ __all__ = ['PAPER_28', 'PAPER_224', 'A', 'B', 'QUICK', 'SMALL', 'SMOKE', 'PRESET
            'training_config', 'weights_name', 'train_cell', 'evaluation_config', 'evaluate_cell', 'record', 'published',
            'results', 'example_images']
 
-# %% ../nbs/33_experiments.ipynb #320005ed
+# %% ../nbs/33_experiments.ipynb #40a898ea
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -25,7 +25,7 @@ from .evaluate import Protocol, evaluate, examples
 from .models import build, checksum
 from .scores import paper_table
 from .search import resolve_backend
-from .store import Run, find_run, load_tensors, open_run, reports_root, save_tensors
+from .store import Run, StoreError, find_run, load_tensors, open_run, reports_root, save_tensors
 from .train import load_trained, train
 from .tride import make
 
@@ -276,7 +276,7 @@ def weights_name(weights:str)->str:
     path = Path(weights)
     return f'file:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}' if weights and path.is_file() else weights
 
-# %% ../nbs/33_experiments.ipynb #ae7ce2d0
+# %% ../nbs/33_experiments.ipynb #59f22c7d
 def train_cell(
     plan:Plan,
     cell:Cell,
@@ -284,27 +284,25 @@ def train_cell(
     show:bool=True,
 )->tuple[nn.Module, Run]: # trained model in memory, its run folder
     "Train a cell, go on with it, or load it."
-    model, start = _start(plan, cell, show)
-    chosen = defense(cell, plan.recipe)
-    return _train(plan, chosen, cell, model, epochs=plan.recipe.epochs, start=start, show=show)
-
-def _start(plan, cell, show)->tuple[nn.Module, str]:
-    "The model that a cell starts from and the address of its warm-up ('' without one)."
     r = plan.recipe
     model = build(r.model, dim=r.dim, size=r.crop or r.size, channels=r.channels, seed=cell.seed, weights=r.weights or None)
-    if not cell.setting.warm_epochs: return model, ''
-    warm = replace(cell, defense='natural', label=f'warm-up {cell.setting.name}')
-    model, run = _train(plan, natural(r), warm, model, epochs=cell.setting.warm_epochs, show=show)
-    return model, run.address
-
-def _train(plan, chosen, cell, model, *, epochs, show, start='')->tuple[nn.Module, Run]:
-    r = plan.recipe
-    run = open_run(plan.reports, 'train', training_config(plan, chosen, cell.seed, epochs=epochs, start=start))
-    train(model, plan.data.train, chosen, epochs=epochs, pairs=r.pairs, lr=r.lr, weight_decay=r.weight_decay, seed=cell.seed, allow_self=r.allow_self,
-          device=plan.device, run=run, show=show, desc=f'train {cell.setting.name} {cell.label}, seed {cell.seed}')
+    for chosen,config,label in _trainings(plan, cell):
+        run = open_run(plan.reports, 'train', config)
+        train(model, plan.data.train, chosen, epochs=config['epochs'], pairs=r.pairs, lr=r.lr, weight_decay=r.weight_decay, seed=cell.seed, allow_self=r.allow_self,
+              device=plan.device, run=run, show=show, desc=f'train {cell.setting.name} {label}, seed {cell.seed}')
     return model, run
 
-# %% ../nbs/33_experiments.ipynb #44f16e47
+def _trainings(plan, cell)->Iterator[tuple[Defense, dict, str]]:
+    "Defence, configuration and label of the trainings behind a cell, in order: the warm-up, if its setting has one, and the cell's own."
+    start, warm = '', natural(plan.recipe)
+    if cell.setting.warm_epochs:
+        config = training_config(plan, warm, cell.seed, epochs=cell.setting.warm_epochs)
+        start = find_run(plan.reports, 'train', config).address
+        yield warm, config, 'warm-up'
+    chosen = defense(cell, plan.recipe)
+    yield chosen, training_config(plan, chosen, cell.seed, epochs=plan.recipe.epochs, start=start), cell.label
+
+# %% ../nbs/33_experiments.ipynb #c3ec064f
 def evaluation_config(
     plan:Plan,
     cell:Cell,
@@ -315,13 +313,6 @@ def evaluation_config(
     protocol = Protocol(eps=cell.setting.eps, step_size=r.eval_step_size, steps=r.eval_steps, limit=r.limit, batch_size=r.eval_batch)
     return dict(format=1, train=address, protocol=asdict(protocol), backend=plan.backend)
 
-def _train_address(plan, cell)->str:
-    "Where the training of a cell is or will be."
-    start = ''
-    if cell.setting.warm_epochs:
-        start = find_run(plan.reports, 'train', training_config(plan, natural(plan.recipe), cell.seed, epochs=cell.setting.warm_epochs)).address
-    return find_run(plan.reports, 'train', training_config(plan, defense(cell, plan.recipe), cell.seed, epochs=plan.recipe.epochs, start=start)).address
-
 def evaluate_cell(
     plan:Plan,
     cell:Cell,
@@ -329,7 +320,8 @@ def evaluate_cell(
     show:bool=True,
 )->Run: # folder with the finished evaluation in result.json
     "Evaluate a cell, training it first if need be."
-    config = evaluation_config(plan, cell, _train_address(plan, cell))
+    *_, (_, training, _) = _trainings(plan, cell)
+    config = evaluation_config(plan, cell, find_run(plan.reports, 'train', training).address)
     if (run := find_run(plan.reports, 'eval', config)).has('result.json'): return open_run(plan.reports, 'eval', config)
     model,_ = train_cell(plan, cell, show=show)
     run, protocol = open_run(plan.reports, 'eval', config), config['protocol']
@@ -339,7 +331,7 @@ def evaluate_cell(
     run.write('result.json', dict(asdict(result), weights=checksum(model), example_attack='ES', examples=save_tensors(run, 'examples.safetensors', shown)))
     return run
 
-# %% ../nbs/33_experiments.ipynb #841271c6
+# %% ../nbs/33_experiments.ipynb #03aeea85
 def record(
     plan:Plan,
     cell:Cell,
@@ -349,11 +341,17 @@ def record(
     "Train and evaluate a cell and gather what is known of it."
     done = evaluate_cell(plan, cell, show=show)
     trained = Run(done.folder.with_name(done.read('card.json', 'config')['config']['train']))
-    if not trained.has('result.json') or not trained.has('card.json'): train_cell(plan, cell, show=show) # lost or deleted: made again
+    if not trained.has('result.json') or not trained.has('card.json'): _train_again(plan, cell, done, show)
     def part(run, *keys):
         card = run.read('card.json', 'config', 'provenance')
         return dict(run.read('result.json', *keys), address=run.address, config=card['config'], provenance=card['provenance'])
     return dict(setting=cell.setting.name, defense=cell.defense, profile=cell.profile, label=cell.label, seed=cell.seed, train=part(trained, 'log', 'seconds'), eval=part(done, 'benign', 'before', 'after', 'examples'))
+
+def _train_again(plan, cell, done, show)->None:
+    "Make a lost training again; StoreError when the evaluation `done` was made on other weights."
+    model,_ = train_cell(plan, cell, show=show)
+    if checksum(model) != done.read('result.json', 'weights')['weights']:
+        raise StoreError(f'expected the weights that {done.address} was measured on, found others after training again (another machine or version?); delete {done.folder} and run again')
 
 def published(dataset:str)->list[dict]:
     "Printed numbers of the paper's Tables 1 and 2 for a data set; empty when it is not one of the paper's."
