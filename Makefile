@@ -7,12 +7,14 @@ INPUTS := settings.ini setup.py pyproject.toml constraints.txt
 export MPLBACKEND := agg
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help venv demo table1 table2 test sync lab clean
+.PHONY: help venv demo table1 table2 cost bench bench-full test sync lab clean
 help:
 	@echo "make demo  train, attack, score and report on the embedded images"
 	@echo "make table1 P='-p dataset omniglot -p root path/to/archives'   a table with parameters; also table2"
+	@echo "make cost P='-p dataset cub -p preset paper'   time and memory that a table will take here"
 	@echo "make test  sync check, notebook tests, pytest"
 	@echo "make lab   JupyterLab on nbs/"
+	@echo "make bench speed against its lower bounds, under 10 minutes; bench-full: the sizes of the papers, within an hour"
 
 venv: $(VENV)/.ready
 
@@ -43,8 +45,14 @@ demo: venv
 	echo "the table is $$same the committed one in reports/table1-glyphs-quick"; \
 	echo "the work took $$((SECONDS-began)) s; open reports/demo/table1-glyphs-quick/index.html"
 
-table1 table2: venv
+table1 table2 cost: venv
 	@mkdir -p build; set -o pipefail; $(PAPERMILL) nbs/run_$@.ipynb build/$@.ipynb $(P) 2>&1 | cat
+
+bench: venv
+	$(BIN)/python benchmarks/run.py
+
+bench-full: venv
+	$(BIN)/python benchmarks/run.py --full
 
 sync: venv
 	@$(BIN)/python tests/check_sync.py

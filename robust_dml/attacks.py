@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['SelfExclusion', 'SUITE', 'FIXED', 'Gallery', 'Queries', 'members', 'Attack', 'noise', 'quiet', 'hinge', 'nearest',
-           'position', 'own_row', 'hide', 'draw', 'near', 'first_hit', 'ca_targets', 'ca_constants', 'ca_objective',
-           'ca_measure', 'qa_targets', 'qa_objective', 'qa_measure', 'tma_targets', 'tma_objective', 'tma_measure',
-           'own_targets', 'es_objective', 'es_measure', 'ltm_targets', 'ltm_objective', 'hit_measure', 'gtm_targets',
-           'gtm_objective', 'gtt_targets', 'gtt_measure', 'suite', 'AttackOutcome', 'run_attack']
+           'position', 'own_row', 'hide', 'draw', 'near', 'first_hit', 'tangent', 'ca_targets', 'ca_constants',
+           'ca_objective', 'ca_measure', 'qa_targets', 'qa_objective', 'qa_measure', 'tma_targets', 'tma_objective',
+           'tma_measure', 'own_targets', 'es_objective', 'es_measure', 'mates', 'ltm_targets', 'ltm_objective',
+           'hit_measure', 'gtm_targets', 'gtm_objective', 'gtt_targets', 'gtt_measure', 'suite', 'AttackOutcome',
+           'run_attack']
 
-# %% ../nbs/13_attacks.ipynb #045c8493
+# %% ../nbs/13_attacks.ipynb #d2afdbe7
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
@@ -21,11 +22,12 @@ from torch import Tensor, nn
 from torch.nn.functional import threshold
 
 from .core import check_choice, generator
-from .distances import paired_distance, pairwise_distance
+from .distances import Prepared, distance_and_gradient, paired_distance, pairwise_distance, prepare
 from .models import embed, frozen
 from .pgd import autograd_gradient, pgd
+from .search import smallest
 
-# %% ../nbs/13_attacks.ipynb #874c4b56
+# %% ../nbs/13_attacks.ipynb #59eb1537
 @dataclass(frozen=True)
 class Gallery:
     "Clean embeddings of the searchable images."
@@ -37,6 +39,11 @@ class Gallery:
             raise ValueError(f'gallery needs emb (N, D) and label (N,), found {tuple(self.emb.shape)} and {tuple(self.label.shape)}')
         if not len(self.label) or bool((self.label == self.label[0]).all()):
             raise ValueError(f'gallery must hold at least two classes, found {len(self.label)} images of one: there is nothing to confuse')
+
+    @cached_property
+    def prepared(self)->Prepared:
+        "`emb` as `pairwise_distance` wants it, made once for all attacks."
+        return prepare(self.emb)
 
 # %% ../nbs/13_attacks.ipynb #ed21d29f
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ def position(
     earlier = torch.arange(dist.shape[1], device=dist.device) < item[...,None]
     return ((gap < -noise(gap)) | (gap.abs() <= noise(gap)) & earlier).sum(2)
 
-# %% ../nbs/13_attacks.ipynb #9543aa7e
+# %% ../nbs/13_attacks.ipynb #0f0fd863
 SelfExclusion = Literal['id', 'drop_first']
 
 def own_row(
@@ -113,7 +120,7 @@ def own_row(
 )->Tensor:                             # (B,) long: row to hide, -1 where the query is not in the gallery
     "Gallery row that stands for the query itself."
     if self_exclusion == 'id': return queries.row
-    return torch.where(queries.row < 0, queries.row, nearest(pairwise_distance(queries.emb, gallery.emb)))
+    return torch.where(queries.row < 0, queries.row, nearest(pairwise_distance(queries.emb, gallery.prepared)))
 
 def hide(
     dist:Tensor, # (B, N) float
@@ -122,7 +129,7 @@ def hide(
     "Distances without one column per query."
     return dist.masked_fill(torch.arange(dist.shape[1], device=dist.device) == row[:,None], torch.inf)
 
-# %% ../nbs/13_attacks.ipynb #bbc07c47
+# %% ../nbs/13_attacks.ipynb #1e7fd1b7
 def draw(
     queries:Queries,
     high:int,  # numbers are drawn from 0..high-1
@@ -145,10 +152,10 @@ def near(
     self_exclusion:SelfExclusion='id',
 )->Tensor: # (B, max(1, N // 100)) long: gallery rows, nearest first
     "The nearest hundredth of the gallery, without the query itself."
-    dist = hide(pairwise_distance(queries.emb, gallery.emb), own_row(queries, gallery, self_exclusion))
-    return dist.argsort(dim=1, stable=True)[:, :max(1, dist.shape[1]//100)]
+    dist = hide(pairwise_distance(queries.emb, gallery.prepared), own_row(queries, gallery, self_exclusion))
+    return smallest(dist, max(1, dist.shape[1]//100))[1]
 
-# %% ../nbs/13_attacks.ipynb #3f2ccb90
+# %% ../nbs/13_attacks.ipynb #b24359ae
 def first_hit(
     emb:Tensor, # (B, D) float, unit length: clean or attacked queries
     queries:Queries,
@@ -156,13 +163,22 @@ def first_hit(
     gallery:Gallery,
 )->Tensor:      # (B,) float: 100 hit, 0 miss, NaN undefined
     "R@1 of each query in percent."
-    dist = hide(pairwise_distance(emb, gallery.emb), own)
+    dist = hide(pairwise_distance(emb, gallery.prepared), own)
     same = gallery.label == queries.label[:,None]
     defined = (same & dist.isfinite()).any(1)
     hit = gallery.label[nearest(dist)] == queries.label
     return (100*hit.to(emb.dtype)).masked_fill(~defined, torch.nan)
 
-# %% ../nbs/13_attacks.ipynb #c89c37fe
+# %% ../nbs/13_attacks.ipynb #955e865c
+def tangent(
+    value:Tensor, # (B,) float: values of some function at `at`
+    slope:Tensor, # (B, K) float: its gradient there
+    at:Tensor,    # (B, K) float, with gradient
+)->Tensor:        # (B,) float: equal to `value`
+    "`value` with the gradient `slope` with respect to `at`."
+    return value + (slope*(at - at.detach())).sum(1)
+
+# %% ../nbs/13_attacks.ipynb #741de0bc
 def ca_targets(queries, gallery, seed, *, name, w=1, self_exclusion='id')->dict[str,Tensor]:
     "Gallery rows that query for the candidate, their embeddings and their distances to the whole gallery."
     if name == 'CA-':
@@ -177,24 +193,29 @@ def ca_constants(
 )->dict[str,Tensor]: # row, emb (B, W, D), dist (B, W, N)
     "What CA needs to know of its queries; their distances are computed here, once."
     emb = gallery.emb[row]
-    dist = pairwise_distance(emb.flatten(0, 1), gallery.emb)
+    dist = pairwise_distance(emb.flatten(0, 1), gallery.prepared)
     return dict(row=row, emb=emb, dist=dist.view(*row.shape, -1))
 
 def _to_each(emb, chosen):
     "(B, M): distance of each of `emb` (B, D) from its own `chosen` embeddings (B, M, D), without a matrix over the gallery."
     return quiet(paired_distance(emb[:,None].expand_as(chosen), chosen))
 
+def _leads(apart, dist, sign):
+    "(B, M, N): by how much the gallery (at `dist`) beats the candidates (at `apart`); for sign -1 the reverse."
+    return hinge(apart.detach()[...,None] - dist if sign > 0 else dist - apart.detach()[...,None])
+
 def ca_objective(emb, queries, targets, gallery, *, name)->Tensor:
     "Minus the mean amount by which the gallery beats the candidate (CA+) or is beaten by it (CA-)."
-    sign = 1 if name == 'CA+' else -1
-    return -hinge(sign*(_to_each(emb, targets['emb'])[...,None] - targets['dist'])).mean((1, 2))
+    sign, apart = 1 if name == 'CA+' else -1, _to_each(emb, targets['emb'])
+    lead = _leads(apart, targets['dist'], sign)
+    return tangent(-lead.mean((1, 2)), -sign/apart.shape[1]*lead.sign().mean(2), apart)
 
 def ca_measure(emb, queries, targets, gallery, *, name)->dict[str,Tensor]:
     "Rank of the candidate in percent of the gallery, mean over its queries; ties do not count."
     closer = _to_each(emb, targets['emb'])[...,None] - targets['dist'] > noise(emb)
     return {name: 100*closer.to(emb.dtype).mean((1, 2))}
 
-# %% ../nbs/13_attacks.ipynb #165148bc
+# %% ../nbs/13_attacks.ipynb #1662f4d2
 def qa_targets(queries, gallery, seed, *, name, m=1, self_exclusion='id')->dict[str,Tensor]:
     "Candidates: any rows for QA+, near rows without repetition for QA-."
     if name == 'QA+': return dict(row=draw(queries, len(gallery.emb), m, seed=seed, name=name))
@@ -203,13 +224,16 @@ def qa_targets(queries, gallery, seed, *, name, m=1, self_exclusion='id')->dict[
 
 def qa_objective(emb, queries, targets, gallery, *, name)->Tensor:
     "Minus the mean amount by which the gallery beats the candidates (QA+) or is beaten by them (QA-, GTT)."
-    sign = 1 if name == 'QA+' else -1
-    dist = pairwise_distance(emb, gallery.emb, ignore_below=noise(emb))
-    return -hinge(sign*(_to_each(emb, gallery.emb[targets['row']])[...,None] - dist[:,None])).mean((1, 2))
+    sign, apart = 1 if name == 'QA+' else -1, _to_each(emb, gallery.emb[targets['row']])
+    dist, gradient = distance_and_gradient(emb, gallery.prepared, ignore_below=noise(emb))
+    lead = _leads(apart, dist[:,None], sign)
+    active = lead.sign()
+    value = tangent(-lead.mean((1, 2)), -sign/apart.shape[1]*active.mean(2), apart)
+    return tangent(value, gradient(active.mean(1).mul_(sign/dist.shape[1])), emb)
 
 def qa_measure(emb, queries, targets, gallery, *, name)->dict[str,Tensor]:
     "Position of the candidates in percent of the gallery, mean over the candidates."
-    dist = pairwise_distance(emb, gallery.emb)
+    dist = pairwise_distance(emb, gallery.prepared)
     return {name: 100*position(dist, targets['row']).to(emb.dtype).mean(1)/dist.shape[1]}
 
 # %% ../nbs/13_attacks.ipynb #f2fa8425
@@ -238,19 +262,38 @@ def es_measure(emb, queries, targets, gallery)->dict[str,Tensor]:
     "ES:D, distance from the clean embedding; ES:R, R@1 in percent."
     return {'ES:D': paired_distance(emb, queries.emb), 'ES:R': first_hit(emb, queries, targets['own'], gallery)}
 
-# %% ../nbs/13_attacks.ipynb #e8962d60
+# %% ../nbs/13_attacks.ipynb #4e3dd5f8
+def mates(
+    queries:Queries,
+    gallery:Gallery,
+)->tuple[Tensor,Tensor]: # (B, P) long: gallery rows of each query's class, P being the largest class; (B, P) bool: False where a row only fills up
+    "The gallery's rows of each query's class."
+    query, row = (gallery.label == queries.label[:,None]).nonzero(as_tuple=True)
+    count = query.bincount(minlength=len(queries.label))
+    place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[query]
+    largest = gallery.label.unique(return_counts=True)[1].max()
+    table = row.new_zeros(len(count), largest).index_put((query, place), row)
+    real = torch.arange(table.shape[1], device=row.device) < count[:,None]
+    return torch.where(real, table, table[:,:1]), real
+
 def ltm_targets(queries, gallery, seed, *, exclude_self=False, self_exclusion='id')->dict[str,Tensor]:
-    "Masks of the own class and of what is no mate in it, the query's own row aside if asked for."
-    own, same = own_row(queries, gallery, self_exclusion), gallery.label == queries.label[:,None]
-    hidden = torch.arange(len(gallery.label), device=own.device) == own[:,None]
-    mates = same & ~hidden if exclude_self else same
-    return dict(own=own, same=same, not_mate=~mates, lone=~mates.any(1))
+    "Rows of the own class and which of them are mates: the query's own row is not, if asked for."
+    own, (row, real) = own_row(queries, gallery, self_exclusion), mates(queries, gallery)
+    mate = real & (row != own[:,None]) if exclude_self else real
+    return dict(own=own, row=row, real=real, mate=mate, lone=~mate.any(1))
+
+def _extremes(emb, targets, gallery):
+    "(B, 2) long: gallery rows of the farthest item of another class and of the nearest mate."
+    v = gallery.prepared
+    level = torch.addmm(v.square, emb - v.centre, v.shifted.T, alpha=-2) # squared distance up to a constant per query
+    own = level.gather(1, targets['row'])
+    mate = targets['row'].gather(1, own.masked_fill(~targets['mate'], torch.inf).argmin(1, keepdim=True))
+    other = level.scatter_(1, targets['row'], own.masked_fill(targets['real'], -torch.inf)).argmax(1, keepdim=True)
+    return torch.cat([other, mate], 1)
 
 def ltm_objective(emb, queries, targets, gallery)->Tensor:
     "Minus the lead of the nearest same-class row over the farthest other-class row."
-    with torch.no_grad(): # only the two chosen rows carry a gradient
-        dist = pairwise_distance(emb, gallery.emb)
-        row = torch.stack([dist.masked_fill(targets['same'], -torch.inf).argmax(1), dist.masked_fill(targets['not_mate'], torch.inf).argmin(1)], 1)
+    with torch.no_grad(): row = _extremes(emb, targets, gallery) # only the two chosen rows carry a gradient
     farthest_other, nearest_mate = _to_each(emb, gallery.emb[row]).unbind(1)
     return -hinge(farthest_other - nearest_mate.masked_fill(targets['lone'], torch.inf))
 
@@ -258,11 +301,11 @@ def hit_measure(emb, queries, targets, gallery, *, name)->dict[str,Tensor]:
     "R@1 in percent."
     return {name: first_hit(emb, queries, targets['own'], gallery)}
 
-# %% ../nbs/13_attacks.ipynb #09625fe1
+# %% ../nbs/13_attacks.ipynb #8fc812f7
 def gtm_targets(queries, gallery, seed, *, index='source', self_exclusion='id')->dict[str,Tensor]:
     "Embedding of the item the query is pulled onto, and its row."
     own = own_row(queries, gallery, self_exclusion)
-    dist = hide(pairwise_distance(queries.emb, gallery.emb), own)
+    dist = hide(pairwise_distance(queries.emb, gallery.prepared), own)
     differs = gallery.label != gallery.label[nearest(dist)][:,None]
     row = nearest(dist.masked_fill(~differs, torch.inf))
     if index == 'source': row = differs.long().cumsum(1).gather(1, row[:,None])[:,0] - 1
@@ -272,15 +315,15 @@ def gtm_objective(emb, queries, targets, gallery)->Tensor:
     "Minus the distance from the target."
     return -quiet(paired_distance(emb, targets['emb']))
 
-# %% ../nbs/13_attacks.ipynb #3db06749
+# %% ../nbs/13_attacks.ipynb #02e918da
 def gtt_targets(queries, gallery, seed, *, self_exclusion='id')->dict[str,Tensor]:
     "The clean query's nearest item."
     own = own_row(queries, gallery, self_exclusion)
-    return dict(own=own, row=nearest(hide(pairwise_distance(queries.emb, gallery.emb), own))[:,None])
+    return dict(own=own, row=nearest(hide(pairwise_distance(queries.emb, gallery.prepared), own))[:,None])
 
 def gtt_measure(emb, queries, targets, gallery, *, name='GTT')->dict[str,Tensor]:
     "100 where the former nearest item is among the four nearest, else 0."
-    dist = hide(pairwise_distance(emb, gallery.emb), targets['own'])
+    dist = hide(pairwise_distance(emb, gallery.prepared), targets['own'])
     return {name: 100*(position(dist, targets['row'])[:,0] < 4).to(emb.dtype)}
 
 # %% ../nbs/13_attacks.ipynb #c5351d24
@@ -324,7 +367,7 @@ class AttackOutcome(NamedTuple):
     before:dict[str,Tensor] # outcome -> (B,) float, of the clean embeddings
     after:dict[str,Tensor]  # outcome -> (B,) float, of the attacked images, same targets; NaN where undefined
 
-# %% ../nbs/13_attacks.ipynb #8202ad3b
+# %% ../nbs/13_attacks.ipynb #a11967d0
 def run_attack(
     model:nn.Module, # images in [0, 1] -> raw embeddings (B, D)
     attack:Attack,
@@ -340,13 +383,15 @@ def run_attack(
     keep:Literal['last','best']='last',  # which iterate of each image counts
     start:Tensor|None=None,              # (B, C, H, W) float: first iterate, None for the clean images
     gradient:Callable=autograd_gradient, # see `pgd`
+    precision:Literal['float32','bfloat16']='float32', # of the network during the search; the outcome is always measured in full precision
 )->AttackOutcome:
     "Attack one batch; the result of a query does not depend on the rest of the batch."
-    check_choice('esd_eval', esd_eval, ('final', 'last_forward'))
+    check_choice('esd_eval', esd_eval, ('final', 'last_forward')), check_choice('precision', precision, ('float32', 'bfloat16'))
     if len(x) != len(queries.emb): raise ValueError(f'x and queries must match image by image, found {len(x)} and {len(queries.emb)}')
     targets = attack.targets(queries, gallery, seed)
     def objective(emb): return attack.objective(emb, queries, targets, gallery)
-    found = pgd(model, objective, x, eps=eps, step_size=step_size, steps=steps, start=start, keep=keep, gradient=gradient)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == 'bfloat16'):
+        found = pgd(model, objective, x, eps=eps, step_size=step_size, steps=steps, start=start, keep=keep, gradient=gradient)
     with frozen(model), torch.no_grad(): emb = embed(model, found.images)
     before, after = (attack.measure(e, queries, targets, gallery) for e in (queries.emb, emb))
     if esd_eval == 'last_forward' and 'ES:D' in after:

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['fingerprint', 'generator', 'check_between', 'check_choice', 'check_finite', 'check_images', 'need', 'progress',
-           'load_safetensors']
+           'Stopwatch', 'load_safetensors']
 
-# %% ../nbs/00_core.ipynb #ede0f681
-import dataclasses, hashlib, importlib, json, sys
-from collections.abc import Collection, Iterable
+# %% ../nbs/00_core.ipynb #387dbf93
+import dataclasses, hashlib, importlib, json, sys, time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -128,6 +129,36 @@ def progress(
     redraws = sys.stderr.isatty() or type(sys.stderr).__module__.startswith('ipykernel')
     return tqdm(iterable, desc=desc, total=total, initial=initial, disable=not show, ncols=100, miniters=1,
                 mininterval=.5 if redraws else 15., file=sys.stderr if redraws else _Lines())
+
+# %% ../nbs/00_core.ipynb #933423af
+class Stopwatch:
+    "Seconds by name, in the plain dict `seconds`."
+    def __init__(self,
+        device:str|torch.device='cpu',    # what the parts compute on
+        *,
+        seconds:Mapping[str,float]={},    # of earlier laps, for example from a checkpoint
+        clock:Callable[[],float]=time.perf_counter,
+    ): self.device, self.seconds, self.clock = torch.device(device), dict(seconds), clock
+
+    def now(self)->float:
+        "The clock, once the device has done all that it was asked for."
+        if self.device.type == 'cuda': torch.cuda.synchronize(self.device)
+        return self.clock()
+
+    @contextmanager
+    def __call__(self, name:str)->Iterator[None]:
+        "Count the block as `name`; a block inside another one is counted in both."
+        began = self.now()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.) + self.now()-began
+
+    def each(self, name:str, items:Iterable)->Iterator:
+        "The same items; the wait for each of them counts as `name`."
+        items, end = iter(items), object()
+        while True:
+            with self(name): item = next(items, end)
+            if item is end: return
+            yield item
 
 # %% ../nbs/00_core.ipynb #69f1a83d
 def load_safetensors(

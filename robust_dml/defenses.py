@@ -7,7 +7,7 @@ __all__ = ['OFFSET', 'Clock', 'Step', 'Defense', 'clean_embedding', 'take', 'tri
            'embed_together', 'mean_shift', 'training_log', 'check_inner', 'natural', 'act_objective', 'act',
            'hm_objective', 'pseudo_hardness', 'ics_loss', 'hm']
 
-# %% ../nbs/21_defenses.ipynb #6bcd94e1
+# %% ../nbs/21_defenses.ipynb #86f0496d
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from .collapse import collapseness, separability
 from .core import check_between, check_choice
 from .distances import hardness, paired_distance, triplet_loss
 from .mining import MINERS, Triplets, softhard
-from .models import embed, frozen, train_mode
+from .models import embed, frozen, streamlined, train_mode
 from .pgd import pgd
 
 # %% ../nbs/21_defenses.ipynb #1877bdc6
@@ -187,7 +187,7 @@ def act_objective(
     "Minus the mean distance of positive and negative: ACT lets them collapse onto each other."
     return -paired_distance(p, n, offset=OFFSET).mean()
 
-# %% ../nbs/21_defenses.ipynb #885b6f7f
+# %% ../nbs/21_defenses.ipynb #58ae3057
 def act(
     *,
     eps:float,            # radius in [0, 1]
@@ -201,9 +201,10 @@ def act(
     check_inner(eps, step_size, steps, margin)
     check_choice('miner', miner, tuple(MINERS))
     def step(model, x, label, *, state, clock, gen):
-        emb = clean_embedding(model, x)
+        still = streamlined(model)
+        emb = clean_embedding(still, x)
         triplets = MINERS[miner](emb, label, gen=gen, margin=margin if miner_margin is None else miner_margin)
-        adv = perturb(model, x, emb, triplets, act_objective, parts='pn', eps=eps, step_size=step_size, steps=steps)
+        adv = perturb(still, x, emb, triplets, act_objective, parts='pn', eps=eps, step_size=step_size, steps=steps)
         after = embed_together(model, *adv.images)
         loss = triplet_loss(*triplet_distances(*after), margin=margin).mean()
         return Step(loss, dict(state), training_log(emb, triplets, after, parts='pn', steps=adv.steps))
@@ -242,19 +243,20 @@ def ics_loss(
     "Intra-class structure: a perturbed anchor must stay nearer to its clean image than the positive is."
     return triplet_loss(*triplet_distances(a, a_adv, p), margin=0.).mean()
 
-# %% ../nbs/21_defenses.ipynb #06017264
+# %% ../nbs/21_defenses.ipynb #9cfa92de
 def _settled(loss, previous): return previous is not None and bool((loss - previous).abs() < 1e-7)
 
 def _hm_step(model, x, label, *, state, clock, gen, eps, step_size, steps, margin, ics, source, destination, pseudo, loss_cap, allow_self):
     "One HM update; keywords as in `hm`."
-    emb = clean_embedding(model, x)
+    still = streamlined(model)
+    emb = clean_embedding(still, x)
     mine = dict(MINERS, softhard=partial(softhard, allow_self=allow_self))
     triplets = mine[source](emb, label, gen=gen, margin=margin)
     if pseudo is None: target = hardness(*triplet_distances(*take(emb, mine[destination](emb, label, gen=gen, margin=margin))))
     else: target = pseudo_hardness(state['loss'], margin=margin, cap=loss_cap, kind=pseudo)
     if pseudo is None and source == destination: steps = 0 # drawn alike: there is nowhere to go
     def objective(a, p, n): return hm_objective(*triplet_distances(a, p, n), target)
-    adv = perturb(model, x, emb, triplets, objective, parts='apn', eps=eps, step_size=step_size, steps=steps, stop=_settled)
+    adv = perturb(still, x, emb, triplets, objective, parts='apn', eps=eps, step_size=step_size, steps=steps, stop=_settled)
     clean = take(x, triplets)[:2] if ics else ()
     a_adv,p_adv,n_adv,*rest = embed_together(model, *adv.images, *clean)
     fit = triplet_loss(*triplet_distances(a_adv, p_adv, n_adv), margin=margin).mean()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Protocol', 'query_rows', 'attack_batches', 'mean_outcomes', 'Evaluation', 'evaluate', 'examples']
 
-# %% ../nbs/31_evaluate.ipynb #1f671090
-import math, time
+# %% ../nbs/31_evaluate.ipynb #301cf69e
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from .attacks import FIXED, SUITE, Attack, Gallery, members, run_attack, suite
 from .collapse import indicators, is_collapsed
-from .core import check_choice, generator, progress
+from .core import Stopwatch, check_choice, generator, progress
 from .data import ImageSet
 from .metrics import benign
-from .models import checksum, dtype_of, embed, embed_all, frozen
+from .models import checksum, dtype_of, embed, embed_all, frozen, streamlined
 from .scores import HEADINGS, ars, ars_cells, constant_before, ers, ers_cells
 from .search import knn, resolve_backend
 from .store import Run, append_line, read_lines
 
-# %% ../nbs/31_evaluate.ipynb #e139bba1
+# %% ../nbs/31_evaluate.ipynb #26d88046
 @dataclass(frozen=True)
 class Protocol:
     "How a model is attacked and measured; equal protocols on equal weights give equal numbers."
@@ -35,8 +35,8 @@ class Protocol:
     batch_size:int = 128 # queries attacked together; changes no result beyond rounding
     self_exclusion:Literal['id','drop_first'] = 'id'        # 'drop_first' is the reference code's rule
     esd_eval:Literal['final','last_forward'] = 'final'      # 'last_forward' measures ES:D one step early, as the reference code does
-
     aggregation:Literal['query','batch']='query'            # 'batch' averages the means of batches, as the reference code does
+    precision:Literal['float32','bfloat16']='float32'       # of the network while an attack searches; everything is measured in full precision
 
     def __post_init__(self):
         check_choice('aggregation', self.aggregation, ('query', 'batch'))
@@ -54,7 +54,7 @@ def query_rows(
     if not limit or limit >= total: return torch.arange(total)
     return torch.randperm(total, generator=generator(seed, 'queries'))[:limit].sort().values
 
-# %% ../nbs/31_evaluate.ipynb #624e7a7b
+# %% ../nbs/31_evaluate.ipynb #d3703732
 def attack_batches(
     model:nn.Module,
     dataset:ImageSet,
@@ -63,12 +63,13 @@ def attack_batches(
     protocol:Protocol,
     *,
     device:str='cpu',
+    compiled:bool=False,  # see `models.streamlined`
     run:Run|None=None,    # where finished batches are kept
     show:bool=True,       # a progress bar per attack
     desc:str='attack',    # title of the bars
 )->list[dict]:            # one record per attack and batch
     "Attack all queries with all attacks, one batch after the other, going on from what the run folder holds."
-    weights = checksum(model)
+    weights, fast = checksum(model), streamlined(model, compiled=compiled)
     found = read_lines(run, 'queries.jsonl') if run else []
     done = {(r['attack'], r['start']): r for r in found if r.get('weights') == weights and r['attack'] in attacks}
     rows = query_rows(len(dataset), limit=protocol.limit, seed=protocol.seed)
@@ -78,7 +79,7 @@ def attack_batches(
         with progress(desc=f'{desc} {name}', total=len(rows), initial=before, show=show and bool(missing)) as bar:
             for start in missing:
                 batch = rows[start:start+protocol.batch_size]
-                record = dict(attack=name, start=start, queries=len(batch), weights=weights, **_attack_rows(model, dataset, gallery, attack, protocol, batch, device))
+                record = dict(attack=name, start=start, queries=len(batch), weights=weights, **_attack_rows(fast, dataset, gallery, attack, protocol, batch, device))
                 if run: append_line(run, 'queries.jsonl', record)
                 done[name, start] = record
                 bar.update(len(batch))
@@ -86,12 +87,13 @@ def attack_batches(
 
 def _attack_rows(model, dataset, gallery, attack, protocol, rows, device)->dict:
     "Outcome of one attack on the queries `rows`: per query before and after, and the seconds it took."
-    began = time.perf_counter()
-    x = dataset.batch(rows, device=device, dtype=dtype_of(model))
-    out = run_attack(model, attack, x, members(gallery, rows.to(device)), gallery, eps=protocol.eps, step_size=protocol.step_size, steps=protocol.steps,
-                     seed=protocol.seed, esd_eval=protocol.esd_eval)
-    values = {key: {h: [None if math.isnan(v) else v for v in t.tolist()] for h,t in part.items()} for key,part in (('before', out.before), ('after', out.after))}
-    return dict(values, seconds=time.perf_counter()-began)
+    watch = Stopwatch(device)
+    with watch('attack'):
+        x = dataset.batch(rows, device=device, dtype=dtype_of(model))
+        out = run_attack(model, attack, x, members(gallery, rows.to(device)), gallery, eps=protocol.eps, step_size=protocol.step_size, steps=protocol.steps,
+                         seed=protocol.seed, esd_eval=protocol.esd_eval, precision=protocol.precision)
+        values = {key: {h: [None if math.isnan(v) else v for v in t.tolist()] for h,t in part.items()} for key,part in (('before', out.before), ('after', out.after))}
+    return dict(values, seconds=watch.seconds['attack'])
 
 # %% ../nbs/31_evaluate.ipynb #23505692
 def mean_outcomes(
@@ -110,7 +112,7 @@ def mean_outcomes(
 
 def _mean(values:list[float])->float: return math.fsum(values)/len(values) if values else math.nan
 
-# %% ../nbs/31_evaluate.ipynb #0450f0cc
+# %% ../nbs/31_evaluate.ipynb #9e806703
 @dataclass(frozen=True)
 class Evaluation:
     "Everything measured on one model under one protocol; table units (percent, TMA as cosine, ES:D as distance)."
@@ -124,6 +126,7 @@ class Evaluation:
     backend:str                # library that clustered for NMI: 'faiss' or 'torch'
     protocol:dict
     seconds:float              # spent attacking
+    parts:dict[str,float]      # seconds: 'gallery' (embedding the set), each attack by its name, 'metrics' and 'indicators'
     image_steps:int            # images times gradient steps
     device:str
     ers:float = field(init=False)
@@ -141,7 +144,7 @@ class Evaluation:
         for name in ('ers', 'ars', 'ars_constant'): object.__setattr__(self, name, scores.get(name, math.nan))
         for name in ('ers_cells', 'ars_cells', 'ars_cells_constant'): object.__setattr__(self, name, scores.get(name, {}))
 
-# %% ../nbs/31_evaluate.ipynb #fb01cd75
+# %% ../nbs/31_evaluate.ipynb #9bbd0572
 def evaluate(
     model:nn.Module,   # images in [0, 1] to embeddings; normalisation inside
     dataset:ImageSet,  # test images: queries and gallery at once, a query never finds itself
@@ -156,6 +159,8 @@ def evaluate(
     self_exclusion:Literal['id','drop_first']='id',
     esd_eval:Literal['final','last_forward']='final',
     aggregation:Literal['query','batch']='query', # 'batch' averages the means of batches, as the reference code does
+    precision:Literal['float32','bfloat16']='float32', # of the network while an attack searches; everything is measured in full precision
+    compiled:bool=False, # search with `torch.compile`: worth its half minute for a long evaluation on a GPU
     backend:Literal['auto','faiss','torch']='auto', # k-means of NMI
     device:str='cpu',  # where the model is
     run:Run|None=None, # run folder: killed evaluations go on from here
@@ -164,19 +169,20 @@ def evaluate(
 )->Evaluation:
     "Benign retrieval, ten attacks, ERS and ARS of a model."
     protocol = Protocol(eps=eps, step_size=step_size, steps=steps, seed=seed, limit=limit, batch_size=batch_size, self_exclusion=self_exclusion, esd_eval=esd_eval,
-                        aggregation=aggregation)
+                        aggregation=aggregation, precision=precision)
     attacks = {**suite(self_exclusion=self_exclusion), **FIXED} if attacks is None else attacks
-    backend = resolve_backend(backend)
-    gallery = Gallery(emb=embed_all(model, dataset, batch_size=batch_size, device=device), label=dataset.labels.to(device))
-    records = attack_batches(model, dataset, gallery, attacks, protocol, device=device, run=run, show=show, desc=desc)
-    clean = benign(gallery.emb, gallery.label, backend=backend, self_exclusion=self_exclusion)
-    signs = indicators(gallery.emb, gallery.label, gen=generator(seed, 'indicators'))
+    backend, watch = resolve_backend(backend), Stopwatch(device)
+    with watch('gallery'): gallery = Gallery(emb=embed_all(streamlined(model), dataset, batch_size=batch_size, device=device), label=dataset.labels.to(device))
+    records = attack_batches(model, dataset, gallery, attacks, protocol, device=device, compiled=compiled, run=run, show=show, desc=desc)
+    with watch('metrics'): clean = benign(gallery.emb, gallery.label, backend=backend, self_exclusion=self_exclusion)
+    with watch('indicators'): signs = indicators(gallery.emb, gallery.label, gen=generator(seed, 'indicators'))
+    attacking = {name: math.fsum(r['seconds'] for r in records if r['attack'] == name) for name in attacks}
     return Evaluation(
         benign={h: clean[h] for h in ('R@1', 'R@2', 'mAP', 'NMI')},
         before=mean_outcomes(records, 'before', aggregation=aggregation), after=mean_outcomes(records, 'after', aggregation=aggregation),
         indicators=signs, collapsed=is_collapsed(signs), queries=sum(r['queries'] for r in records if r['attack'] == next(iter(attacks))),
-        excluded=clean['undefined'], backend=backend, protocol=asdict(protocol), device=str(device), seconds=sum(r['seconds'] for r in records),
-        image_steps=steps*sum(r['queries'] for r in records))
+        excluded=clean['undefined'], backend=backend, protocol=asdict(protocol), device=str(device), seconds=math.fsum(attacking.values()),
+        parts=watch.seconds | attacking, image_steps=steps*sum(r['queries'] for r in records))
 
 # %% ../nbs/31_evaluate.ipynb #014f9960
 def examples(

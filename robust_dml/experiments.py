@@ -29,7 +29,7 @@ from .store import Run, StoreError, find_run, load_tensors, open_run, reports_ro
 from .train import load_trained, train
 from .tride import make
 
-# %% ../nbs/33_experiments.ipynb #add5d7fd
+# %% ../nbs/33_experiments.ipynb #bef671c3
 @dataclass(frozen=True)
 class Setting:
     "A training budget."
@@ -67,6 +67,7 @@ class Recipe:
     train_classes:int=0   # 0: all
     test_classes:int=0
     limit:int=0           # attacked queries; 0: all
+    precision:str='float32' # of the network in training and in the search of the attacks: 'float32' or 'bfloat16'; distances and outcomes are always float32
 
 # %% ../nbs/33_experiments.ipynb #1b69e838
 PAPER_28 = Recipe(settings=(Setting('28', eps=77/255, step_size=3/255, steps=32, colo_steps=16),), seeds=(0,), model='c2f2', weights='', dim=512,
@@ -111,12 +112,12 @@ def describe(setting:Setting)->str:
     warm = f' after {setting.warm_epochs} natural epochs' if setting.warm_epochs else ''
     return f'{setting.name} (ε {255*setting.eps:g}/255, steps of {255*setting.step_size:g}/255, {setting.steps} for ACT and HM, {setting.colo_steps} for COLO-TRIDE{warm})'
 
-# %% ../nbs/33_experiments.ipynb #b90b8f22
+# %% ../nbs/33_experiments.ipynb #5e57943e
 DEFENSES = {'natural': 'Natural', 'act': 'ACT', 'hm': 'HM', 'colo_tride': 'COLO-TRIDE', 'naive_cap': 'Naive CAP', 'naive_anp': 'Naive ANP',
             'naive_tride': 'Naive TRIDE', 'naive_sip': 'Naive SIP'}
 TABLE_DEFENSES = ('natural', 'act', 'hm', 'colo_tride')
 PARAMETERS = dict(dataset='glyphs', root='', preset='quick', defenses='', seeds='', profile='', device='auto', epochs=0, limit=0, weights='',
-                  backend='auto', out='', skip_unreadable=False)
+                  backend='auto', precision='', compiled=False, out='', skip_unreadable=False)
 
 # %% ../nbs/33_experiments.ipynb #3cf50179
 def parameters(
@@ -151,7 +152,7 @@ def seed_list(text:str)->tuple[int,...]:
     try: return tuple(dict.fromkeys(int(e) for e in text.split(',') if e.strip()))
     except ValueError: raise ValueError(f"parameter seeds must be whole numbers separated by commas, as in '0,1,2', found {text!r}") from None
 
-# %% ../nbs/33_experiments.ipynb #33afe13f
+# %% ../nbs/33_experiments.ipynb #46d3a953
 @dataclass(frozen=True)
 class Plan:
     "A table's recipe for one data set, and where to compute it."
@@ -179,7 +180,7 @@ def plan(
     source, root = (str(Path(p[key]).expanduser()) if p[key] else '' for key in ('dataset', 'root'))
     name = source if source in BUILT_IN else folder_name(Path(root)/source)
     r = recipe(p['preset'], name)
-    r = replace(r, seeds=seed_list(p['seeds']) or r.seeds, epochs=p['epochs'] or r.epochs, limit=p['limit'] or r.limit,
+    r = replace(r, seeds=seed_list(p['seeds']) or r.seeds, epochs=p['epochs'] or r.epochs, precision=check_choice('precision', p['precision'] or r.precision, ('float32', 'bfloat16')), limit=p['limit'] or r.limit,
                 profiles=listed('profile', p['profile'], ('official', 'paper')) or r.profiles, weights=_weights(p['weights'], r.weights))
     data = load(source, root=root or None, size=r.size, channels=r.channels, crop=r.crop or None, train_classes=r.train_classes or None,
                 test_classes=r.test_classes or None, skip_unreadable=p['skip_unreadable'])
@@ -256,7 +257,7 @@ def defense(
     if cell.defense == 'hm': return make('hm', steps=s.steps, ics=recipe.ics, **inner)
     return make(cell.defense, steps=s.colo_steps, lam=recipe.lam, profile=cell.profile, **inner)
 
-# %% ../nbs/33_experiments.ipynb #52bb6f1a
+# %% ../nbs/33_experiments.ipynb #7d9a8144
 def training_config(
     plan:Plan,
     defense:Defense,
@@ -269,14 +270,14 @@ def training_config(
     r = plan.recipe
     return dict(format=1, data=plan.card['checksum'], size=r.size, crop=r.crop, channels=r.channels, model=r.model, weights=weights_name(r.weights), dim=r.dim,
                 defense=defense.name, options=defense.options, epochs=epochs, pairs=r.pairs, lr=r.lr, weight_decay=r.weight_decay,
-                allow_self=r.allow_self, seed=seed, start=start)
+                allow_self=r.allow_self, precision=r.precision, seed=seed, start=start)
 
 def weights_name(weights:str)->str:
     "Name of initial weights in a configuration; a file is known by its content."
     path = Path(weights)
     return f'file:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}' if weights and path.is_file() else weights
 
-# %% ../nbs/33_experiments.ipynb #59f22c7d
+# %% ../nbs/33_experiments.ipynb #8c98740a
 def train_cell(
     plan:Plan,
     cell:Cell,
@@ -289,7 +290,7 @@ def train_cell(
     for chosen,config,label in _trainings(plan, cell):
         run = open_run(plan.reports, 'train', config)
         train(model, plan.data.train, chosen, epochs=config['epochs'], pairs=r.pairs, lr=r.lr, weight_decay=r.weight_decay, seed=cell.seed, allow_self=r.allow_self,
-              device=plan.device, run=run, show=show, desc=f'train {cell.setting.name} {label}, seed {cell.seed}')
+              precision=r.precision, device=plan.device, run=run, show=show, desc=f'train {cell.setting.name} {label}, seed {cell.seed}')
     return model, run
 
 def _trainings(plan, cell)->Iterator[tuple[Defense, dict, str]]:
@@ -302,7 +303,7 @@ def _trainings(plan, cell)->Iterator[tuple[Defense, dict, str]]:
     chosen = defense(cell, plan.recipe)
     yield chosen, training_config(plan, chosen, cell.seed, epochs=plan.recipe.epochs, start=start), cell.label
 
-# %% ../nbs/33_experiments.ipynb #c3ec064f
+# %% ../nbs/33_experiments.ipynb #b03bfbcf
 def evaluation_config(
     plan:Plan,
     cell:Cell,
@@ -310,7 +311,7 @@ def evaluation_config(
 )->dict:
     "Everything that determines an evaluation."
     r = plan.recipe
-    protocol = Protocol(eps=cell.setting.eps, step_size=r.eval_step_size, steps=r.eval_steps, limit=r.limit, batch_size=r.eval_batch)
+    protocol = Protocol(eps=cell.setting.eps, step_size=r.eval_step_size, steps=r.eval_steps, limit=r.limit, batch_size=r.eval_batch, precision=r.precision)
     return dict(format=1, train=address, protocol=asdict(protocol), backend=plan.backend)
 
 def evaluate_cell(
@@ -325,7 +326,7 @@ def evaluate_cell(
     if (run := find_run(plan.reports, 'eval', config)).has('result.json'): return open_run(plan.reports, 'eval', config)
     model,_ = train_cell(plan, cell, show=show)
     run, protocol = open_run(plan.reports, 'eval', config), config['protocol']
-    result = evaluate(model, plan.data.test, **protocol, backend=plan.backend, device=plan.device, run=run, show=show,
+    result = evaluate(model, plan.data.test, **protocol, backend=plan.backend, compiled=plan.parameters['compiled'], device=plan.device, run=run, show=show,
                       desc=f'attack {cell.setting.name} {cell.label}, seed {cell.seed}:')
     shown = examples(model, plan.data.test, protocol=Protocol(**protocol), device=plan.device)
     run.write('result.json', dict(asdict(result), weights=checksum(model), example_attack='ES', examples=save_tensors(run, 'examples.safetensors', shown)))

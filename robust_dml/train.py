@@ -5,25 +5,27 @@
 # %% auto #0
 __all__ = ['save_checkpoint', 'load_checkpoint', 'mean_log', 'train_epoch', 'train', 'finish', 'load_trained']
 
-# %% ../nbs/32_train.ipynb #af12a065
-import math, time
+# %% ../nbs/32_train.ipynb #8d88411c
+import math
+from contextlib import closing
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Adam, Optimizer
 
-from .core import generator, progress
-from .data import ImageSet, pair_batches
+from .core import Stopwatch, check_choice, generator, progress
+from .data import ImageSet, pair_batches, training_batches
 from .defenses import Clock, Defense
-from .models import dtype_of
+from .models import channels_last, dtype_of
 from .store import Run, load_tensors, save_tensors
 
-# %% ../nbs/32_train.ipynb #9d3c7adb
+# %% ../nbs/32_train.ipynb #ab68cf5d
 def save_checkpoint(
     run:Run,
     model:nn.Module,
     optimizer:Optimizer,
-    progress:dict, # JSON-able: epoch (number done), state, log and the counts of `train`
+    progress:dict, # JSON-able: epoch (number done), state, log, and the counts and seconds of `train`
 )->None:
     "Store weights, optimiser and progress; the previous checkpoint goes only when this one is complete."
     tensors = {f'model.{k}': v for k,v in model.state_dict().items()}
@@ -42,11 +44,12 @@ def load_checkpoint(
     progress = run.read('checkpoint.json', 'epoch', 'file', 'sha256', 'state', 'log')
     tensors = load_tensors(run, progress['file'], progress['sha256'])
     model.load_state_dict({k.removeprefix('model.'): v for k,v in tensors.items() if k.startswith('model.')})
-    moments = {}
+    weights, moments = [p for group in optimizer.param_groups for p in group['params']], {}
     for key,value in tensors.items():
         if key.startswith('adam.'):
             _,i,name = key.split('.')
-            moments.setdefault(int(i), {})[name] = value
+            like = weights[int(i)] # the fused update wants moments in the memory layout of their weights
+            moments.setdefault(int(i), {})[name] = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
     optimizer.load_state_dict(dict(optimizer.state_dict(), state=moments))
     return progress
 
@@ -62,7 +65,7 @@ def mean_log(
     columns = {key: [log[key] for log in logs if not math.isnan(log[key])] for key in logs[0]}
     return {key: math.fsum(column)/len(column) if column else math.nan for key,column in columns.items()}
 
-# %% ../nbs/32_train.ipynb #73657da1
+# %% ../nbs/32_train.ipynb #866656bc
 def train_epoch(
     model:nn.Module,
     dataset:ImageSet,
@@ -74,25 +77,30 @@ def train_epoch(
     pairs:int,         # pairs per batch
     seed:int,
     allow_self:bool,   # whether an image may be its own partner, as in the reference code
+    precision:str,     # of the network: 'float32' or 'bfloat16'
     device:str,
     bar,               # progress bar, moved on by one per batch
+    watch:Stopwatch,   # counts 'data', 'defence' and 'update'
 )->tuple[dict,dict]:   # state after the epoch, mean log
     "Every training image once as the first of a pair."
-    order, draws = generator(seed, 'pairs', clock.epoch), generator(seed, 'defense', clock.epoch)
-    logs = []
-    for i,rows in enumerate(pair_batches(dataset.labels, pairs=pairs, gen=order, allow_self=allow_self)):
-        x, label = dataset.augment(rows, draws, device, dtype_of(model)), dataset.labels[rows].to(device)
-        loss,state,log = defense.step(model, x, label, state=state, clock=Clock(clock.epoch, clock.epochs, clock.update+i), gen=draws)
-        if not loss.isfinite(): raise FloatingPointError(f'expected a finite loss, found {loss.item()} at epoch {clock.epoch}, batch {i} of {defense.name}; '
-                                                         'lower the learning rate or the budget (the last whole epoch is kept)')
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        logs.append(dict(log, loss=loss.item()))
-        bar.update(1)
+    order, looks, draws = (generator(seed, name, clock.epoch) for name in ('pairs', 'augment', 'defense'))
+    rows, logs = pair_batches(dataset.labels, pairs=pairs, gen=order, allow_self=allow_self), []
+    with closing(training_batches(dataset, rows, gen=looks, device=device, dtype=dtype_of(model))) as batches:
+        for i,(x, label) in enumerate(watch.each('data', batches)):
+            with watch('defence'), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == 'bfloat16'):
+                loss,state,log = defense.step(model, x, label, state=state, clock=Clock(clock.epoch, clock.epochs, clock.update+i), gen=draws)
+                value = loss.item()
+            if not math.isfinite(value): raise FloatingPointError(f'expected a finite loss, found {value} at epoch {clock.epoch}, batch {i} of {defense.name}; '
+                                                                  'lower the learning rate or the budget (the last whole epoch is kept)')
+            with watch('update'):
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+            logs.append(dict(log, loss=value))
+            bar.update(1)
     return state, mean_log(logs)
 
-# %% ../nbs/32_train.ipynb #6e5f7181
+# %% ../nbs/32_train.ipynb #4d6fa9ea
 def train(
     model:nn.Module,   # trained in place
     dataset:ImageSet,  # training images
@@ -104,41 +112,46 @@ def train(
     weight_decay:float=0., # L2, added to the gradient
     seed:int=0,        # of batches, mining and augmentation
     allow_self:bool=False,
+    precision:Literal['float32','bfloat16']='float32', # of the network; losses, distances, weights and the optimiser stay in float32
     device:str='cpu',
     run:Run|None=None, # where checkpoints and the result are kept
     show:bool=True,    # progress bar
     desc:str='',       # title of the bar
-)->dict:               # log (one row per epoch), state, updates, image_steps (perturbed images times PGD steps), seconds, device
+)->dict:               # log (one row per epoch), state, updates, image_steps (perturbed images times PGD steps), seconds, parts (seconds by name), device
     "Train a model with a defence; goes on from the run folder's last checkpoint."
     _check(dataset, epochs, pairs)
+    check_choice('precision', precision, ('float32', 'bfloat16'))
     model.to(device)
     if run and run.has('result.json') and run.has('model.safetensors'): return load_trained(run, model)
-    optimizer = Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
-    done = dict(epoch=0, state=defense.init(), log=[], updates=0, image_steps=0, seconds=0., device=str(device))
-    if run: done |= load_checkpoint(run, model, optimizer)
-    batches = math.ceil(len(dataset)/pairs)
-    with progress(desc=desc or f'train {defense.name}', total=epochs*batches, initial=done['epoch']*batches, show=show) as bar:
-        for epoch in range(done['epoch'], epochs):
-            began = time.perf_counter()
-            state,log = train_epoch(model, dataset, defense, optimizer, done['state'], Clock(epoch, epochs, epoch*batches),
-                                    pairs=pairs, seed=seed, allow_self=allow_self, device=device, bar=bar)
-            done |= dict(epoch=epoch+1, state=state, log=[*done['log'], dict(log, epoch=epoch)], updates=(epoch+1)*batches,
-                         image_steps=done['image_steps'] + round(log.get('image_steps', 0)*batches), seconds=done['seconds'] + time.perf_counter()-began)
-            if run: save_checkpoint(run, model, optimizer, done)
-    return finish(run, model, done) if run else done
+    optimizer = Adam(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    with channels_last(model):
+        done = dict(epoch=0, state=defense.init(), log=[], updates=0, image_steps=0, seconds=0., parts={}, device=str(device))
+        if run: done |= load_checkpoint(run, model, optimizer)
+        batches, watch = math.ceil(len(dataset)/pairs), Stopwatch(device, seconds=done['parts'])
+        began = watch.now() - done['seconds']
+        def times(): return dict(seconds=watch.now()-began, parts=dict(watch.seconds))
+        with progress(desc=desc or f'train {defense.name}', total=epochs*batches, initial=done['epoch']*batches, show=show) as bar:
+            for epoch in range(done['epoch'], epochs):
+                state,log = train_epoch(model, dataset, defense, optimizer, done['state'], Clock(epoch, epochs, epoch*batches),
+                                        pairs=pairs, seed=seed, allow_self=allow_self, precision=precision, device=device, bar=bar, watch=watch)
+                done |= dict(epoch=epoch+1, state=state, log=[*done['log'], dict(log, epoch=epoch)], updates=(epoch+1)*batches,
+                             image_steps=done['image_steps'] + round(log.get('image_steps', 0)*batches), **times())
+                if run:
+                    with watch('checkpoint'): save_checkpoint(run, model, optimizer, done)
+    if not run: return done
+    with watch('checkpoint'): sha256 = save_tensors(run, 'model.safetensors', model.state_dict())
+    return finish(run, dict(done, sha256=sha256, **times()))
 
 def _check(dataset:ImageSet, epochs:int, pairs:int)->None:
     if epochs < 1 or pairs < 2: raise ValueError(f'expected at least 1 epoch and 2 pairs per batch, found {epochs} and {pairs}')
     if len(dataset.labels.unique()) < 2: raise ValueError(f'expected at least 2 training classes, found {len(dataset.labels.unique())}; a triplet needs a negative')
 
-# %% ../nbs/32_train.ipynb #0ae8e427
+# %% ../nbs/32_train.ipynb #1e7aca8a
 def finish(
     run:Run,
-    model:nn.Module,
-    done:dict, # progress after the last epoch
-)->dict:       # `done` with the hash of the weights
-    "Store the final weights and the result, then drop the checkpoints."
-    result = dict(done, sha256=save_tensors(run, 'model.safetensors', model.state_dict()))
+    result:dict, # progress after the last epoch, with the hash of the stored weights
+)->dict:         # `result`
+    "Store the result, then drop the checkpoints."
     run.write('result.json', result)
     (run.folder/'checkpoint.json').unlink(missing_ok=True)
     _drop_checkpoints(run)

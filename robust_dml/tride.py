@@ -8,7 +8,7 @@ __all__ = ['Orientation', 'CHOICES', 'PAPER', 'OFFICIAL', 'PROFILES', 'PARTS', '
            'step_factor', 'Switches', 'switches', 'reaction', 'inner_objective', 'stop_rule', 'next_phase', 'tride',
            'naive', 'valid_options', 'make']
 
-# %% ../nbs/22_tride.ipynb #880fd188
+# %% ../nbs/22_tride.ipynb #54349709
 import inspect
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -25,6 +25,7 @@ from robust_dml.defenses import (
 )
 from .distances import paired_distance, triplet_loss
 from .mining import MINERS, gradual_margin
+from .models import streamlined
 
 # %% ../nbs/22_tride.ipynb #9250d346
 Orientation = Literal['colo', 'attack', 'assist', 'assist_else_clean']
@@ -269,11 +270,12 @@ def _assists(signs, steps):
     "1 if any of the PGD steps lowered the hardness."
     return float(steps > 0 and bool((torch.stack(signs[:steps]) > 0).any()))
 
-# %% ../nbs/22_tride.ipynb #0d94dcb0
+# %% ../nbs/22_tride.ipynb #6859138c
 def _tride_step(model, x, label, *, state, clock, gen, s):
     "One batch of Algorithm 1 with the switches `s`."
     phase,signs = state['phase'],[]
-    emb = clean_embedding(model, x)
+    still = streamlined(model)
+    emb = clean_embedding(still, x)
     margin = gradual_margin(clock.epoch, clock.epochs, margin=s.margin, schedule=s.miner_margin)     # eq. (32)
     triplets = MINERS[s.miner](emb, label, gen=gen, margin=margin)
     C = collapseness(*_watched(emb, label, triplets, s, margin, gen), lam=s.lam, weighting=s.weighting) # eq. (5)
@@ -281,7 +283,7 @@ def _tride_step(model, x, label, *, state, clock, gen, s):
     idle = s.collapse_eval == 'once_clean' and direction(C, orientation=s.orientation, on_collapse=react) == 0
     _,d_an = triplet_distances(*take(emb, triplets))
     objective = inner_objective(s, phase, react, C, emb[triplets.a], d_an, signs)                    # eq. (8)
-    adv = perturb(model, x, emb, triplets, objective, parts=PARTS[phase], eps=s.eps, steps=0 if idle else s.steps,
+    adv = perturb(still, x, emb, triplets, objective, parts=PARTS[phase], eps=s.eps, steps=0 if idle else s.steps,
         step_size=s.step_size*step_factor(clock.epoch, clock.epochs, schedule=s.step_schedule), stop=stop_rule(s, phase))
     after = embed_together(model, *adv.images)
     d_adv = triplet_distances(*after)

@@ -1,14 +1,15 @@
 "The ten attacks against literal loops over their definitions, the worked example on the circle, and the properties of an attack."
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn, tensor
 
-from robust_dml.attacks import (FIXED, SUITE, Attack, Gallery, Queries, ca_constants, draw, gtm_targets, ltm_targets, members, near, nearest,
+from robust_dml.attacks import (FIXED, SUITE, Attack, Gallery, Queries, ca_constants, draw, gtm_targets, hinge, ltm_targets, mates, members, near, nearest, noise,
                                 position, qa_measure, run_attack, suite)
-from robust_dml.distances import normalise
+from robust_dml.distances import normalise, paired_distance
 from robust_dml.models import embed
 
 ALL = {**SUITE, **FIXED}
@@ -226,7 +227,7 @@ def test_queries_from_outside_the_gallery_hide_nothing():
         assert s['GTT'].targets(outside, CIRCLE, 0)['row'].item() == 0 and near(outside, CIRCLE).item() == 0
         t = s['ES'].targets(outside, CIRCLE, 0)
         assert s['ES'].measure(outside.emb, outside, t, CIRCLE)['ES:R'].item() == 100
-    assert torch.equal(ltm_targets(outside, CIRCLE, 0)['not_mate'], ltm_targets(outside, CIRCLE, 0, exclude_self=True)['not_mate'])
+    assert torch.equal(ltm_targets(outside, CIRCLE, 0)['mate'], ltm_targets(outside, CIRCLE, 0, exclude_self=True)['mate'])
 
 
 def test_a_lonely_query_has_no_answer():
@@ -420,3 +421,49 @@ def test_ltm_finds_a_mate_in_the_last_row():
     value = ALL['LTM fixed'].objective(query.emb, query, ltm_targets(query, CIRCLE, 0, exclude_self=True), CIRCLE)
     expected = 2*math.sin(math.radians(35)) - 2*math.sin(math.radians(65))
     assert value.item() == pytest.approx(expected, abs=1e-6)
+
+
+# --- every shortcut against the plain form -----------------------------------------------------------------------------------
+
+def plain_objective(name):
+    "The objective as it is printed, through autograd and torch.cdist's exact mode."
+    sign = 1 if '+' in name else -1
+    def far(emb, gallery): return torch.where((d := torch.cdist(emb, gallery.emb, compute_mode='donot_use_mm_for_euclid_dist')) > noise(emb), d, d.detach())
+    def ca(emb, queries, t, gallery): return -hinge(sign*(far(emb, gallery).gather(1, t['row'])[...,None] - t['dist'])).mean((1, 2))
+    def qa(emb, queries, t, gallery):
+        dist = far(emb, gallery)
+        return -hinge(sign*(dist.gather(1, t['row'])[...,None] - dist[:,None])).mean((1, 2))
+    def ltm(emb, queries, t, gallery):
+        dist, same = far(emb, gallery), gallery.label == queries.label[:,None]
+        mate = same & (torch.arange(len(gallery.label)) != queries.row[:,None]) if name == 'LTM fixed' else same
+        return -hinge(dist.masked_fill(same, -torch.inf).amax(1) - dist.masked_fill(~mate, torch.inf).amin(1))
+    return {'CA+': ca, 'CA-': ca, 'QA+': qa, 'QA-': qa, 'GTT': qa, 'LTM': ltm, 'LTM fixed': ltm}[name]
+
+
+@pytest.mark.parametrize('name', ['CA+', 'CA-', 'QA+', 'QA-', 'GTT', 'LTM', 'LTM fixed'])
+def test_closed_forms_find_the_same_adversarial_images(world, name):
+    model, x, gallery, some = world
+    attack = {**suite(w=3, m=1 if name == 'QA-' else 2), **FIXED}[name]  # QA-: the pool is one item
+    forms = attack, replace(attack, objective=plain_objective(name))
+    short, plain = (run_attack(model, a, x[some], members(gallery, some), gallery, **{**BUDGET, 'steps': 16}) for a in forms)
+    assert (short.images - x[some]).abs().max() > .05
+    torch.testing.assert_close(short.images, plain.images, rtol=0, atol=1e-12)
+    for key, value in plain.after.items(): torch.testing.assert_close(short.after[key], value, rtol=0, atol=1e-9)
+
+
+def test_half_precision_searches_as_well_and_is_measured_in_full(world):
+    model, x, gallery, some = world
+    model, x, gallery = copy.deepcopy(model).float(), x.float(), Gallery(gallery.emb.float(), gallery.label)
+    full, half = (run_attack(model, SUITE['ES'], x[some], members(gallery, some), gallery, **BUDGET, precision=p) for p in ('float32', 'bfloat16'))
+    assert not torch.equal(full.images, half.images) and half.after['ES:D'].dtype == torch.float32
+    with torch.no_grad(): moved = paired_distance(embed(model, half.images), gallery.emb[some])
+    torch.testing.assert_close(half.after['ES:D'], moved)
+    assert half.after['ES:D'].mean() > .9*full.after['ES:D'].mean()
+    with pytest.raises(ValueError, match='precision'): run(world, 'ES', precision='float16')
+
+
+def test_mates_lists_the_class_and_fills_up():
+    gallery = Gallery(torch.eye(5), tensor([3, 1, 3, 1, 3]))
+    query = Queries(torch.eye(5)[:3], tensor([1, 3, 7]), tensor([1, -1, -1]), torch.arange(3))
+    row, real = mates(query, gallery)
+    assert row.tolist() == [[1, 3, 1], [0, 2, 4], [0, 0, 0]] and real.tolist() == [[True, True, False], [True]*3, [False]*3]

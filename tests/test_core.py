@@ -109,3 +109,50 @@ def test_progress_writes_lines_to_a_log(capsys):
     assert '\r' not in log and log.endswith('\n') and '4/4' in log.splitlines()[-1] and log.splitlines()[-1].startswith('epoch')
     assert list(core.progress(range(2), desc='quiet', show=False)) == [0, 1]
     assert capsys.readouterr().err == ''
+
+
+def clock(step=1.):
+    "Seconds that pass only when they are read."
+    now = iter(range(10**6))
+    return lambda: step*next(now)
+
+
+def test_stopwatch_adds_laps_by_name():
+    watch = core.Stopwatch(seconds={'update': 5.}, clock=clock(.5))
+    for _ in range(3):
+        with watch('update'): pass
+    with watch('outer'):
+        with watch('inner'): pass
+    assert watch.seconds == {'update': 6.5, 'outer': 1.5, 'inner': .5}  # the outer one holds two more readings
+    assert json.loads(json.dumps(watch.seconds)) == watch.seconds
+    earlier = {'a': 1.}
+    with core.Stopwatch(seconds=earlier)('a'): pass
+    assert earlier == {'a': 1.}
+
+
+def test_stopwatch_leaves_out_what_failed():
+    watch = core.Stopwatch(clock=clock())
+    with pytest.raises(KeyboardInterrupt):
+        with watch('update'): raise KeyboardInterrupt
+    assert watch.seconds == {}
+
+
+def test_stopwatch_waits_for_the_gpu(monkeypatch):
+    "The device is waited for before either reading; a CPU is not."
+    events, tick = [], clock()
+    def read(): events.append('clock'); return tick()
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda device: events.append(str(device)))
+    with core.Stopwatch('cuda:1', clock=read)('update'): events.append('work')
+    assert events == ['cuda:1', 'clock', 'work', 'cuda:1', 'clock']
+    events.clear()
+    with core.Stopwatch('cpu', clock=read)('update'): pass
+    assert events == ['clock', 'clock']
+
+
+def test_stopwatch_counts_the_wait_and_not_the_work():
+    tick = clock()
+    def slow():
+        for k in range(3): tick(); yield k  # one second to make
+    watch = core.Stopwatch(clock=tick)
+    for _ in watch.each('data', slow()): [tick() for _ in range(100)]  # a hundred to use
+    assert watch.seconds == {'data': 3*2. + 1.}

@@ -1,5 +1,5 @@
-"Image sets, the three sources, broken input and pair batches."
-import functools, io, itertools, json, warnings, zipfile
+"Image sets, the three sources, broken input, pair batches and batches prepared ahead."
+import functools, io, itertools, json, signal, threading, time, traceback, warnings, zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,6 +73,17 @@ def test_crops():
     assert count.sum() == 400 and count.min() > 0 and count.max() < 30 # mean 12.5, standard deviation 3.5
     assert torch.equal(s.augment(rows, generator(1)), s.augment(rows, generator(1)))
     assert torch.equal(make().augment(rows, generator(1)), make().batch(rows))
+
+
+@pytest.mark.parametrize('shape, size', [((6, 3, 9, 7), 5), ((6, 1, 4, 4), 4), ((1, 2, 5, 8), 1)])
+@pytest.mark.parametrize('kind', [torch.uint8, torch.float64])
+def test_random_crop_against_indexing_every_pixel(shape, size, kind):
+    x = (torch.rand(shape, generator=generator(0, 'crop'))*255).to(kind)
+    gen = generator(1, 'crop')
+    top, left, flip = (torch.randint(n, (len(x), 1), generator=gen).flatten().tolist() for n in (shape[2]-size+1, shape[3]-size+1, 2))
+    expected = x.new_empty(*shape[:2], size, size)
+    for b, c, i, j in itertools.product(*map(range, expected.shape)): expected[b, c, i, j] = x[b, c, top[b]+i, left[b]+(size-1-j if flip[b] else j)]
+    assert torch.equal(data.random_crop(x, size, generator(1, 'crop')), expected)
 
 
 @pytest.mark.parametrize('change', [
@@ -380,3 +391,117 @@ def test_damaged_drawing_can_be_skipped(tmp_path):
     with pytest.raises(ValueError, match='9999_99.png'): data.load('omniglot', root=tmp_path)
     split = data.load('omniglot', root=tmp_path, skip_unreadable=True)
     assert len(split.skipped) == 1 and split.skipped[0].endswith('9999_99.png')
+
+
+# batches prepared ahead
+
+def threads(): return [t for t in threading.enumerate() if t.name == 'prefetch']
+
+
+@pytest.fixture
+def no_thread_left():
+    yield
+    assert threads() == []
+
+
+@pytest.mark.parametrize('depth', [1, 3, 50])
+@pytest.mark.parametrize('count', [0, 1, 7, 40])
+def test_prefetch_keeps_order(no_thread_left, depth, count):
+    assert list(data.prefetch((k*k for k in range(count)), depth=depth)) == [k*k for k in range(count)]
+
+
+@pytest.mark.parametrize('depth', [1, 2])
+def test_prefetch_works_ahead_and_not_too_far(no_thread_left, depth):
+    "While the caller holds an item, the next `depth` are made, in another thread, and no more."
+    made = [threading.Semaphore(0) for _ in range(20)]
+    makers = []
+    def items():
+        for k in range(20):
+            makers.append(threading.current_thread())
+            made[k].release()
+            yield k
+    found = data.prefetch(items(), depth=depth)
+    assert makers == []  # nothing starts before the first item is asked for
+    assert next(found) == 0
+    for k in range(depth+1): assert made[k].acquire(timeout=10)  # those ahead come without being asked for
+    assert not made[depth+1].acquire(timeout=.2)
+    assert next(found) == 1 and made[depth+1].acquire(timeout=10)
+    assert threading.main_thread() not in makers
+    found.close()
+    assert len(makers) <= depth+3
+
+
+def test_prefetch_hands_over_the_error(no_thread_left):
+    def where_it_breaks(): raise OSError('disk gone')
+    def items():
+        yield 1
+        where_it_breaks()
+    found = data.prefetch(items())
+    assert next(found) == 1
+    with pytest.raises(OSError, match='disk gone') as error: next(found)
+    assert 'where_it_breaks' in [frame.name for frame in traceback.extract_tb(error.tb)]
+    with pytest.raises(StopIteration): next(found)
+
+
+def test_prefetch_ends_with_its_caller(no_thread_left):
+    "Closed, left by an exception, or never begun: no thread stays."
+    found = data.prefetch(itertools.count())
+    assert [next(found), next(found)] == [0, 1]
+    found.close()
+    for _ in zip(range(3), data.prefetch(itertools.count())): pass
+    data.prefetch(itertools.count())
+    with pytest.raises(ZeroDivisionError):
+        for k in data.prefetch(itertools.count()): 1/(3-k)
+
+
+def test_prefetch_can_be_interrupted(no_thread_left):
+    "Ctrl-C while the caller waits for an item that takes long."
+    waiting, enough = threading.Event(), threading.Event()
+    def items():
+        yield 0
+        waiting.wait(10)
+        time.sleep(.3)  # the caller waits by now
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        enough.wait(10)
+        yield 1
+    found = data.prefetch(items())
+    assert next(found) == 0
+    threading.Timer(1., enough.set).start()
+    with pytest.raises(KeyboardInterrupt):
+        waiting.set()
+        next(found)
+
+
+@pytest.mark.parametrize('crop', [None, 4])
+def test_training_batches_are_the_same_ahead(no_thread_left, crop):
+    "Same images, labels and draws, whatever else is drawn meanwhile from the global generator."
+    s = make(crop=crop)
+    def epoch(ahead):
+        rows = data.pair_batches(s.labels, pairs=3, gen=generator(0, 'pairs'))
+        found = []
+        for x, label in data.training_batches(s, rows, gen=generator(0, 'augment'), dtype=torch.float64, ahead=ahead):
+            torch.rand(3)
+            found.append((x, label))
+        return found
+    plain, ahead, gen = epoch(False), epoch(True), generator(0, 'augment')
+    assert len(plain) == len(ahead) == 3
+    for rows, a, b in zip(data.pair_batches(s.labels, pairs=3, gen=generator(0, 'pairs')), plain, ahead):
+        assert torch.equal(a[0], s.augment(rows, gen, dtype=torch.float64)) and torch.equal(a[1], s.labels[rows])
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[0].dtype == b[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize('mapped', [False, True])
+def test_images_outside_of_memory_are_read_ahead(no_thread_left, mapped):
+    s, readers = make(), set()
+    class Watched:
+        shape, dtype = s.images.shape, s.images.dtype
+        def __len__(self): return len(s.images)
+        def __getitem__(self, rows):
+            readers.add(threading.current_thread() is threading.main_thread())
+            return s.images[rows]
+    if not mapped:  # a tensor in memory is read where it is needed
+        Watched = type('Watched', (torch.Tensor,), {'__getitem__': lambda self, rows: (readers.add(threading.current_thread() is threading.main_thread()), s.images[rows])[1]})
+        images = s.images.as_subclass(Watched)
+    else: images = Watched()
+    list(data.training_batches(replace(s, images=images), torch.arange(7).split(2), gen=generator(0)))
+    assert readers == {not mapped}

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from robust_dml.distances import _centred, _distance_matrix, hardness, normalise, paired_distance, pairwise_distance, triplet_loss
+from robust_dml.distances import _distance_matrix, distance_and_gradient, hardness, normalise, paired_distance, pairwise_distance, prepare, triplet_loss
 
 
 def cloud(n, spread, seed=0, dim=128):
@@ -53,7 +53,7 @@ def test_relative_error_around_the_switch_between_both_formulas(close):
 
 def test_centring_leaves_only_the_diagonal_of_a_collapsed_batch_to_the_slow_way():
     emb = cloud(150, .0014)
-    _,pairs = _distance_matrix(emb, emb, *_centred(emb, emb))
+    *_,pairs = _distance_matrix(emb, prepare(emb))
     assert pairs.tolist() == [[i, i] for i in range(150)]
 
 
@@ -177,3 +177,29 @@ def test_bad_shapes_are_refused():
     with pytest.raises(TypeError, match='one dtype'): pairwise_distance(torch.zeros(2, 3), torch.zeros(2, 3).double())
     with pytest.raises(ValueError, match='must match'): paired_distance(torch.zeros(2, 3), torch.zeros(1, 3))
     with pytest.raises(ValueError, match='must match'): triplet_loss(torch.zeros(2), torch.zeros(3), margin=.2)
+
+
+@pytest.mark.parametrize('spread', [1., .0014])
+def test_a_prepared_gallery_and_the_gradient_without_a_graph_change_nothing(spread):
+    gallery = cloud(70, spread)
+    query = (gallery[:9] + .1*spread*cloud(9, spread, seed=1)).requires_grad_()
+    weight = torch.rand(9, 70, generator=torch.Generator().manual_seed(2))
+    plain = pairwise_distance(query, gallery, ignore_below=1e-6)
+    dist, gradient = distance_and_gradient(query, prepare(gallery), ignore_below=1e-6)
+    assert torch.equal(dist, plain.detach()) and torch.equal(pairwise_distance(query, prepare(gallery)), plain)
+    expected, = torch.autograd.grad((weight*plain).sum(), query)
+    assert not gradient(weight).requires_grad and torch.equal(gradient(weight), expected)
+
+
+def test_a_row_at_the_centre_of_identical_rows_has_distance_and_gradient_zero():
+    same = torch.ones(4, 3)
+    dist, gradient = distance_and_gradient(same[:2], prepare(same))
+    assert (dist == 0).all() and (gradient(torch.ones(2, 4)) == 0).all()
+
+
+def test_rows_of_very_different_length_keep_their_precision():
+    gen = torch.Generator().manual_seed(0)
+    v = torch.randn(60, 32, generator=gen)*torch.logspace(-3, 3, 60)[:,None]
+    u = v[::7] + .01*v[::7].norm(dim=1, keepdim=True)*torch.randn(9, 32, generator=gen)
+    truth = (u.double()[:,None] - v.double()).norm(dim=2)
+    assert ((pairwise_distance(u, v).double() - truth)/truth).abs().max() < 2e-5

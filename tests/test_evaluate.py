@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from robust_dml import data
+from robust_dml import evaluate as module
 from robust_dml.attacks import SUITE
 from robust_dml.evaluate import evaluate
 from robust_dml.models import build
@@ -120,3 +121,36 @@ def test_collapsed_embedding_keeps_its_ranks(images, scale):
     assert result.collapsed and result.before['GTT'] == 100
     all_queries = evaluate(Tiny(), images.test, attacks={'ES': SUITE['ES']}, **ATTACK)
     assert all_queries.before['ES:R'] == pytest.approx(all_queries.benign['R@1'], abs=1e-9)
+
+
+def test_parts_add_up_over_a_kill(model, images, tmp_path):
+    "Seconds of every part; those of the attacks are the sums of the stored records, also after a kill."
+    import json
+    from robust_dml.store import Run
+    attacks = {name: SUITE[name] for name in ('ES', 'CA+')}
+    run, few = Run(tmp_path), dict(ATTACK, attacks=attacks, batch_size=60)
+    first = evaluate(model, images.test, run=run, **few)
+    assert list(first.parts) == ['gallery', 'metrics', 'indicators', 'ES', 'CA+'] and all(v > 0 for v in first.parts.values())
+    records = [json.loads(line) for line in (tmp_path/'queries.jsonl').read_text().splitlines()]
+    assert [(r['attack'], r['start']) for r in records] == [(a, i) for a in attacks for i in (0, 60, 120)]
+    for r, seconds in zip(records, (1., 2., 4., 8., 16., 32.)): r['seconds'] = seconds
+    (tmp_path/'queries.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in records[:5]))  # the last batch is lost
+    again = evaluate(model, images.test, run=run, **few)
+    assert again.parts['ES'] == 7 and 24 < again.parts['CA+'] < 56
+    assert again.seconds == pytest.approx(again.parts['ES'] + again.parts['CA+']) and again.after == first.after
+
+
+def test_folding_changes_no_number_of_a_deep_network(images, monkeypatch):
+    net = build('resnet18', dim=16, size=28, channels=1, seed=0)
+    train(net, images.train, make('natural', margin=.2), epochs=1, pairs=40, lr=1e-3, show=False)
+    options = dict(ATTACK, steps=3, limit=24)
+    fast = evaluate(net.double(), images.test, **options)
+    monkeypatch.setattr(module, 'streamlined', lambda model, compiled=False: model)
+    plain = evaluate(net, images.test, **options)
+    for part in ('benign', 'before', 'after', 'indicators'): assert getattr(fast, part) == pytest.approx(getattr(plain, part), abs=1e-7)
+
+
+def test_half_precision_is_part_of_the_protocol_and_changes_only_the_search(model, images):
+    full, half = (evaluate(model, images.test, precision=p, **ATTACK) for p in ('float32', 'bfloat16'))
+    assert half.protocol['precision'] == 'bfloat16' and half.benign == full.benign and half.before == full.before and half.after != full.after
+    for key in ('QA+', 'QA-', 'CA+', 'CA-'): assert half.after[key] == pytest.approx(full.after[key], abs=3.)

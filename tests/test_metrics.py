@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from robust_dml import metrics
-from robust_dml.metrics import (average_precision, benign, first_match_rank, lone_queries, mean_average_precision,
-                                mean_average_precision_at_r, nmi, normalised_mutual_information, recall_at_k)
+from robust_dml.metrics import (average_precision, benign, first_match_rank, lone_queries, match_places, mean_average_precision,
+                                mean_average_precision_at_r, nmi, normalised_mutual_information, rankings, recall_at_k, retrieval)
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -102,6 +102,91 @@ def test_ties_count_in_gallery_order():
     same(average_precision(emb, label), torch.tensor([1/3, 1/2, 1/2, 1, 1/5, 1/5]))
 
 
+def grid(n, seed, dtype):
+    "Points with small whole coordinates whose mean is zero: duplicates and equal distances abound, and every product is exact."
+    half = torch.randint(-1, 3, (n//2, 3), generator=gen(seed))
+    return torch.cat([half, -half])[torch.randperm(n, generator=gen(seed))].to(dtype)
+
+
+def exact(label, squared):
+    "Rank, AP and AP@R by sorting pairs of a squared distance and a row."
+    found = []
+    for i, line in enumerate(squared.tolist()):
+        row = sorted((d, j) for j, d in enumerate(line) if j != i)
+        places = [p for p, (_, j) in enumerate(row, 1) if label[j] == label[i]]
+        terms = [(j/p, p) for j, p in enumerate(places, 1)]
+        found.append((places[0] - 1, sum(t for t, _ in terms)/len(places), sum(t for t, p in terms if p <= len(places))/len(places)) if places
+                     else (-1, math.nan, math.nan))
+    return tuple(map(torch.tensor, zip(*found)))
+
+
+@pytest.mark.parametrize('limit', [0, 3, 256])                      # sort all, count the small classes, count all
+@pytest.mark.parametrize('few', [1, 5, 1000])                       # rows handled at once
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_ties_and_duplicates_against_loops(monkeypatch, limit, few, dtype):
+    monkeypatch.setattr(metrics, 'cache_rows', lambda dist: min(len(dist), few))
+    inner = metrics.match_places
+    monkeypatch.setattr(metrics, 'match_places', lambda dist, column: inner(dist, column, count_up_to=limit))
+    emb = grid(70, 2, dtype)
+    label = torch.cat([torch.zeros(20).long(), torch.randint(1, 18, (50,), generator=gen(3))])[torch.randperm(70, generator=gen(4))]
+    squared = (emb[:,None] - emb).square().sum(2)
+    assert len(emb.unique(dim=0)) < 60 and lone_queries(label) > 0 and (squared.sort(1).values.diff(dim=1) == 0).float().mean() > .5
+    rank, ap, at_r = exact(label, squared)
+    for block in (None, 1, 13):
+        found = retrieval(emb, label, block=block)
+        assert torch.equal(found.rank, rank) and torch.equal(first_match_rank(emb, label, block=block), rank)
+        same(found.ap, ap), same(found.ap_at_r, at_r)
+
+
+def test_large_classes_are_sorted_and_small_ones_counted(monkeypatch):
+    "Both ways must be taken, and agree to the last bit."
+    taken = []
+    for name in ('_count_places', '_sort_places'):
+        monkeypatch.setattr(metrics, name, lambda dist, column, name=name, inner=getattr(metrics, name): taken.append((name, column.shape[1])) or inner(dist, column))
+    emb, label = unit(900, 8), torch.cat([torch.zeros(600), torch.arange(300)//3 + 1]).long()
+    whole = retrieval(emb, label, block=300)
+    assert taken == [('_count_places', 2)] + 2*[('_sort_places', 599)]
+    monkeypatch.setattr(metrics, 'match_places', lambda dist, column, inner=match_places: inner(dist, column, count_up_to=0 if column.shape[1] < 599 else 599))
+    for mine, theirs in zip(retrieval(emb, label, block=300), whole): assert torch.equal(mine, theirs)
+    assert taken[3:] == [('_sort_places', 2)] + 2*[('_count_places', 599)]
+
+
+def test_places_of_left_out_and_missing_items():
+    dist = torch.tensor([[3., math.inf, 1, 1, 2], [1, 1, 1, 1, math.inf]])
+    column = torch.tensor([[4, 1, 3, 5], [3, 0, 4, 2]])
+    for limit in (0, 4): assert match_places(dist, column, count_up_to=limit).tolist() == [[2, 5, 1, 5], [3, 0, 5, 2]]
+
+
+def test_rankings_give_every_query_its_class():
+    emb, label = sample()
+    parts = [(w, d.clone(), torch.nn.functional.pad(c, (0, 60 - c.shape[1]), value=60)) for w, d, c in rankings(emb, label, block=7)]
+    which, dist, column = map(torch.cat, zip(*parts))
+    back = which.argsort()
+    assert which[back].tolist() == list(range(60)) and label.bincount()[label[which]].diff().min() >= 0
+    dist, column = dist[back], column[back]
+    for i in range(60): assert column[i][column[i] < 60].tolist() == [j for j in range(60) if label[j] == label[i] and j != i]
+    assert dist.isinf().nonzero().tolist() == [[i, i] for i in range(60)]
+
+
+@pytest.mark.parametrize('labels', [torch.int32, torch.uint8, torch.bool])
+def test_labels_of_any_integer_type(labels):
+    emb, label = sample(classes=2)
+    assert torch.equal(first_match_rank(emb, label.to(labels)), first_match_rank(emb, label))
+    other = first_match_rank(emb[:9], label[:9].to(labels), emb, label, rows=torch.arange(9))
+    assert torch.equal(other, first_match_rank(emb, label)[:9])
+
+
+def test_all_at_one_point_in_bounded_time():
+    "Everything is tied: places are those of the columns."
+    label = torch.arange(3000)//3
+    found = retrieval(torch.ones(3000, 4), label)
+    first = torch.arange(3000)//3*3                                   # the first column of the class
+    mates = torch.tensor([[1, 2], [0, 2], [0, 1]]).repeat(1000, 1) + first[:,None]
+    place = mates - (mates > torch.arange(3000)[:,None]).long()       # the query itself is gone
+    assert torch.equal(found.rank, place[:,0])
+    same(found.ap, (1/(place[:,0] + 1) + 2/(place[:,1] + 1))/2)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 40), st.integers(1, 12))
 def test_bounds_and_invariances(seed, n, classes):
@@ -185,12 +270,28 @@ def test_backends_give_the_same_nmi_up_to_their_starts():
 
 
 def test_blocks_are_small(monkeypatch):
-    sizes, inner = [], metrics.pairwise_distance
-    monkeypatch.setattr(metrics, 'pairwise_distance', lambda u, v: sizes.append(len(u)*len(v)) or inner(u, v))
-    emb, label = unit(5000, 2), torch.arange(5000)//5
+    sizes, places, inner, count = [], [], metrics.distances, metrics.match_places
+    monkeypatch.setattr(metrics, 'distances', lambda u, v, **kw: sizes.append(len(u)*len(v.emb)) or inner(u, v, **kw))
+    monkeypatch.setattr(metrics, 'match_places', lambda dist, column: places.append(dist.numel()) or count(dist, column))
+    emb, label = unit(8000, 2), torch.arange(8000)//5
     recall_at_k(emb, label, k=1)
     average_precision(emb[:2000], label[:2000], emb, label)
-    assert sum(sizes) == 35_000_000 and max(sizes) <= 2**23
+    assert sum(sizes) == sum(places) == 80_000_000 and max(sizes) <= 2**25 and max(places) <= 2**21
+
+
+def test_benign_takes_one_pass(monkeypatch):
+    rows, inner = [], metrics.distances
+    monkeypatch.setattr(metrics, 'distances', lambda u, v, **kw: rows.append(len(u)) or inner(u, v, **kw))
+    emb, label = clouds(.3)
+    benign(emb, label, backend='torch', block=100)
+    assert rows == [100, 100, 40]
+
+
+def test_backend_is_chosen_for_the_device_of_the_embeddings(monkeypatch):
+    asked = []
+    monkeypatch.setattr(metrics, 'resolve_backend', lambda *args: asked.append(args) or 'torch')
+    emb, label = clouds(.3)
+    assert benign(emb, label)['backend'] == 'torch' and asked == [('auto', emb.device)]
 
 
 def test_benign_row():

@@ -1,4 +1,6 @@
 "Networks: shapes, constants, weights, determinism, and that an attack leaves no trace."
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -6,7 +8,8 @@ from torch import nn
 from torchvision import models as zoo
 
 from robust_dml.data import ImageSet
-from robust_dml.models import MODELS, build, embed, embed_all, frozen, train_mode
+from robust_dml.models import MODELS, build, embed, embed_all, foldable, frozen, streamlined, train_mode
+from robust_dml.pgd import pgd
 
 SMALL = dict(dim=16, size=28, channels=1, seed=0)
 
@@ -214,3 +217,70 @@ def test_googlenet_sees_what_its_original_weights_expect():
     imagenet = (x - torch.tensor([.485, .456, .406]).view(1, 3, 1, 1))/torch.tensor([.229, .224, .225]).view(1, 3, 1, 1)
     theirs = googlenet(weights=None, transform_input=True, aux_logits=False, init_weights=False)._transform_input(imagenet)
     torch.testing.assert_close((x - net.mean)/net.std, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('name,channels,size', [('resnet18', 3, 64), ('resnet50', 1, 32), ('googlenet', 3, 64), ('efficientnet_b0', 3, 32)])
+def test_streamlined_is_the_same_function_with_the_same_gradient(name, channels, size):
+    model = build(name, dim=8, size=size, channels=channels, seed=0).double()
+    gen = torch.Generator().manual_seed(1)
+    for m in model.modules():  # statistics and weights that are far from the identity
+        if isinstance(m, nn.BatchNorm2d):
+            for v in (m.weight.data, m.bias.data, m.running_mean): v.add_(.2*torch.randn(v.shape, generator=gen, dtype=v.dtype))
+    x = torch.rand(3, channels, size, size, generator=gen, dtype=torch.float64)
+    before = {k: v.clone() for k,v in model.state_dict().items()}
+    fast = streamlined(model)
+    norms = [m for m in fast.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(model.folds) > 10 and not norms and not any(m.training for m in fast.modules()) and all(m.training for m in model.modules())
+
+    def gradient(net):
+        with frozen(net):
+            z = x.clone().requires_grad_()
+            return torch.autograd.grad(embed(net, z)[:, 0].sum(), z)[0]
+    torch.testing.assert_close(gradient(fast), gradient(model), rtol=1e-5, atol=1e-8)
+    assert all(torch.equal(before[k], v) for k,v in model.state_dict().items()) and all(p.requires_grad for p in model.parameters())
+
+
+class Reads(nn.Module):
+    "A convolution whose output is read twice, one that is called twice, and a batch norm in front."
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.shared, self.after = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+    def forward(self, x):
+        x = self.first(x)
+        x = x + self.norm(x)
+        return self.after(self.shared(self.shared(x))).flatten(1)
+
+
+class Untraceable(Reads):
+    def forward(self, x):
+        if x.sum() > 1e9: raise RuntimeError
+        return super().forward(x)
+
+
+@pytest.mark.parametrize('kind', [Reads, Untraceable])
+def test_only_convolutions_with_a_single_reader_are_folded(kind):
+    torch.manual_seed(0)
+    net, x = kind(), torch.rand(2, 1, 8, 8)
+    for m in (net.norm, net.after): m.running_mean.uniform_(-1, 1), m.running_var.uniform_(.5, 2)
+    assert foldable(net) == ()
+    fast = streamlined(net)
+    net.eval()
+    assert torch.equal(fast(x), net(x))
+
+
+def test_streamlined_follows_no_later_change_of_the_folded_weights_and_shares_the_rest():
+    model = build('resnet18', dim=8, size=32, channels=3, seed=0).eval()
+    fast, x = streamlined(model), torch.rand(2, 3, 32, 32)
+    with torch.no_grad(): model.backbone.conv1.weight.mul_(3)
+    assert not torch.allclose(fast(x), model(x), rtol=1e-3) and torch.allclose(streamlined(model)(x), model(x), rtol=1e-3, atol=1e-5)
+    assert fast.head.weight is model.head.weight
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler on the CPU')
+def test_compiled_is_the_same_function_with_the_same_gradient():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval(), torch.rand(2, 1, 8, 8)
+    found = [pgd(m, lambda emb: emb[:, 0], x, eps=.1, step_size=.03, steps=5) for m in (net, streamlined(net, compiled=True))]
+    torch.testing.assert_close(found[1].emb, found[0].emb, rtol=0, atol=1e-5)
+    assert (found[1].images != found[0].images).float().mean() < .05

@@ -202,16 +202,105 @@ def test_robustness_figure_shows_the_means():
 
 def test_strip_frames_misses_differently():
     tensors = pictures()
-    axes = np.array(report.strip(tensors).axes).reshape(2, 15)
-    def frame(ax): return ax.spines['left'].get_edgecolor(), ax.spines['left'].get_linestyle()
-    assert {frame(ax) for ax in axes[:, 4:9].flat} == {frame(axes[0, 4])}  # all hits before
+    ax, = report.strip(tensors).axes
+    frames = sorted(ax.patches, key=lambda f: (f.get_y(), f.get_x()))  # two rows of five before and five after
+    assert len(frames) == 20 and len({(f.get_x(), f.get_y()) for f in frames}) == 20
+    def style(k): return frames[k].get_edgecolor(), frames[k].get_linestyle()
+    assert {style(10*row + k) for row in range(2) for k in range(5)} == {style(0)}  # all hits before
     for row in range(2):
         for k in range(5):
             hit = bool(tensors['label_after'][row, k] == tensors['label'][row])
-            same = [a == b for a, b in zip(frame(axes[row, 10 + k]), frame(axes[0, 4]))]
+            same = [a == b for a, b in zip(style(10*row + 5 + k), style(0))]
             assert same == [hit, hit]  # colour and line style both
-    change = axes[0, 2].images[0].get_array()
-    assert change.max() == pytest.approx(1, abs=1e-5) and change.min() >= .5 - 1e-6  # grey is no change, white the largest
+
+
+def test_strip_shows_every_picture_in_its_frame():
+    tensors = pictures(3)
+    ax, = report.strip(tensors).axes
+    canvas = np.asarray(ax.images[0].get_array())
+    def at(x, y): return canvas[int(y):int(y) + 8, int(x):int(x) + 8]
+    frames = sorted(ax.patches, key=lambda f: (f.get_y(), f.get_x()))
+    for row in range(3):
+        for k, (when, place) in enumerate((when, place) for when in ('before', 'after') for place in range(5)):
+            np.testing.assert_allclose(at(*frames[10*row + k].get_xy()), tensors[when][row, place, 0]/255, atol=1e-6)
+        y = frames[10*row].get_y()
+        clean, adv, change = (at(x, y) for x in (0, 9, 18))
+        np.testing.assert_allclose(clean, tensors['clean'][row, 0], atol=1e-6)
+        np.testing.assert_allclose(adv, tensors['adv'][row, 0], atol=1e-6)
+        largest = (tensors['adv'] - tensors['clean']).abs().max()
+        np.testing.assert_allclose(change, .5 + .5*(tensors['adv'] - tensors['clean'])[row, 0]/largest, atol=1e-5)  # grey is no change, white the largest
+    assert (canvas[8] == 1).all()  # white between the rows
+    lefts = [f.get_x() for f in frames[:10]]
+    assert len({b - a for a, b in zip(lefts[:5], lefts[1:5])}) == 1 and lefts[5] - lefts[4] > lefts[4] - lefts[3]  # before and after are set apart
+
+
+def test_strip_of_colours_and_few_results():
+    tensors = pictures()
+    colour = {k: v.expand(*v.shape[:-3], 3, 8, 8) if v.ndim > 2 else v for k, v in tensors.items()}
+    colour |= {k: v[:, :2] for k, v in colour.items() if k.endswith(('before', 'after'))}
+    ax, = report.strip(colour).axes
+    assert np.asarray(ax.images[0].get_array()).shape[2] == 3 and len(ax.patches) == 8
+    Image.open(io.BytesIO(report.png(report.strip(colour)))).verify()
+
+
+def timed(results):
+    "The same records with seconds of their parts, different for each seed."
+    for r in results['records']:
+        r['train']['parts'] = dict(data=1., defence=10. + r['seed'], update=4., checkpoint=.5)
+        r['eval']['parts'] = {'gallery': 1., 'LTM fixed': 3., 'QA+': 6. + r['seed'], 'CA+': 5., 'ES': 2., 'GTM fixed': 1., 'LTM': 4., 'metrics': 2., 'indicators': .5, 'my own': 7.}
+    return results
+
+
+def test_parts_are_means_over_seeds():
+    results = timed(made_up(seeds=(0, 1, 5)))
+    table, attacks = report.parts(results), report.attack_seconds(results)
+    assert list(table) == ['Setting', 'Defense', 'data', 'defence', 'update', 'checkpoint', 'gallery', 'attacks', 'metrics']
+    assert list(table['Defense']) == list(LABELS.values()) and table['defence'].tolist() == [12.]*3
+    assert table['attacks'].tolist() == [30.]*3 and table['metrics'].tolist() == [2.5]*3
+    assert list(attacks)[2:] == ['CA+', 'QA+', 'ES', 'LTM', 'LTM fixed', 'GTM fixed', 'my own'] and attacks['QA+'].tolist() == [8.]*3
+    del results['records'][0]['train']['parts'], results['records'][0]['eval']['parts']  # of an older version: the other seeds remain
+    assert report.parts(results)['defence'].tolist() == [13., 12., 12.]
+
+
+def test_time_bars_are_the_parts(tmp_path):
+    from matplotlib.colors import to_hex
+    results = timed(made_up(seeds=(0, 1)))
+    table, ax = report.parts(results), report.time_bars(results)
+    names = list(table)[2:]
+    assert [c.get_label() for c in ax.containers] == names and [t.get_text() for t in ax.get_yticklabels()] == list(LABELS.values())
+    assert len({to_hex(c.patches[0].get_facecolor()) for c in ax.containers}) == len(names)
+    for row in range(3):
+        end = 0.
+        for bars, name in zip(ax.containers, names):
+            assert bars.patches[row].get_x() == pytest.approx(end) and bars.patches[row].get_width() == pytest.approx(table[name][row])
+            end += table[name][row]
+    page = Page(report.write_report(tmp_path, results).read_text(encoding='utf-8'))
+    assert (tmp_path/'figures'/'time.png').is_file() and 'Where the time went' in page.text and 'Seconds of each attack' in page.text
+    total = sum(table[names].sum())
+    assert f'The largest part: attacks of the evaluation, {table["attacks"].sum():.0f} s of {total:.0f} s ({100*table["attacks"].sum()/total:.0f} %).' in page.text
+
+
+def test_the_largest_part_is_named():
+    results = timed(made_up())
+    for r in results['records']: r['train']['parts']['update'] = 700.
+    assert report._largest(report.parts(results)).startswith('The largest part: updates of the weights, 35 min of ')
+
+
+def test_times_are_in_no_table_and_older_records_have_none(tmp_path):
+    results = made_up()
+    plain, full = (report.write_report(tmp_path/name, r).parent for name, r in (('plain', results), ('full', timed(copy.deepcopy(results)))))
+    for name in ('table.csv', 'table.md'): assert (plain/name).read_bytes() == (full/name).read_bytes()
+    assert 'Where the time went' not in (plain/'index.html').read_text() and not (plain/'figures'/'time.png').exists()
+    assert len(report.parts(results)) == len(report.attack_seconds(results)) == 0
+    again = report.write_report(tmp_path/'full', results).parent  # a stale figure goes
+    assert not (again/'figures'/'time.png').exists()
+
+
+def test_parts_of_the_training_alone(tmp_path):
+    results = timed(made_up())
+    for r in results['records']: del r['eval']['parts']
+    page = report.write_report(tmp_path, results).read_text(encoding='utf-8')
+    assert 'Where the time went' in page and 'Seconds of each attack' not in page and 'steps of the defence' in page
 
 
 def test_cost_counts_all_seeds():

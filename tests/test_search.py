@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from robust_dml import search
-from robust_dml.search import block_rows, kmeans, knn, mask_rows, resolve_backend, smallest
+from robust_dml.distances import pairwise_distance, prepare
+from robust_dml.search import block_rows, cache_rows, distances, faiss_gpus, kmeans, knn, mask_rows_, resolve_backend, smallest, tally
 
 BACKENDS = ['torch', pytest.param('faiss', marks=pytest.mark.skipif(resolve_backend('auto') == 'torch', reason='faiss is not installed'))]
 
@@ -81,18 +82,73 @@ def test_ties_go_to_the_lower_row():
     assert knn(point, point.repeat(70, 1), k=5)[1].tolist() == [[0, 1, 2, 3, 4]]
 
 
-def test_mask_rows_returns_a_copy():
+@pytest.mark.parametrize('k', [1, 4, 17, 30])
+def test_smallest_where_only_some_rows_are_tied_at_the_last_place(k):
+    values = torch.rand(400, 30, generator=gen())
+    values[::3] = values[::3].mul(6).floor()
+    values[1::3,7] = math.inf
+    order = values.sort(dim=1, stable=True)
+    value, index = smallest(values, k)
+    assert torch.equal(value, order.values[:,:k]) and torch.equal(index, order.indices[:,:k])
+
+
+def test_mask_rows_in_place():
     dist = torch.zeros(3, 4)
-    masked = mask_rows(dist, torch.tensor([0, -1, 3]))
-    assert masked.isinf().nonzero().tolist() == [[0, 0], [2, 3]] and not dist.any()
+    masked = mask_rows_(dist, torch.tensor([0, -1, 3]))
+    assert masked is dist and dist.isinf().nonzero().tolist() == [[0, 0], [2, 3]]
+
+
+@pytest.mark.parametrize('test', [torch.lt, torch.le, torch.eq])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_tally(test, dtype):
+    dist = torch.randint(6, (40, 25), generator=gen()).to(dtype)
+    than = torch.randint(6, (40, 1), generator=gen(1)).to(dtype)
+    assert tally(test, dist, than, torch.empty_like(dist)).tolist() == test(dist, than).sum(1).tolist()
+
+
+def test_tally_beyond_the_whole_numbers_of_float32():
+    dist = torch.zeros(1, 2**24 + 3)
+    assert tally(torch.lt, dist, torch.ones(1, 1), torch.empty_like(dist)).item() == 2**24 + 3
+
+
+@pytest.mark.parametrize('columns', [1, 7, 64, 1000])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_tiles_do_not_change_distances(columns, dtype):
+    gallery = unit(90, 12, dtype=dtype)
+    gallery[50] = gallery[3] + 1e-4                                # a close pair in another tile
+    query = torch.cat([gallery[:4], unit(5, 12, 1, dtype=dtype)])
+    dist = distances(query, prepare(gallery), columns=columns)
+    naive = (query.double()[:,None] - gallery.double()).norm(dim=2)
+    assert dist.dtype == dtype and (dist[range(4),range(4)] == 0).all()
+    torch.testing.assert_close(dist.double(), naive, atol=1e-6, rtol=0)
+    if columns >= 90: assert torch.equal(dist, pairwise_distance(query, gallery))
 
 
 def test_blocks_are_small(monkeypatch):
     sizes, inner = [], search.pairwise_distance
-    monkeypatch.setattr(search, 'pairwise_distance', lambda u, v: sizes.append(len(u)*len(v)) or inner(u, v))
-    knn(unit(9000, 2), unit(3000, 2), k=1)
-    assert sum(sizes) == 27_000_000 and max(sizes) <= 2**23 and len(sizes) == 4
-    assert block_rows(3000)*3000 <= 2**23 < (block_rows(3000) + 1)*3000
+    monkeypatch.setattr(search, 'pairwise_distance', lambda u, v: sizes.append((len(u), len(v.emb))) or inner(u, v))
+    knn(unit(12_000, 2), unit(3000, 2), k=1)
+    assert sum(u*v for u, v in sizes) == 36_000_000 and {v for _, v in sizes} == {2048, 952} and {u for u, _ in sizes} == {512, 12_000 % 512}
+    assert [block_rows(n) for n in (100, 2048, 3000, 10**5, 10**9)] == [2**20//100, 512, 512, 2**25//10**5, 1]
+    assert cache_rows(torch.empty(50, 60_000)) == 2**21//60_000 and cache_rows(torch.empty(5, 3000)) == 5 and cache_rows(torch.empty(5, 2**22)) == 1
+
+
+def test_small_parts_give_the_same_neighbours(monkeypatch):
+    emb = unit(60, 5).round(decimals=1)                            # ties
+    whole = knn(emb, emb, k=7, rows=torch.arange(60))
+    monkeypatch.setattr(search, 'cache_rows', lambda dist: 3)
+    for mine, theirs in zip(knn(emb, emb, k=7, rows=torch.arange(60), block=20), whole): assert torch.equal(mine, theirs)
+
+
+def test_auto_takes_faiss_only_where_it_works(monkeypatch):
+    "On a GPU faiss has to have been built for it; the one number that says so is replaced, as there may be no GPU here."
+    faiss = pytest.importorskip('faiss')
+    assert faiss_gpus('cpu') == 0
+    for gpus, backend in ((0, 'torch'), (2, 'faiss')):
+        monkeypatch.setattr(faiss, 'get_num_gpus', lambda: gpus)
+        assert faiss_gpus('cuda:1') == gpus and faiss_gpus('cpu') == 0
+        assert resolve_backend('auto', 'cuda') == backend and resolve_backend('auto', torch.device('cpu')) == resolve_backend('auto') == 'faiss'
+        assert resolve_backend('faiss', 'cuda') == 'faiss' and resolve_backend('torch', 'cuda') == 'torch'
 
 
 @pytest.mark.parametrize('call,message', [
@@ -109,6 +165,13 @@ def test_blocks_are_small(monkeypatch):
     (lambda e: kmeans(e, k=2, nredo=0), 'nredo must lie in')])
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message): call(unit(10, 4))
+
+
+def test_finite_numbers_with_an_infinite_sum_pass():
+    large = torch.full((10, 4), 3e38)
+    assert search.check_embeddings('emb', large) is large
+    large[3,2], large[4,1] = math.inf, -math.inf
+    with pytest.raises(ValueError, match='emb must be finite, found 2'): search.check_embeddings('emb', large)
 
 
 def groups(k, per, spread, seed=0, d=16):
