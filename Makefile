@@ -7,10 +7,11 @@ INPUTS := settings.ini setup.py pyproject.toml constraints.txt
 export MPLBACKEND := agg
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help venv demo table1 table2 cost bench bench-full test sync lab clean
+RUNS := data table1 table2 table3 table4 figure3 figure4 switches lambda early_disabling timing fairness baselines errata appendix_a all cost
+.PHONY: help venv demo $(RUNS) bench bench-full test sync lab clean
 help:
 	@echo "make demo  train, attack, score and report on the embedded images"
-	@echo "make table1 P='-p dataset omniglot -p root path/to/archives'   a table with parameters; also table2"
+	@echo "make table1 P='-p dataset omniglot -p root path/to/archives'   a table with parameters; also $(filter-out table1 cost data,$(RUNS))"
 	@echo "make cost P='-p dataset cub -p preset paper'   time and memory that a table will take here"
 	@echo "make test  sync check, notebook tests, pytest"
 	@echo "make lab   JupyterLab on nbs/"
@@ -45,7 +46,7 @@ demo: venv
 	echo "the table is $$same the committed one in reports/table1-glyphs-quick"; \
 	echo "the work took $$((SECONDS-began)) s; open reports/demo/table1-glyphs-quick/index.html"
 
-table1 table2 cost: venv
+$(RUNS): venv
 	@mkdir -p build; set -o pipefail; $(PAPERMILL) nbs/run_$@.ipynb build/$@.ipynb $(P) 2>&1 | cat
 
 bench: venv

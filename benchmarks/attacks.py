@@ -55,5 +55,5 @@ def item(name, channels, size, batch, target, *, queries, steps, gallery_size=20
 
 def items(*, full:bool):
     for name,channels,size,batch,target in SIZES:
-        if size < 224: yield item(name, channels, size, batch, target, queries=256 if name == 'c2f2' else batch, steps=32 if full else 4)
+        if size < 224: yield item(name, channels, size, batch, target, queries=256 if name == 'c2f2' else batch, steps=8 if full else 4)
         elif full: yield item(name, channels, size, batch, target, queries=batch, steps=4, gallery_size=256, pairs=3)

@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from robust_dml.core import kept_memory
 
 
 @dataclass(frozen=True)
 class Item:
     "One comparison: the same work by our code and by the least that the algorithm needs."
-    group:str            # 'attacks', 'training', 'search', 'mining'
+    group:str            # 'attacks', 'training', 'search', 'mining', 'memory'
     name:str
     size:str             # for the table, for example '256 x 1 x 28 x 28'
-    ours:Callable[[], object]
+    ours:Callable[[], object] # a float that it returns is taken as its seconds
     bound:Callable[[], object]|None # None: an absolute time is the target
     bound_is:str         # the bound in words
     target:float|None    # largest ratio (or milliseconds without a bound) that counts as met; None: only reported
@@ -24,18 +25,23 @@ class Item:
 
 
 def seconds(call:Callable[[], object])->float:
-    "Wall-clock seconds of one call."
+    "Wall-clock seconds of one call, or what it says itself."
     wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     wait()
     began = time.perf_counter()
-    call()
+    own = call()
     wait()
-    return time.perf_counter() - began
+    return own if isinstance(own, float) else time.perf_counter() - began
 
 
 def measure(item:Item)->dict:
     "Times of `ours` and `bound` in turn after one warm-up each, and their ratio pair by pair."
     calls = dict(ours=item.ours) | (dict(bound=item.bound) if item.bound else {})
+    with kept_memory(): # as `train` and `evaluate` work
+        return _measure(item, calls)
+
+
+def _measure(item:Item, calls:dict)->dict:
     for call in calls.values(): call()
     rounds = [{name: seconds(call) for name,call in (reversed(calls.items()) if i%2 else calls.items())} for i in range(item.pairs)]
     figures = {f'{name}_s': [r[name] for r in rounds] for name in calls}

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['fingerprint', 'generator', 'check_between', 'check_choice', 'check_finite', 'check_images', 'need', 'progress',
-           'Stopwatch', 'load_safetensors']
+           'Stopwatch', 'kept_memory', 'load_safetensors']
 
-# %% ../nbs/00_core.ipynb #387dbf93
-import dataclasses, hashlib, importlib, json, sys, time
+# %% ../nbs/00_core.ipynb #411de53e
+import ctypes, dataclasses, hashlib, importlib, json, sys, time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -159,6 +159,28 @@ class Stopwatch:
             with self(name): item = next(items, end)
             if item is end: return
             yield item
+
+# %% ../nbs/00_core.ipynb #42d00d34
+_TRIM, _TOP, _MMAPS, _MMAP = -1, -2, -4, -3 # names of glibc's parameters: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_MMAP_THRESHOLD
+_keeping = 0 # blocks of `kept_memory` that are open
+
+@contextmanager
+def kept_memory()->Iterator[None]:
+    "Freed memory waits for the next allocation inside the block, and goes back to the system at its end."
+    global _keeping
+    try: libc = ctypes.CDLL(None)
+    except (OSError, TypeError): libc = None # Windows
+    known = libc is not None and hasattr(libc, 'mallopt') and hasattr(libc, 'malloc_trim')
+    def set_all(values:Mapping[int,int]):
+        for name,value in values.items(): libc.mallopt(name, value)
+    if known and not _keeping: set_all({_MMAPS: 0, _TRIM: 2**31 - 1, _TOP: 2**26})
+    _keeping += 1
+    try: yield
+    finally:
+        _keeping -= 1
+        if known and not _keeping:
+            set_all({_MMAPS: 65536, _MMAP: 2**25, _TRIM: 2**26, _TOP: 2**17}) # where glibc's own adaptation ends in a process that uses large blocks
+            libc.malloc_trim(0)
 
 # %% ../nbs/00_core.ipynb #69f1a83d
 def load_safetensors(

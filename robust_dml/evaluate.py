@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Protocol', 'query_rows', 'attack_batches', 'mean_outcomes', 'Evaluation', 'evaluate', 'examples']
 
-# %% ../nbs/31_evaluate.ipynb #301cf69e
+# %% ../nbs/31_evaluate.ipynb #02ac16ba
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Literal
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .attacks import FIXED, SUITE, Attack, Gallery, members, run_attack, suite
 from .collapse import indicators, is_collapsed
-from .core import Stopwatch, check_choice, generator, progress
+from .core import Stopwatch, check_choice, generator, kept_memory, progress
 from .data import ImageSet
 from .metrics import benign
 from .models import checksum, dtype_of, embed, embed_all, frozen, streamlined
@@ -144,7 +144,8 @@ class Evaluation:
         for name in ('ers', 'ars', 'ars_constant'): object.__setattr__(self, name, scores.get(name, math.nan))
         for name in ('ers_cells', 'ars_cells', 'ars_cells_constant'): object.__setattr__(self, name, scores.get(name, {}))
 
-# %% ../nbs/31_evaluate.ipynb #9bbd0572
+# %% ../nbs/31_evaluate.ipynb #c44d1cee
+@kept_memory()
 def evaluate(
     model:nn.Module,   # images in [0, 1] to embeddings; normalisation inside
     dataset:ImageSet,  # test images: queries and gallery at once, a query never finds itself

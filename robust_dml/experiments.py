@@ -4,22 +4,26 @@
 
 # %% auto #0
 __all__ = ['PAPER_28', 'PAPER_224', 'A', 'B', 'QUICK', 'SMALL', 'SMOKE', 'PRESETS', 'BUILT_IN', 'DEFENSES', 'TABLE_DEFENSES',
-           'PARAMETERS', 'Setting', 'Recipe', 'recipe', 'overrides', 'describe', 'parameters', 'listed', 'seed_list',
-           'Plan', 'plan', 'folder_name', 'check_split', 'device', 'announce', 'Cell', 'cells', 'natural', 'defense',
-           'training_config', 'weights_name', 'train_cell', 'evaluation_config', 'evaluate_cell', 'record', 'published',
-           'results', 'example_images']
+           'PARAMETERS', 'EXPERIMENTS', 'Setting', 'Recipe', 'recipe', 'overrides', 'describe', 'Row', 'parameters',
+           'listed', 'table_lines', 'table_row', 'seed_list', 'Experiment', 'Plan', 'plan', 'replan', 'folder_name',
+           'check_split', 'device', 'announce', 'Cell', 'cells', 'natural', 'defense', 'training_config',
+           'weights_name', 'train_cell', 'evaluation_config', 'evaluate_cell', 'record', 'published', 'results',
+           'example_images']
 
-# %% ../nbs/33_experiments.ipynb #40a898ea
-import hashlib
+# %% ../nbs/33_experiments.ipynb #c9db3073
+import hashlib, json, math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .core import check_choice
-from .data import Split, load
+from .archives import QueryGallery, is_archive, load
+from .baselines import BASELINES, make, valid_options
+from .core import check_choice, kept_memory
+from .data import Split
 from .defenses import Defense
 from .evaluate import Protocol, evaluate, examples
 from .models import build, checksum
@@ -27,7 +31,7 @@ from .scores import paper_table
 from .search import resolve_backend
 from .store import Run, StoreError, find_run, load_tensors, open_run, reports_root, save_tensors
 from .train import load_trained, train
-from .tride import make
+from .tride import OFFICIAL, PAPER, Switches
 
 # %% ../nbs/33_experiments.ipynb #bef671c3
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Recipe:
     limit:int=0           # attacked queries; 0: all
     precision:str='float32' # of the network in training and in the search of the attacks: 'float32' or 'bfloat16'; distances and outcomes are always float32
 
-# %% ../nbs/33_experiments.ipynb #1b69e838
+# %% ../nbs/33_experiments.ipynb #09c84e89
 PAPER_28 = Recipe(settings=(Setting('28', eps=77/255, step_size=3/255, steps=32, colo_steps=16),), seeds=(0,), model='c2f2', weights='', dim=512,
     size=28, channels=1, crop=0, epochs=8, pairs=128, lr=1e-3, weight_decay=1e-7, allow_self=True, lam=10., ics=.5, profiles=('paper',),
     eval_step_size=3/255, eval_steps=32, eval_batch=128)
@@ -81,16 +85,16 @@ QUICK = replace(PAPER_28, settings=(A,), eval_batch=512, model='small', dim=128,
 SMALL = replace(QUICK, settings=(A, B), seeds=(0, 1, 2))
 SMOKE = replace(QUICK, dim=32, epochs=2, pairs=16, train_classes=6, test_classes=6, eval_steps=3)
 PRESETS = ('smoke', 'quick', 'small', 'paper')
-BUILT_IN = ('glyphs', 'omniglot') # data sets by name; every other name is a folder
+BUILT_IN = ('glyphs', 'omniglot') # and the keys of `archives.SETS`; every other name is a folder
 
-# %% ../nbs/33_experiments.ipynb #fd40470b
+# %% ../nbs/33_experiments.ipynb #6c7ee12f
 def recipe(
     preset:str,  # one of PRESETS
-    dataset:str, # 'glyphs', 'omniglot' or the name of a folder
+    dataset:str, # 'glyphs', 'omniglot', a key of `archives.SETS` or the name of a folder
 )->Recipe:
     "The recipe of a preset for a data set."
     check_choice('preset', preset, PRESETS)
-    drawn = dataset in BUILT_IN
+    drawn = dataset in (*BUILT_IN, 'mnist', 'fashion')
     if preset == 'paper':
         lam, ics = {'cars': (9.5, .5), 'sop': (2., .05)}.get(dataset, (10., .5))
         return replace(PAPER_28 if drawn else PAPER_224, lam=lam, ics=ics)
@@ -112,9 +116,23 @@ def describe(setting:Setting)->str:
     warm = f' after {setting.warm_epochs} natural epochs' if setting.warm_epochs else ''
     return f'{setting.name} (ε {255*setting.eps:g}/255, steps of {255*setting.step_size:g}/255, {setting.steps} for ACT and HM, {setting.colo_steps} for COLO-TRIDE{warm})'
 
-# %% ../nbs/33_experiments.ipynb #5e57943e
-DEFENSES = {'natural': 'Natural', 'act': 'ACT', 'hm': 'HM', 'colo_tride': 'COLO-TRIDE', 'naive_cap': 'Naive CAP', 'naive_anp': 'Naive ANP',
-            'naive_tride': 'Naive TRIDE', 'naive_sip': 'Naive SIP'}
+# %% ../nbs/33_experiments.ipynb #ef34baf0
+class Row(NamedTuple):
+    "A line of a table."
+    label:str
+    defense:str      # key of `tride.DEFENSES`
+    options:dict={}  # over those of preset and profile
+
+_STEPWISE = dict(profile='paper', collapse_eval='per_step') # the paper's text, with C measured at every step of the inner search
+DEFENSES = dict(
+    natural=Row('Natural', 'natural'), act=Row('ACT', 'act'), hm=Row('HM', 'hm'), colo_tride=Row('COLO-TRIDE', 'colo_tride'),
+    naive_cap=Row('Naive CAP', 'naive_cap'), naive_anp=Row('Naive ANP', 'naive_anp'), naive_tride=Row('Naive TRIDE', 'naive_tride'), naive_sip=Row('Naive SIP', 'naive_sip'),
+    colo_cap=Row('COLO-CAP', 'colo_tride', dict(phase='cap')), colo_anp=Row('COLO-ANP', 'colo_tride', dict(phase='anp')),
+    assist_part=Row('Assist, else clean', 'colo_tride', dict(_STEPWISE, orientation='assist_else_clean')),
+    assist_full=Row('Always assist', 'colo_tride', dict(profile='paper', orientation='assist', assist_start_frac=0.)),
+    colo_steps=Row('COLO-TRIDE (paper, C per step)', 'colo_tride', _STEPWISE),
+    colo_early=Row('COLO-TRIDE (paper, C per step), assist from the start', 'colo_tride', dict(_STEPWISE, assist_start_frac=0.)),
+    est=Row('EST', 'est'), ses=Row('SES', 'ses'), minmax=Row('Min-max', 'minmax'), free=Row('Free AT', 'free'), multi_similarity=Row('Multi-similarity', 'multi_similarity'))
 TABLE_DEFENSES = ('natural', 'act', 'hm', 'colo_tride')
 PARAMETERS = dict(dataset='glyphs', root='', preset='quick', defenses='', seeds='', profile='', device='auto', epochs=0, limit=0, weights='',
                   backend='auto', precision='', compiled=False, out='', skip_unreadable=False)
@@ -136,7 +154,7 @@ def _typed(name:str, value, default):
     kind = {str: 'text', bool: 'True or False', int: 'a whole number of 0 or more'}[type(default)]
     raise ValueError(f'parameter {name} must be {kind}, found {value!r}')
 
-# %% ../nbs/33_experiments.ipynb #555e2767
+# %% ../nbs/33_experiments.ipynb #94644b1c
 def listed(
     name:str,
     text:str,               # comma-separated
@@ -147,16 +165,69 @@ def listed(
     for entry in entries: check_choice(name, entry, tuple(choices))
     return entries
 
+_FLOATS = {f.name for f in fields(Switches) if f.type is float} | {'weight', 'alpha', 'beta', 'base', 'clean_weight', 'ics', 'pseudo'}
+
+def table_lines(
+    text:str,      # comma-separated
+)->tuple[str,...]: # entries, checked
+    "Lines of a table: keys of `DEFENSES`, with switches as in 'colo_tride:lam=10+phase=cap'."
+    entries = tuple(dict.fromkeys(e.strip() for e in text.split(',') if e.strip()))
+    for entry in entries: table_row(entry)
+    return entries
+
+def table_row(entry:str)->Row:
+    "The line that an entry of `table_lines` asks for."
+    name, _, text = entry.partition(':')
+    row = DEFENSES[check_choice('defenses', name, tuple(DEFENSES))]
+    if not text: return row
+    pairs = [part.partition('=') for part in text.split('+')]
+    if not all(key and value for key,_,value in pairs): raise ValueError(f"switches must be written as in 'colo_tride:lam=10+phase=cap', found {entry!r}")
+    options, valid = {key: _value(key, value) for key,_,value in pairs}, valid_options(row.defense)
+    if unknown := sorted(options.keys() - {*valid}): raise ValueError(f'{row.defense} has no switch {", ".join(unknown)}, found in {entry!r}; it has {", ".join(valid)}')
+    base = f"{row.label} ({options['profile']})" if 'profile' in options else row.label
+    return Row(', '.join([base, *(f'{key} = {value}' for key,_,value in pairs if key != 'profile')]), row.defense, row.options | options)
+
+def _value(key:str, text:str):
+    "A switch's value: a number, true, false or text; as a float where the switch is one, so that 2 and 2.0 are the same run."
+    try: value = json.loads(text)
+    except json.JSONDecodeError: return text
+    return float(value) if type(value) is int and key in _FLOATS else value
+
 def seed_list(text:str)->tuple[int,...]:
     "Seeds of a comma-separated parameter."
     try: return tuple(dict.fromkeys(int(e) for e in text.split(',') if e.strip()))
     except ValueError: raise ValueError(f"parameter seeds must be whole numbers separated by commas, as in '0,1,2', found {text!r}") from None
 
-# %% ../nbs/33_experiments.ipynb #46d3a953
+# %% ../nbs/33_experiments.ipynb #8cdea8db
+class Experiment(NamedTuple):
+    "What a run notebook shows."
+    title:str
+    defenses:tuple[str,...]
+    settings:tuple[Setting,...]=() # in the presets smoke and quick; empty: the preset's
+    changes:dict={}                # of the recipe, in all presets but paper
+
+_SWITCHED = [f'colo_tride:profile=official+{key}={json.dumps(value).strip(chr(34))}' for key,value in PAPER.items() if value != OFFICIAL[key]]
+EXPERIMENTS = dict(
+    table1=Experiment('Table 1: image retrieval under ten attacks', TABLE_DEFENSES),
+    table2=Experiment('Table 2: resistance to eight attacks', TABLE_DEFENSES),
+    table3=Experiment('Table 3: one perturbation at a time, with and without COLO', ('naive_sip', 'naive_cap', 'naive_anp', 'naive_tride', 'colo_cap', 'colo_anp', 'colo_tride'), (B,)),
+    table4=Experiment('Table 4: assist and attack', ('natural', 'assist_part', 'assist_full', 'colo_early', 'colo_steps', 'colo_tride'), (B,)),
+    figure3=Experiment('Figure 3: distances, separability, hardness and collapseness over training', ('natural', 'naive_sip', 'colo_cap', 'colo_anp', 'colo_tride'), (B,)),
+    figure4=Experiment('Figure 4: shift of the embeddings and hardness reached', ('naive_sip', 'naive_cap', 'naive_anp', 'colo_cap', 'colo_anp'), (B,)),
+    switches=Experiment('The official code, one switch at a time turned to the paper\'s text', ('colo_tride', *_SWITCHED)),
+    **{'lambda': Experiment('The attention factor λ of the collapseness', tuple(f'colo_tride:profile=official+lam={lam}' for lam in (0, 1, 2, 5, 10, 20)))},
+    early_disabling=Experiment('The share of epochs without assist', tuple(f'colo_tride:profile=paper+collapse_eval=per_step+assist_start_frac={share}' for share in (0, .25, .5, .75, 1)), (B,)),
+    timing=Experiment('HM with 32 inner steps against COLO-TRIDE with 16', ('hm', *(f'colo_tride:profile={name}+step_schedule=linear1' for name in ('official', 'paper'))),
+                      changes=dict(settings=(replace(A, name='T', step_size=4/255, steps=32, colo_steps=16),), seeds=(0, 1, 2, 3, 4), epochs=2)),
+    fairness=Experiment('Are the scores fair?', (*TABLE_DEFENSES, 'colo_tride:profile=official+weighting=uniform')),
+    baselines=Experiment('Further baselines', ('natural', 'est', 'ses', 'minmax', 'free', 'multi_similarity', 'act', 'hm', 'hm:source=random', 'hm:source=semihard', 'hm:pseudo=0')),
+    cost=Experiment('What the tables cost', TABLE_DEFENSES))
+
+# %% ../nbs/33_experiments.ipynb #a8a7459c
 @dataclass(frozen=True)
 class Plan:
     "A table's recipe for one data set, and where to compute it."
-    experiment:str # names the report: 'table1', 'table2'
+    experiment:str # key of `EXPERIMENTS`; names the report
     preset:str
     recipe:Recipe
     defenses:tuple[str,...]
@@ -172,29 +243,41 @@ class Plan:
     def folder(self)->Path: return self.reports/f'{self.experiment}-{self.dataset}-{self.preset}'
 
 def plan(
-    experiment:str,
+    experiment:str,  # key of `EXPERIMENTS`
     parameters:dict, # of `parameters`
 )->Plan:
     "Resolve the parameters of a run: recipe, data, device and folder."
     p = parameters
     source, root = (str(Path(p[key]).expanduser()) if p[key] else '' for key in ('dataset', 'root'))
-    name = source if source in BUILT_IN else folder_name(Path(root)/source)
-    r = recipe(p['preset'], name)
-    r = replace(r, seeds=seed_list(p['seeds']) or r.seeds, epochs=p['epochs'] or r.epochs, precision=check_choice('precision', p['precision'] or r.precision, ('float32', 'bfloat16')), limit=p['limit'] or r.limit,
-                profiles=listed('profile', p['profile'], ('official', 'paper')) or r.profiles, weights=_weights(p['weights'], r.weights))
+    name = source if source in BUILT_IN or is_archive(source, root) else folder_name(Path(root)/source)
+    r = _recipe(experiment, p, name)
     data = load(source, root=root or None, size=r.size, channels=r.channels, crop=r.crop or None, train_classes=r.train_classes or None,
                 test_classes=r.test_classes or None, skip_unreadable=p['skip_unreadable'])
     check_split(data)
-    return Plan(experiment, p['preset'], r, listed('defenses', p['defenses'], DEFENSES) or TABLE_DEFENSES, p, name, data, data.card(), device(p['device']),
+    return Plan(experiment, p['preset'], r, table_lines(p['defenses']) or EXPERIMENTS[experiment].defenses, p, name, data, data.card(), device(p['device']),
                 resolve_backend(p['backend']), reports_root(p['out']))
+
+def _recipe(experiment:str, p:dict, name:str)->Recipe:
+    "The preset's recipe with what the experiment and the parameters change."
+    wanted, r = EXPERIMENTS[check_choice('experiment', experiment, tuple(EXPERIMENTS))], recipe(p['preset'], name)
+    if p['preset'] in ('smoke', 'quick'): r = replace(r, settings=wanted.settings or r.settings)
+    if p['preset'] != 'paper': r = replace(r, **wanted.changes)
+    return replace(r, seeds=seed_list(p['seeds']) or r.seeds, epochs=p['epochs'] or r.epochs, precision=check_choice('precision', p['precision'] or r.precision, ('float32', 'bfloat16')), limit=p['limit'] or r.limit,
+                   profiles=listed('profile', p['profile'], ('official', 'paper')) or r.profiles, weights=_weights(p['weights'], r.weights))
+
+def replan(plan:Plan, experiment:str)->Plan:
+    "The plan of another experiment on the same data."
+    lines = table_lines(plan.parameters['defenses']) or EXPERIMENTS[experiment].defenses
+    return replace(plan, experiment=experiment, recipe=_recipe(experiment, plan.parameters, plan.dataset), defenses=lines)
 
 def folder_name(path:Path)->str:
     "Name of a data set in a folder: lower case, and never that of a built-in one."
     name = path.resolve().name.lower() or 'root'
-    return f'{name}-folder' if name in BUILT_IN else name
+    return f'{name}-folder' if name in (*BUILT_IN, 'mnist', 'fashion') else name
 
 def check_split(data:Split)->None:
     "Refuse, before anything is trained, data on which a table cannot be computed."
+    if isinstance(data, QueryGallery): raise ValueError(f'a table needs test images that are queries and gallery at once, found {data.name} with a gallery of its own; it can be read and checked (`archives`), not attacked yet')
     for side in ('train', 'test'):
         classes = len(getattr(data, side).classes)
         if classes < 2: raise ValueError(f'{data.name} must have at least 2 classes to train on and 2 others to test on, found {classes} for {side}; add class folders')
@@ -223,7 +306,7 @@ def announce(plan:Plan)->None:
     print(f'attacks: {r.eval_steps} steps of {255*r.eval_step_size:g}/255 at the radius of the setting, {r.limit or "all"} queries')
     print(*(f'setting {describe(s)}' for s in r.settings), sep='\n')
 
-# %% ../nbs/33_experiments.ipynb #061ed379
+# %% ../nbs/33_experiments.ipynb #c957815f
 @dataclass(frozen=True)
 class Cell:
     "One training and evaluation."
@@ -237,9 +320,14 @@ def cells(plan:Plan)->Iterator[Cell]:
     "Cells of a plan in the order of its table."
     for setting in plan.recipe.settings:
         for name in plan.defenses:
-            for profile in plan.recipe.profiles if name == 'colo_tride' else plan.recipe.profiles[:1] if name.startswith('naive') else ('',):
-                label = f'{DEFENSES[name]} ({profile})' if name == 'colo_tride' else DEFENSES[name]
+            for profile, label in _versions(table_row(name), plan.recipe.profiles):
                 for seed in plan.recipe.seeds: yield Cell(setting, name, profile, label, seed)
+
+def _versions(row:Row, profiles:tuple[str,...])->list[tuple[str, str]]:
+    "Profiles and labels of a line; naive adversaries know no COLO, for which profiles differ: one is enough."
+    if row.defense in ('natural', 'act', 'hm', *BASELINES): return [('', row.label)]
+    if 'profile' in row.options: return [(row.options['profile'], row.label)]
+    return [(profiles[0], row.label)] if row.defense.startswith('naive') else [(profile, f'{row.label} ({profile})') for profile in profiles]
 
 def natural(recipe:Recipe)->Defense:
     "Natural training, also the warm-up of settings that have one."
@@ -250,12 +338,11 @@ def defense(
     recipe:Recipe,
 )->Defense:
     "The defence of a cell with all its switches."
-    s = cell.setting
+    s, row = cell.setting, table_row(cell.defense)
     inner = dict(eps=s.eps, step_size=s.step_size, margin=recipe.margin)
-    if cell.defense == 'natural': return natural(recipe)
-    if cell.defense == 'act': return make('act', steps=s.steps, **inner)
-    if cell.defense == 'hm': return make('hm', steps=s.steps, ics=recipe.ics, **inner)
-    return make(cell.defense, steps=s.colo_steps, lam=recipe.lam, profile=cell.profile, **inner)
+    base = {'natural': dict(margin=recipe.margin, miner=recipe.natural_miner), 'act': dict(inner, steps=s.steps), 'hm': dict(inner, steps=s.steps, ics=recipe.ics), **dict.fromkeys(('est', 'ses', 'minmax'), dict(inner, steps=s.steps)),
+            'free': inner, 'multi_similarity': dict(eps=s.eps, step_size=s.step_size, steps=s.steps)}
+    return make(row.defense, **base.get(row.defense, dict(inner, steps=s.colo_steps, lam=recipe.lam, profile=cell.profile)) | row.options)
 
 # %% ../nbs/33_experiments.ipynb #7d9a8144
 def training_config(
@@ -303,26 +390,28 @@ def _trainings(plan, cell)->Iterator[tuple[Defense, dict, str]]:
     chosen = defense(cell, plan.recipe)
     yield chosen, training_config(plan, chosen, cell.seed, epochs=plan.recipe.epochs, start=start), cell.label
 
-# %% ../nbs/33_experiments.ipynb #b03bfbcf
+# %% ../nbs/33_experiments.ipynb #759fa21e
 def evaluation_config(
     plan:Plan,
     cell:Cell,
     address:str, # of the training
+    seed:int=0,  # of the random targets
 )->dict:
     "Everything that determines an evaluation."
     r = plan.recipe
-    protocol = Protocol(eps=cell.setting.eps, step_size=r.eval_step_size, steps=r.eval_steps, limit=r.limit, batch_size=r.eval_batch, precision=r.precision)
+    protocol = Protocol(eps=cell.setting.eps, step_size=r.eval_step_size, steps=r.eval_steps, seed=seed, limit=r.limit, batch_size=r.eval_batch, precision=r.precision)
     return dict(format=1, train=address, protocol=asdict(protocol), backend=plan.backend)
 
 def evaluate_cell(
     plan:Plan,
     cell:Cell,
     *,
+    seed:int=0,     # of the random targets
     show:bool=True,
 )->Run: # folder with the finished evaluation in result.json
     "Evaluate a cell, training it first if need be."
     *_, (_, training, _) = _trainings(plan, cell)
-    config = evaluation_config(plan, cell, find_run(plan.reports, 'train', training).address)
+    config = evaluation_config(plan, cell, find_run(plan.reports, 'train', training).address, seed)
     if (run := find_run(plan.reports, 'eval', config)).has('result.json'): return open_run(plan.reports, 'eval', config)
     model,_ = train_cell(plan, cell, show=show)
     run, protocol = open_run(plan.reports, 'eval', config), config['protocol']
@@ -332,7 +421,7 @@ def evaluate_cell(
     run.write('result.json', dict(asdict(result), weights=checksum(model), example_attack='ES', examples=save_tensors(run, 'examples.safetensors', shown)))
     return run
 
-# %% ../nbs/33_experiments.ipynb #03aeea85
+# %% ../nbs/33_experiments.ipynb #4ab94f56
 def record(
     plan:Plan,
     cell:Cell,
@@ -346,7 +435,11 @@ def record(
     def part(run, *keys):
         card = run.read('card.json', 'config', 'provenance')
         return dict(run.read('result.json', *keys), address=run.address, config=card['config'], provenance=card['provenance'])
-    return dict(setting=cell.setting.name, defense=cell.defense, profile=cell.profile, label=cell.label, seed=cell.seed, train=part(trained, 'log', 'seconds'), eval=part(done, 'benign', 'before', 'after', 'examples'))
+    return dict(setting=cell.setting.name, defense=cell.defense, profile=cell.profile, label=cell.label, seed=cell.seed, place=plan.defenses.index(cell.defense), train=_with_share(part(trained, 'log', 'seconds')), eval=part(done, 'benign', 'before', 'after', 'examples'))
+
+def _with_share(trained:dict)->dict:
+    "A training with the share of its batches that were assisted."
+    return dict(trained, assisted_pct=100*math.fsum(row.get('assisted') or 0. for row in trained['log'])/len(trained['log']))
 
 def _train_again(plan, cell, done, show)->None:
     "Make a lost training again; StoreError when the evaluation `done` was made on other weights."
@@ -355,9 +448,10 @@ def _train_again(plan, cell, done, show)->None:
         raise StoreError(f'expected the weights that {done.address} was measured on, found others after training again (another machine or version?); delete {done.folder} and run again')
 
 def published(dataset:str)->list[dict]:
-    "Printed numbers of the paper's Tables 1 and 2 for a data set; empty when it is not one of the paper's."
-    return [dict(cell, table=n) for n in (1, 2) for cell in paper_table(n) if cell['dataset'].lower() == dataset.lower()]
+    "Printed numbers of the paper's tables for a data set; empty when it is not one of the paper's."
+    return [dict(cell, table=n) for n in (1, 2, 3, 4) for cell in paper_table(n) if cell['dataset'].lower() == dataset.lower()]
 
+@kept_memory()
 def results(
     plan:Plan,
     *,
@@ -365,8 +459,9 @@ def results(
 )->dict:            # JSON-able, for `report`
     "Run every cell of a plan that the store does not hold, and return all of them."
     r = plan.recipe
+    for cell in cells(plan): defense(cell, r) # refuses values that a switch does not have, before anything is trained
     paper = recipe('paper', plan.dataset)
-    return dict(experiment=plan.experiment, dataset=plan.dataset, preset=plan.preset, parameters=_shareable(plan.parameters), overrides=overrides(r, paper),
+    return dict(experiment=plan.experiment, title=f'{EXPERIMENTS[plan.experiment].title}, {plan.dataset}', dataset=plan.dataset, preset=plan.preset, parameters=_shareable(plan.parameters), overrides=overrides(r, paper),
                 data=plan.card, device=plan.device, settings={s.name: asdict(s) for s in r.settings},
                 attack=dict(step_size=r.eval_step_size, steps=r.eval_steps, limit=r.limit),
                 records=[record(plan, cell, show=show) for cell in cells(plan)], published=published(plan.dataset))

@@ -13,7 +13,7 @@ __all__ = ['PAPER_SETS', 'MOVED', 'Rates', 'ATTACKS', 'GAPS', 'PAPER_MINUTES', '
            'rehearse_evaluation', 'recorded', 'beside_paper', 'cost_results', 'frame', 'duration', 'summary', 'bars',
            'write_cost_report']
 
-# %% ../nbs/35_forecast.ipynb #cd355f97
+# %% ../nbs/35_forecast.ipynb #af9e5a5c
 import json, math, shutil, statistics, subprocess, sys, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,15 +27,16 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from .attacks import FIXED, SUITE, Gallery
+from .baselines import make
 from .collapse import indicators
-from .core import Stopwatch, generator, need, progress
+from .core import Stopwatch, generator, kept_memory, need, progress
 from .data import ImageSet, Split, training_batches
 from .defenses import Clock, Defense
 from .distances import normalise
 from .evaluate import Protocol, attack_batches, evaluate
 from robust_dml.experiments import (
-    BUILT_IN, Cell, Plan, Recipe, _shareable, _trainings, cells, defense, describe, device, evaluation_config, folder_name, listed, natural, plan, recipe, seed_list,
-    DEFENSES, TABLE_DEFENSES,
+    BUILT_IN, Cell, Plan, Recipe, _shareable, _trainings, cells, defense, describe, device, evaluation_config, folder_name, listed, natural, plan, recipe, seed_list, table_lines,
+    TABLE_DEFENSES,
 )
 from .metrics import retrieval
 from .models import build, embed, frozen, streamlined
@@ -44,7 +45,7 @@ from .report import _STYLE, _facts, _figure, _grid, _line, _picture, look, png, 
 from .search import block_rows, kmeans, resolve_backend
 from .store import Run, find_run, provenance, reports_root, to_json, write_atomic
 from .train import save_checkpoint, train
-from .tride import PARTS, make, step_factor
+from .tride import PARTS, step_factor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,8 +106,8 @@ def noise_set(
     if count*math.prod(shape) <= 2**28: images = images[torch.arange(count)]
     return ImageSet(images, torch.arange(count)*classes//count, tuple(map(str, range(classes))), crop or None)
 
-# %% ../nbs/35_forecast.ipynb #00a64d7c
-MOVED = dict(PARTS, act='pn', hm='apn', clean='') # elements of a triplet that the inner search moves, by phase
+# %% ../nbs/35_forecast.ipynb #5dc80d98
+MOVED = dict(PARTS, act='pn', hm='apn', est='ap', ses='ap', minmax='apn', clean='') # elements of a triplet that the inner search moves, by phase
 
 def phases(defense:Defense)->tuple[str, ...]:
     "Phases that the batches of a defence have in turn."
@@ -238,7 +239,7 @@ def calibrate(
         last = start
     return {p.key: fit(samples[p.key], p.levels, sizes[p.key]) for p in probes}
 
-# %% ../nbs/35_forecast.ipynb #c43f73d4
+# %% ../nbs/35_forecast.ipynb #abde2f62
 def network(recipe:Recipe)->str:
     "Key of what is trained: recipes with equal keys have equal times."
     r = recipe
@@ -249,10 +250,10 @@ def _endless(chosen:Defense, phase:str, steps:int)->Defense:
     if chosen.name == 'natural': return chosen
     changes = dict(eps=.5, step_size=.05, steps=steps)
     if chosen.name == 'hm': changes |= dict(pseudo=2.)
-    elif chosen.name != 'act': changes |= dict(phase=phase, step_schedule='const', early_stop=False, assist_start_frac=0.)
+    elif chosen.name not in ('act', 'est', 'ses', 'minmax'): changes |= dict(phase=phase, step_schedule='const', early_stop=False, assist_start_frac=0.)
     return make(chosen.name, **chosen.options | changes)
 
-def defense_key(chosen:Defense, profile:str='')->str: return f'{chosen.name} {profile}'.strip()
+def defense_key(name:str, profile:str='')->str: return f'{name} {profile}'.strip() # of a line in `experiments.cells`
 
 def _update_seconds(model, recipe, device, chosen, pairs)->float:
     "Seconds of the defence and the optimiser for `pairs` pairs in batches of the recipe's size."
@@ -411,7 +412,7 @@ def attack_seconds(parts:Mapping[str, float])->float:
     "Seconds attacking: the `seconds` of an evaluation."
     return math.fsum(parts[name] for name in ATTACKS)
 
-# %% ../nbs/35_forecast.ipynb #4d6ce836
+# %% ../nbs/35_forecast.ipynb #4d0bd2a5
 def _as_asked(base:Recipe, p:Mapping[str, Any])->Recipe:
     "A recipe with what the parameters change, as in `experiments.plan`; initial weights change no times."
     return replace(base, seeds=seed_list(p['seeds']) or base.seeds, epochs=p['epochs'] or base.epochs, limit=p['limit'] or base.limit, weights='',
@@ -421,6 +422,8 @@ def cost_plan(
     parameters:dict, # of `experiments.parameters`
 )->Plan:
     "The plan of a table, for data that need not be there."
+    unknown = [entry for entry in table_lines(parameters['defenses']) if entry.partition(':')[0] in ('free', 'multi_similarity')]
+    if unknown: raise ValueError(f"the cost of {', '.join(unknown)} is not forecast; leave it out of `defenses`")
     p, name = parameters, parameters['dataset']
     there = (Path(p['root'] or '.').expanduser()/Path(name).expanduser()).is_dir()
     if name in BUILT_IN or there: return plan('cost', p)
@@ -430,7 +433,7 @@ def cost_plan(
     w, classes = paper_workload(name, r), r.train_classes or PAPER_SETS[name][1]
     data = Split(name, noise_set(w.train, classes, w.shape, w.crop), noise_set(w.test, w.test_classes, w.shape, w.crop))
     card = dict(name=f'{name} (no files, its size only)', train=data.train.summary(), test=data.test.summary(), checksum='', skipped=[])
-    return Plan('cost', p['preset'], r, listed('defenses', p['defenses'], DEFENSES) or TABLE_DEFENSES, p, name, data, card, device(p['device']), resolve_backend(p['backend']),
+    return Plan('cost', p['preset'], r, table_lines(p['defenses']) or TABLE_DEFENSES, p, name, data, card, device(p['device']), resolve_backend(p['backend']),
                 reports_root(p['out']))
 
 def cases(plan:Plan)->dict[str, tuple[Workload, Plan]]:
@@ -441,12 +444,12 @@ def cases(plan:Plan)->dict[str, tuple[Workload, Plan]]:
         found.setdefault(name, (paper_workload(name, r), replace(plan, dataset=name, recipe=r)))
     return found
 
-# %% ../nbs/35_forecast.ipynb #3dd72ed5
+# %% ../nbs/35_forecast.ipynb #190d36bc
 def _protocol(plan:Plan)->dict: return evaluation_config(plan, next(cells(plan)), '')['protocol']
 
 def _defenses(plan:Plan)->dict[str, Defense]:
     "The defences that a plan trains with, by `defense_key`."
-    found = {defense_key(d, cell.profile): d for cell in cells(plan) for d in [defense(cell, plan.recipe)]}
+    found = {defense_key(cell.defense, cell.profile): d for cell in cells(plan) for d in [defense(cell, plan.recipe)]}
     return found | ({'natural': natural(plan.recipe)} if any(s.warm_epochs for s in plan.recipe.settings) else {})
 
 def all_probes(
@@ -471,13 +474,13 @@ def cell_cost(
 )->dict:
     "What one seed of a cell takes; seconds of a warm-up, which the cells of a setting share, are set apart."
     r, *before, (chosen, config, _) = plan.recipe, *_trainings(plan, cell)
-    def seconds(defense, profile, epochs): return training_seconds(rates, r, defense, defense_key(defense, profile), images=workload.train, epochs=epochs, device=plan.device)
+    def seconds(defense, key, epochs): return training_seconds(rates, r, defense, key, images=workload.train, epochs=epochs, device=plan.device)
     amounts = training_amounts(chosen, images=workload.train, pairs=r.pairs, epochs=config['epochs'])
-    training, evaluation = seconds(chosen, cell.profile, config['epochs']), evaluation_seconds(rates, r, workload)
+    training, evaluation = seconds(chosen, defense_key(cell.defense, cell.profile), config['epochs']), evaluation_seconds(rates, r, workload)
     return dict(dataset=workload.name, setting=cell.setting.name, label=cell.label, defense=cell.defense, profile=cell.profile, seeds=len(r.seeds), at_most=at_most(chosen),
                 updates=sum(a.batches for a in amounts.values()), image_steps=image_steps(amounts), attack_image_steps=len(ATTACKS)*min(r.limit or workload.test, workload.test)*r.eval_steps,
                 training=training, evaluation=evaluation, training_seconds=math.fsum(training.values()), evaluation_seconds=math.fsum(evaluation.values()),
-                warm_seconds=math.fsum(s for d,c,_ in before for s in seconds(d, '', c['epochs']).values()))
+                warm_seconds=math.fsum(s for d,c,_ in before for s in seconds(d, 'natural', c['epochs']).values()))
 
 def table_costs(rates:Rates, workload:Workload, plan:Plan)->list[dict]:
     "A row per setting and defence."
@@ -645,7 +648,7 @@ def choose_trainings(
     fits = [key for key in order if (spent := spent + seconds(key, n, p)) <= limit]
     return fits or order[:1], n, p
 
-# %% ../nbs/35_forecast.ipynb #56cc9530
+# %% ../nbs/35_forecast.ipynb #79420872
 def rehearse_training(
     rates:Rates,
     plan:Plan,
@@ -657,7 +660,7 @@ def rehearse_training(
 )->list[dict]: # lines of `compared`
     "Short trainings beside their forecast."
     r, first = plan.recipe, plan.recipe.settings[0].name
-    todo = {defense_key(d, cell.profile): (cell, d) for cell in cells(plan) if cell.setting.name == first for d in [defense(cell, plan.recipe)]}
+    todo = {defense_key(cell.defense, cell.profile): (cell, d) for cell in cells(plan) if cell.setting.name == first for d in [defense(cell, plan.recipe)]}
     def price(key, images, pairs): return math.fsum(training_seconds(rates, r, todo[key][1], key, images=images, epochs=epochs, device=plan.device, pairs=pairs).values())
     keys, images, pairs = choose_trainings(price, list(todo), images=workload.train, pairs=r.pairs, limit=seconds)
     noise, lines = noise_set(images, max(2, images//20), workload.shape, workload.crop), []
@@ -693,7 +696,7 @@ def rehearse_evaluation(
     return [compared(f'{len(ATTACKS)} attacks of {steps} steps on {queries} queries, gallery of {workload.test}', attacks, attacks, real.seconds),
             compared(f'embedding {workload.test} images, metrics', rest, rest, others)]
 
-# %% ../nbs/35_forecast.ipynb #54af36e8
+# %% ../nbs/35_forecast.ipynb #d9ed078d
 def _here(card:Mapping[str, Any])->bool:
     "Whether a run was made with this machine's number of cores, kind of processor and library versions."
     def known(p): return {k: p.get(k) for k in ('versions', 'python', 'machine', 'cores')}
@@ -713,13 +716,13 @@ def recorded(
         results = [run.read('result.json') if run.has('result.json') and run.has('card.json') and _here(run.read('card.json', 'provenance')) else None for run in found]
         name = f'{cell.label}, setting {cell.setting.name}, seed {cell.seed}'
         if results[0] and results[0]['device'] == plan.device:
-            lines.append(_compare_training(rates, plan, chosen, defense_key(chosen, cell.profile), results[0], workload.train, config['epochs'], f'training {name}', trained.address))
+            lines.append(_compare_training(rates, plan, chosen, defense_key(cell.defense, cell.profile), results[0], workload.train, config['epochs'], f'training {name}', trained.address))
         if results[1] and results[1]['device'] == plan.device:
             seconds = attack_seconds(evaluation_seconds(rates, plan.recipe, workload))
             lines.append(compared(f'attacks {name}', seconds, seconds, results[1]['seconds'], found[1].address))
     return lines
 
-# %% ../nbs/35_forecast.ipynb #490f7a22
+# %% ../nbs/35_forecast.ipynb #a0e24bd6
 PAPER_MINUTES = dict(hm=550, colo_tride=470) # training on CUB, one RTX 3090, as printed
 
 def beside_paper(
@@ -731,6 +734,7 @@ def beside_paper(
     return [dict(label=label, hours=row['training_seconds']/3600, ratio=row['training_seconds']/hm['training_seconds'] if hm else math.nan, printed_hours=PAPER_MINUTES[row['defense']]/60,
                  printed_ratio=PAPER_MINUTES[row['defense']]/PAPER_MINUTES['hm']) for label,row in found.items() if row['defense'] in PAPER_MINUTES]
 
+@kept_memory()
 def cost_results(
     plan:Plan,             # of `cost_plan`
     *,
@@ -765,12 +769,12 @@ def _check_pairs(plan)->int:
     each = (training_bytes(r, last, plan.device, pairs=4) - training_bytes(r, last, plan.device, pairs=2))//2
     return max(2, min(r.pairs, 2**30//each))
 
-# %% ../nbs/35_forecast.ipynb #fd6bd0b1
+# %% ../nbs/35_forecast.ipynb #484a9286
 def frame(results:Mapping[str, Any])->'DataFrame':
     "All cells of all data sets, for one seed: hours, work and memory."
     lines = [{'Data': name, 'Setting': row['setting'], 'Defense': row['label'], 'Training (h)': row['training_seconds']/3600, 'Evaluation (h)': row['evaluation_seconds']/3600,
               'At most': row['at_most'], 'Warm-up, shared (h)': row['warm_seconds']/3600, 'Updates': row['updates'], 'Image steps, training': row['image_steps'],
-              'Image steps, attacks': row['attack_image_steps'], 'Training (GiB)': results['memory'][name]['training'][f"{row['defense']} {row['profile']}".strip()]/2**30,
+              'Image steps, attacks': row['attack_image_steps'], 'Training (GiB)': results['memory'][name]['training'][defense_key(row['defense'], row['profile'])]/2**30,
               'Evaluation (GiB)': results['memory'][name]['evaluation']/2**30, 'Images (GiB)': results['memory'][name]['images']/2**30, 'Seeds': row['seeds']}
              for name,rows in results['rows'].items() for row in rows]
     return need('pandas', 'a table').DataFrame(lines)
@@ -820,13 +824,13 @@ def bars(
         fig.legend(loc='outside upper left', ncols=3, handlelength=1., columnspacing=1.5)
     return fig
 
-# %% ../nbs/35_forecast.ipynb #157d14ac
+# %% ../nbs/35_forecast.ipynb #a0f4c97a
 def _table(head:Sequence[str], rows:Sequence[Sequence[str]])->str: return _grid(_line([*map(escape, head)], head=True), [_line([*map(escape, row)]) for row in rows])
 
 def _cells_table(results, name)->str:
     memory = results['memory'][name]
     rows = [(row['label'], row['setting'], ('≤ ' if row['at_most'] else '') + duration(row['training_seconds']), duration(row['evaluation_seconds']), f"{row['updates']:,}", f"{row['image_steps']:,}",
-             f"{row['attack_image_steps']:,}", _gib(memory['training'][f"{row['defense']} {row['profile']}".strip()])) for row in results['rows'][name]]
+             f"{row['attack_image_steps']:,}", _gib(memory['training'][defense_key(row['defense'], row['profile'])])) for row in results['rows'][name]]
     warm = {row['setting']: row['warm_seconds'] for row in results['rows'][name] if row['warm_seconds']}
     w, one = results['workloads'][name], seconds_per_seed(results['rows'][name])
     shared = ''.join(f' Setting {setting} begins with natural epochs that its cells share: {duration(s)}.' for setting,s in warm.items())

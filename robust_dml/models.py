@@ -6,21 +6,21 @@
 __all__ = ['MODELS', 'EmbeddingNet', 'FoldedConv2d', 'build', 'frozen', 'foldable', 'streamlined', 'train_mode', 'channels_last',
            'embed', 'checksum', 'dtype_of', 'embed_all']
 
-# %% ../nbs/03_models.ipynb #5a9e4110
+# %% ../nbs/03_models.ipynb #e5a92788
 import copy, hashlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 
 import torch, torch.fx
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision import models as zoo
 
-from .core import check_between, check_choice, check_finite, generator, load_safetensors, progress
+from .core import check_between, check_choice, check_finite, generator, load_safetensors, need, progress
 from .data import ImageSet
 from .distances import normalise
 
@@ -77,7 +77,7 @@ def _c2f2(size:int, channels:int)->tuple[nn.Module, int]:
                              nn.Flatten(), nn.Linear(64*7*7, 1024), nn.ReLU())
     return backbone, 1024
 
-# %% ../nbs/03_models.ipynb #d365e27d
+# %% ../nbs/03_models.ipynb #2fc3f9a0
 _ZOO = dict(resnet18={}, resnet34={}, resnet50={}, googlenet=dict(aux_logits=False, init_weights=True, dropout=0.),
             convnext_tiny=dict(stochastic_depth_prob=0.), efficientnet_b0=dict(dropout=0., stochastic_depth_prob=0.))
 _OWN = dict(small=_small, c2f2=_c2f2)
@@ -92,10 +92,12 @@ def _named(net:nn.Module, kind:type)->list[tuple[str, nn.Module]]:
     "Name and layer of every submodule of one kind, in order."
     return [(name, m) for name,m in net.named_modules() if isinstance(m, kind)]
 
+def _zoo()->ModuleType: return need('torchvision.models', 'a network other than small and c2f2') # a second to load
+
 def _zoo_backbone(name:str, size:int, channels:int)->tuple[nn.Module, int]:
     "A torchvision network without its classifier; returns it and the length of its output."
     if name == 'convnext_tiny' and size < 32: raise ValueError(f'convnext_tiny takes images of at least 32 x 32, found size {size}')
-    net = getattr(zoo, name)(weights=None, **_ZOO[name])
+    net = getattr(_zoo(), name)(weights=None, **_ZOO[name])
     stem,conv = _named(net, nn.Conv2d)[0]
     small = name.startswith('resnet') and size < 64
     if small: net.maxpool = nn.Identity()
@@ -106,12 +108,12 @@ def _zoo_backbone(name:str, size:int, channels:int)->tuple[nn.Module, int]:
     _replace(net, last, nn.Identity())
     return net, linear.in_features
 
-# %% ../nbs/03_models.ipynb #7178c51c
+# %% ../nbs/03_models.ipynb #3b7bbea1
 _CLASSIFIER = ('fc.', 'classifier.1.', 'classifier.2.', 'aux1.', 'aux2.')
 
 def _read_weights(name:str, weights:str|Path)->dict[str, Tensor]:
     "Parameters of a backbone, by torchvision's name of the weights or from a local file."
-    known = zoo.get_model_weights(name).__members__ if name in _ZOO else {}
+    known = _zoo().get_model_weights(name).__members__ if name in _ZOO else {}
     if weights in known:
         try: return known[weights].get_state_dict(progress=False, check_hash=True)
         except (OSError, RuntimeError) as err:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['save_checkpoint', 'load_checkpoint', 'mean_log', 'train_epoch', 'train', 'finish', 'load_trained']
 
-# %% ../nbs/32_train.ipynb #8d88411c
+# %% ../nbs/32_train.ipynb #3d49f901
 import math
 from contextlib import closing
 from typing import Literal
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Adam, Optimizer
 
-from .core import Stopwatch, check_choice, generator, progress
+from .core import Stopwatch, check_choice, generator, kept_memory, progress
 from .data import ImageSet, pair_batches, training_batches
 from .defenses import Clock, Defense
 from .models import channels_last, dtype_of
@@ -100,7 +100,8 @@ def train_epoch(
             bar.update(1)
     return state, mean_log(logs)
 
-# %% ../nbs/32_train.ipynb #4d6fa9ea
+# %% ../nbs/32_train.ipynb #62f44e1d
+@kept_memory()
 def train(
     model:nn.Module,   # trained in place
     dataset:ImageSet,  # training images
@@ -140,7 +141,8 @@ def train(
                     with watch('checkpoint'): save_checkpoint(run, model, optimizer, done)
     if not run: return done
     with watch('checkpoint'): sha256 = save_tensors(run, 'model.safetensors', model.state_dict())
-    return finish(run, dict(done, sha256=sha256, **times()))
+    small = {k: v for k,v in done['state'].items() if not isinstance(v, str) or len(v) < 100} # free adversarial training keeps images in its state
+    return finish(run, dict(done, sha256=sha256, state=small, **times()))
 
 def _check(dataset:ImageSet, epochs:int, pairs:int)->None:
     if epochs < 1 or pairs < 2: raise ValueError(f'expected at least 1 epoch and 2 pairs per batch, found {epochs} and {pairs}')

@@ -1,5 +1,5 @@
 "Generators, fingerprints, checks and progress."
-import dataclasses, json, math, subprocess, sys
+import dataclasses, json, math, platform, subprocess, sys
 
 import pytest
 import torch
@@ -156,3 +156,27 @@ def test_stopwatch_counts_the_wait_and_not_the_work():
     watch = core.Stopwatch(clock=tick)
     for _ in watch.each('data', slow()): [tick() for _ in range(100)]  # a hundred to use
     assert watch.seconds == {'data': 3*2. + 1.}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='needs glibc')
+def test_kept_memory_spares_page_faults_and_gives_back():
+    pytest.importorskip('resource')
+    code = '''if True:
+        import resource, torch
+        from robust_dml.core import kept_memory
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(10): torch.ones(2**24)   # 64 MiB
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        def inside():
+            with kept_memory():
+                faults()
+                return faults()
+        first = faults()
+        try:
+            with kept_memory(): raise KeyError
+        except KeyError: pass
+        print(first, inside(), faults())
+    '''
+    before, inside, after = map(int, subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split())
+    assert inside < before/10 and after > inside

@@ -1,0 +1,128 @@
+"""Every experiment at smoke size: its lines, their switches, its report, and what it shares with the others."""
+import json
+import math
+import re
+from dataclasses import replace
+from functools import cache
+from html import escape
+from pathlib import Path
+
+import pytest
+import test_archives
+
+from robust_dml import experiments, report, studies
+from robust_dml.tride import OFFICIAL, PAPER
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLES = [name for name in experiments.EXPERIMENTS if name != 'cost']
+
+
+@cache
+def smoke(): return experiments.plan('table1', experiments.parameters(dict(preset='smoke')))
+
+
+def planned(name, out, defenses='', profiles=('official', 'paper')):
+    "A plan on data that is drawn once."
+    wanted, base = experiments.EXPERIMENTS[name], smoke()
+    recipe = replace(base.recipe, **dict(settings=wanted.settings or base.recipe.settings, limit=16, profiles=profiles) | wanted.changes)
+    return replace(base, experiment=name, defenses=experiments.table_lines(defenses) or wanted.defenses, recipe=recipe, reports=Path(out))
+
+
+@pytest.fixture(scope='module')
+def out(tmp_path_factory): return tmp_path_factory.mktemp('reports')
+
+
+@pytest.mark.parametrize('name', TABLES)
+def test_report(name, out):
+    plan = planned(name, out)
+    path, said = studies.run_one(plan, show=False)
+    page = path.read_text()
+    labels = [cell.label for cell in experiments.cells(plan)]
+    assert len(labels) == len(set(labels))*len(plan.recipe.seeds) and said
+    assert escape(experiments.EXPERIMENTS[name].title) in page and all(escape(label) in page for label in labels)
+    files = {'index.html', 'results.json'} | ({'table.csv', 'table.md', 'figures'} if name in report.COLUMNS else set())
+    assert {f.name for f in plan.folder.iterdir()} == files
+
+
+def test_the_store_answers_a_second_time(out):
+    plan = planned('table3', out)
+    first = experiments.results(plan, show=False)
+    before = sorted(p.stat().st_mtime_ns for p in (out/'store').glob('*/result.json'))
+    assert experiments.results(plan, show=False)['records'] == first['records']
+    assert before == sorted(p.stat().st_mtime_ns for p in (out/'store').glob('*/result.json'))
+
+
+def test_fairness_counts_disagreement():
+    def record(**cells): return dict(eval=dict(ers_cells={h: cells.get(h, 1.) for h in studies.HEADINGS}))
+    found = studies.agreement([record(**{'TMA': a, 'LTM': b, 'GTT': None}) for a,b in ((1., 9.), (2., 5.), (3., 7.))])
+    assert found['TMA']['LTM'] == pytest.approx(-.5) and found['TMA']['TMA'] == pytest.approx(1.)
+    assert math.isnan(found['GTT']['TMA']) and math.isnan(found['CA+']['TMA'])
+
+
+def test_run_all_writes_an_index(out, capsys):
+    plan = planned('table4', out, defenses='natural')
+    page = studies.write_index(out/'all-x-smoke', {name: studies.run_one(replace(plan, experiment=name), show=False) for name in ('table4', 'figure3')}, title='All')
+    links = re.findall(r'href="([^"]+)"', page.read_text())
+    assert len(links) == 2 and all((page.parent/link).is_file() for link in links)
+
+
+def test_reports_do_not_overwrite_each_other(out):
+    folders = [replace(planned(name, out), preset=preset).folder for name in TABLES for preset in ('smoke', 'quick')]
+    assert len(set(folders)) == len(folders)
+
+
+def test_each_line_of_switches_turns_one_switch(out):
+    plan = planned('switches', out)
+    first, paper, *others = experiments.cells(plan)
+    base = experiments.defense(first, plan.recipe).options
+    turned = []
+    for cell in others:
+        options = experiments.defense(cell, plan.recipe).options
+        changed = {key: value for key,value in options.items() if value != base[key]}
+        assert len(changed) == 1
+        turned.append(changed)
+    wanted = {key: value for key,value in PAPER.items() if value != OFFICIAL[key]}
+    assert {k: v for d in turned for k,v in d.items()} == wanted and len(turned) == len(wanted)
+    assert paper.profile == 'paper'
+
+
+def test_equal_runs_have_one_address(out):
+    "A switch at its own value, or a number written without a point, is no other run."
+    plan = planned('table1', out, defenses='colo_tride,colo_tride:profile=official,colo_tride:profile=official+lam=2', profiles=('official',))
+    addresses = {experiments.find_run(plan.reports, 'train', config).address for cell in experiments.cells(plan) for _,config,_ in experiments._trainings(plan, cell)}
+    assert len(addresses) == 1
+
+
+@pytest.mark.parametrize('entry, words', [('colo_tride:lambda=3', 'has no switch lambda'), ('hm:phase=cap', 'hm has no switch phase'), ('colo_tride:lam', 'lam=10'), ('cola', "'natural', 'act'")])
+def test_bad_lines(entry, words, out):
+    with pytest.raises(ValueError, match=words): planned('table1', out, defenses=entry)
+
+
+def test_a_value_that_no_switch_has_is_found_before_anything_is_trained(out):
+    with pytest.raises(ValueError, match="phase must be one of"): experiments.results(planned('table3', out/'bad', defenses='natural,colo_tride:phase=capp'), show=False)
+    assert not (out/'bad').exists()
+
+
+def test_committed_tables_are_found_in_the_store():
+    "The addresses of committed runs are those that a plan asks for today."
+    for path in sorted(ROOT.glob('reports/*-glyphs-quick/results.json')):
+        results = json.loads(path.read_text(encoding='utf-8'))
+        if results['experiment'] not in TABLES: continue
+        plan = experiments.plan(results['experiment'], experiments.parameters(dict(out=str(ROOT/'reports'))))
+        asked = {experiments.find_run(plan.reports, 'train', list(experiments._trainings(plan, cell))[-1][1]).address for cell in experiments.cells(plan)}
+        assert asked == {r['train']['address'] for r in results['records']}
+
+
+def test_a_miniature_cub_through_every_table(tmp_path):
+    "The files as their authors distribute them, 32 pixels, no pretrained weights, one process."
+    test_archives.cub(tmp_path, classes=(1, 2, 3, 101, 102, 103), per_class=4)
+    asked = experiments.parameters(dict(dataset='cub', root=str(tmp_path), preset='smoke', out=str(tmp_path/'out')))
+    with pytest.warns(UserWarning): first = experiments.plan('table1', asked)
+    assert (first.dataset, len(first.data.test)) == ('cub', 12)
+    page = studies.run_all(['table1', 'table3', 'figure4'], asked, show=False)
+    assert 'Beside the paper' in (page.parent.parent/'table1-cub-smoke'/'index.html').read_text()
+
+
+def test_a_gallery_of_its_own_is_refused(tmp_path):
+    test_archives.inshop(tmp_path)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match='gallery of its own'): experiments.plan('table1', experiments.parameters(dict(dataset='inshop', root=str(tmp_path), preset='smoke')))
