@@ -26,7 +26,7 @@ setup(
     python_requires='>=' + cfg['min_python'],
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Programming Language :: Python :: 3'],
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
-    package_data={cfg['lib_path']: ['paper_tables/*']},
+    package_data={cfg['lib_path']: ['paper_tables/*', 'tuned.json']},
     install_requires=shlex.split(cfg['requirements']),
     extras_require=extras,
     entry_points={'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},

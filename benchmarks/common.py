@@ -8,13 +8,17 @@ import torch
 from robust_dml.core import kept_memory
 
 
+class Seconds(float):
+    "The time that a call measured itself, for example in a process of its own."
+
+
 @dataclass(frozen=True)
 class Item:
     "One comparison: the same work by our code and by the least that the algorithm needs."
     group:str            # 'attacks', 'training', 'search', 'mining', 'memory'
     name:str
     size:str             # for the table, for example '256 x 1 x 28 x 28'
-    ours:Callable[[], object] # a float that it returns is taken as its seconds
+    ours:Callable[[], object] # what it returns counts only if it is `Seconds`
     bound:Callable[[], object]|None # None: an absolute time is the target
     bound_is:str         # the bound in words
     target:float|None    # largest ratio (or milliseconds without a bound) that counts as met; None: only reported
@@ -31,7 +35,7 @@ def seconds(call:Callable[[], object])->float:
     began = time.perf_counter()
     own = call()
     wait()
-    return own if isinstance(own, float) else time.perf_counter() - began
+    return own if isinstance(own, Seconds) else time.perf_counter() - began
 
 
 def measure(item:Item)->dict:

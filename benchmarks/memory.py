@@ -1,7 +1,7 @@
 "What `core.kept_memory` saves: the same passes in a process that keeps what it frees and in one that gives it back."
 import subprocess, sys
 
-from common import Item
+from common import Item, Seconds
 
 SIZES = (('small', 1, 28, 512, 30), ('resnet18', 3, 64, 64, 6)) # network, channels, size, batch, passes
 
@@ -25,7 +25,7 @@ with frozen(model), kept_memory() if keep else nullcontext():
 '''
 
 
-def child(*args)->float: return float(subprocess.run([sys.executable, '-c', CODE, *map(str, args)], capture_output=True, text=True, check=True).stdout)
+def child(*args)->Seconds: return Seconds(subprocess.run([sys.executable, '-c', CODE, *map(str, args)], capture_output=True, text=True, check=True).stdout)
 
 
 def item(name, channels, size, batch, count):

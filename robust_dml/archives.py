@@ -415,16 +415,16 @@ def decoded(
         images, broken, _ = _open_cache(path, key)
     return images, broken
 
-# %% ../nbs/06_archives.ipynb #7ee68371
+# %% ../nbs/06_archives.ipynb #bb67f5af
 @dataclass(frozen=True, eq=False)
 class QueryGallery(Split):
     "A split whose test side is searched from `queries` into the rest."
     queries:int=field(kw_only=True) # the rows 0 to queries-1 of `test` are the queries, all others the gallery
     def __post_init__(self)->None: check_between('queries', self.queries, 1, len(self.test)-1)
     def card(self)->dict:
-        "As of a `Split`, with the number of queries."
-        card = super().card()
-        return dict(card, queries=self.queries, gallery=len(self.test)-self.queries, checksum=fingerprint([card['checksum'], self.queries]))
+        "As of a `Split`, with the number of queries, also in words."
+        card, gallery = super().card(), len(self.test)-self.queries
+        return dict(card, queries=self.queries, gallery=gallery, search=f'queries and gallery apart: {self.queries} queries, {gallery} gallery images', checksum=fingerprint([card['checksum'], self.queries]))
 
 # %% ../nbs/06_archives.ipynb #6dcdd626
 def _limited(sides:dict[str, list[tuple]], train_classes:int|None, test_classes:int|None)->dict[str, list[tuple]]:

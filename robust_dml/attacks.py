@@ -262,7 +262,7 @@ def es_measure(emb, queries, targets, gallery)->dict[str,Tensor]:
     "ES:D, distance from the clean embedding; ES:R, R@1 in percent."
     return {'ES:D': paired_distance(emb, queries.emb), 'ES:R': first_hit(emb, queries, targets['own'], gallery)}
 
-# %% ../nbs/13_attacks.ipynb #4e3dd5f8
+# %% ../nbs/13_attacks.ipynb #ddcc0f43
 def mates(
     queries:Queries,
     gallery:Gallery,
@@ -288,7 +288,7 @@ def _extremes(emb, targets, gallery):
     level = torch.addmm(v.square, emb - v.centre, v.shifted.T, alpha=-2) # squared distance up to a constant per query
     own = level.gather(1, targets['row'])
     mate = targets['row'].gather(1, own.masked_fill(~targets['mate'], torch.inf).argmin(1, keepdim=True))
-    other = level.scatter_(1, targets['row'], own.masked_fill(targets['real'], -torch.inf)).argmax(1, keepdim=True)
+    other = level.scatter_(1, targets['row'], own.masked_fill(targets['real'][:,:1], -torch.inf)).argmax(1, keepdim=True)
     return torch.cat([other, mate], 1)
 
 def ltm_objective(emb, queries, targets, gallery)->Tensor:

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['NOISE', 'BASELINES', 'away_from', 'shifted', 'batch_log', 'est', 'ses', 'minmax_objective', 'minmax',
-           'with_gradients', 'pack', 'unpack', 'buffer_for', 'free', 'loss_value', 'robust_loss',
-           'multi_similarity_loss', 'multi_similarity', 'library_loss', 'valid_options', 'make']
+           'with_gradients', 'pack', 'unpack', 'buffer_for', 'free', 'loss_value', 'drawing_from', 'robust_loss',
+           'multi_similarity_loss', 'multi_similarity', 'topweighted_loss', 'topweighted', 'library_loss',
+           'valid_options', 'make']
 
-# %% ../nbs/23_baselines.ipynb #147115b1
+# %% ../nbs/23_baselines.ipynb #4a3a759a
 import inspect
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, repeat
 from typing import Literal
@@ -24,7 +26,7 @@ from .core import check_between, check_choice, need
 from robust_dml.defenses import (
     OFFSET, Clock, Defense, Step, check_inner, clean_embedding, embed_together, perturb, take, training_log, triplet_distances,
 )
-from .distances import hardness, paired_distance, triplet_loss
+from .distances import hardness, paired_distance, pairwise_distance, triplet_loss
 from .mining import MINERS, Triplets
 from .models import embed, streamlined, train_mode
 from .pgd import Attacked, pgd, sign_step
@@ -220,18 +222,31 @@ def free(
     options = dict(eps=eps, step_size=step_size, margin=margin, repeats=repeats, miner=miner)
     return Defense('free', options, partial(dict, done=0, sigma='', images=''), partial(_free_step, **options))
 
-# %% ../nbs/23_baselines.ipynb #d0d697b3
+# %% ../nbs/23_baselines.ipynb #62c89185
 def loss_value(
-    loss:Callable, # (embeddings (N, D), labels (N,)) -> () float
+    loss:Callable, # (embeddings (N, D), labels (N,), *found) -> () float
     emb:Tensor,    # (N, D) float: unit length
     label:Tensor,  # (N,) long
+    *found,        # what a miner picked; nothing without one
 )->Tensor:         # () float
     "A loss of a batch, in full precision."
-    with torch.autocast(emb.device.type, enabled=False): value = loss(emb, label)
+    with torch.autocast(emb.device.type, enabled=False): value = loss(emb, label, *found)
     if isinstance(value, Tensor) and value.shape == (): return value
     raise ValueError(f'loss(embeddings, labels) must return a tensor of shape (), found {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}')
 
-# %% ../nbs/23_baselines.ipynb #fdd6897f
+# %% ../nbs/23_baselines.ipynb #df2ff6e6
+@contextmanager
+def drawing_from(
+    gen:torch.Generator, # on the CPU; not advanced
+    device:torch.device, # of the tensors that the block computes with
+)->Iterator[None]:
+    "Inside the block PyTorch's global random state is a copy of `gen`; after it, what it was."
+    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
+        torch.set_rng_state(gen.get_state())
+        if device.type == 'cuda': torch.cuda.manual_seed(torch.randint(2**62, ()).item())
+        yield
+
+# %% ../nbs/23_baselines.ipynb #a62355d3
 def _with_rows(values, rows, new):
     "A copy of `values` with other rows."
     values = values.clone()
@@ -239,7 +254,7 @@ def _with_rows(values, rows, new):
     return values
 
 def robust_loss(
-    loss:Callable,      # (embeddings (N, D) of unit length, labels (N,)) -> () float
+    loss:Callable,      # (embeddings (N, D) of unit length, labels (N,)) -> () float; with a miner, (embeddings, labels, what it found)
     *,
     name:str,           # of the defence
     eps:float,          # radius in [0, 1]
@@ -247,7 +262,8 @@ def robust_loss(
     steps:int,
     moved:Literal['all','first']='all', # perturb every image, or the first of each pair
     clean_weight:float=0., # c, weight of the loss on clean images
-    options:dict|None=None, # JSON-able settings of the loss itself, kept with the defence
+    miner:Callable|None=None, # (clean embeddings (N, D), labels (N,)) -> what `loss` takes as its third argument
+    options:dict|None=None, # JSON-able settings of loss and miner themselves, kept with the defence
 )->Defense:
     "Robust training with a loss of your own; `make` knows it only if it is in `BASELINES`."
     check_inner(eps, step_size, steps, 0.)
@@ -257,10 +273,12 @@ def robust_loss(
     def step(model, x, label, *, state, clock, gen):
         still = streamlined(model)
         emb = clean_embedding(still, x)
-        def on_batch(e): return loss_value(loss, _with_rows(emb, rows, e), label)
-        adv = pgd(still, on_batch, x[rows], eps=eps, step_size=step_size, steps=steps)
-        after,*clean = embed_together(model, _with_rows(x, rows, adv.images), *([x] if clean_weight else []))
-        value = loss_value(loss, after, label) + sum(clean_weight*loss_value(loss, e, label) for e in clean)
+        with drawing_from(gen, x.device):
+            found = [miner(emb, label)] if miner else []
+            def on_batch(e): return loss_value(loss, _with_rows(emb, rows, e), label, *found)
+            adv = pgd(still, on_batch, x[rows], eps=eps, step_size=step_size, steps=steps)
+            after,*clean = embed_together(model, _with_rows(x, rows, adv.images), *([x] if clean_weight else []))
+            value = loss_value(loss, after, label, *found) + sum(clean_weight*loss_value(loss, e, label, *found) for e in clean)
         triplets = MINERS['random'](emb, label, gen=gen) # for the log alone
         return Step(value, dict(state), batch_log(emb, triplets, after.detach(), steps=adv.steps, rows=rows))
     own = dict(eps=eps, step_size=step_size, steps=steps, moved=moved, clean_weight=clean_weight)
@@ -300,7 +318,50 @@ def multi_similarity(
     return robust_loss(partial(multi_similarity_loss, **options), name='multi_similarity', eps=eps, step_size=step_size, steps=steps,
                        moved=moved, clean_weight=clean_weight, options=options)
 
-# %% ../nbs/23_baselines.ipynb #0cded346
+# %% ../nbs/23_baselines.ipynb #b42f2a31
+def topweighted_loss(
+    emb:Tensor,   # (2B, D) float: unit length
+    label:Tensor, # (2B,) long: rows 2i and 2i+1 share a class; row 2i is the anchor
+    *,
+    top:float,    # w in [0, 1], weight of the nearest negative; the others share the rest
+    margin:float, # γ
+)->Tensor:        # () float
+    "Triplet hinge of the nearest negative and mean hinge of all others, weighted."
+    dist,other = pairwise_distance(emb[::2], emb),label[::2,None] != label
+    hinge = triplet_loss(paired_distance(emb[::2], emb[1::2])[:,None].expand_as(dist), dist, margin=margin)*other
+    nearest = hinge.amax(1)
+    rest = (hinge.sum(1) - nearest)/(other.sum(1) - 1).clamp(min=1)
+    return (top*nearest + (1 - top)*rest).mean()
+
+# %% ../nbs/23_baselines.ipynb #3b8ee285
+def topweighted(
+    *,
+    eps:float,       # radius in [0, 1]
+    step_size:float, # per step, in (0, 1]
+    steps:int,
+    margin:float,    # γ
+    top:float,       # w: 1 looks at the nearest negative alone, 0 at all others
+    moved:Literal['all','first']='first', # perturb every image, or the anchors
+    clean_weight:float=1., # weight of the loss on clean images
+)->Defense:
+    "Robust training with a loss between the nearest negative and all others."
+    check_inner(eps, step_size, steps, margin)
+    check_between('top', top, 0, 1)
+    options = dict(margin=margin, top=top)
+    return robust_loss(partial(topweighted_loss, **options), name='topweighted', eps=eps, step_size=step_size, steps=steps,
+                       moved=moved, clean_weight=clean_weight, options=options)
+
+# %% ../nbs/23_baselines.ipynb #dc89266c
+def _from_library(kind:str, name:str, options:dict|None):
+    "A loss or a miner of pytorch-metric-learning by the name of its class; `kind` is 'loss' or 'miner'."
+    library = need(f"pytorch_metric_learning.{'losses' if kind == 'loss' else 'miners'}", 'library_loss')
+    check_choice(kind, name, [c for c in dir(library) if c.endswith(kind.capitalize()) and not c.startswith('Base')])
+    try: made = getattr(library, name)(**(options or {}))
+    except (TypeError, KeyError) as err: raise TypeError(f'{kind}_options must be keywords of {name}, found {options}: {err}') from err
+    if any(True for _ in made.parameters()): raise ValueError(f'{kind} must have no weights of its own, found {name} with some; the optimiser would not update them')
+    if name == 'DynamicSoftMarginLoss': raise ValueError(f'{kind} must have no memory of its own, found {name}, which keeps a histogram of all its calls; a checkpoint would lose it')
+    return made
+
 def library_loss(
     *,
     loss:str,            # a class of `pytorch_metric_learning.losses`
@@ -308,20 +369,18 @@ def library_loss(
     step_size:float,     # per step, in (0, 1]
     steps:int,
     loss_options:dict|None=None, # keywords of that class, JSON-able
+    miner:str='',        # a class of `pytorch_metric_learning.miners`; '': what the loss does without
+    miner_options:dict|None=None, # keywords of that class, JSON-able
     moved:Literal['all','first']='all', # perturb every image, or the first of each pair
     clean_weight:float=0., # weight of the loss on clean images
 )->Defense:
-    "Robust training with a loss of pytorch-metric-learning."
-    library = need('pytorch_metric_learning.losses', 'library_loss')
-    check_choice('loss', loss, [name for name in dir(library) if name.endswith('Loss')])
-    try: made = getattr(library, loss)(**(loss_options or {}))
-    except TypeError as err: raise TypeError(f'loss_options must be keywords of {loss}, found {loss_options}: {err}') from err
-    if any(True for _ in made.parameters()): raise ValueError(f'loss must have no weights of its own, found {loss} with some; the optimiser would not update them')
-    return robust_loss(made, name='library_loss', eps=eps, step_size=step_size, steps=steps, moved=moved, clean_weight=clean_weight,
-                       options=dict(loss=loss, loss_options=loss_options or {}))
+    "Robust training with a loss, and a miner if wanted, of pytorch-metric-learning."
+    made,chosen = _from_library('loss', loss, loss_options),_from_library('miner', miner, miner_options) if miner else None
+    return robust_loss(made, name='library_loss', eps=eps, step_size=step_size, steps=steps, moved=moved, clean_weight=clean_weight, miner=chosen,
+                       options=dict(loss=loss, loss_options=loss_options or {}, miner=miner, miner_options=miner_options or {}))
 
-# %% ../nbs/23_baselines.ipynb #e20fcb64
-BASELINES = dict(est=est, ses=ses, minmax=minmax, free=free, multi_similarity=multi_similarity, library_loss=library_loss)
+# %% ../nbs/23_baselines.ipynb #a3ecaa7e
+BASELINES = dict(est=est, ses=ses, minmax=minmax, free=free, multi_similarity=multi_similarity, topweighted=topweighted, library_loss=library_loss)
 
 def valid_options(
     name:str,       # key of `tride.DEFENSES` or of `BASELINES`

@@ -85,7 +85,7 @@ class Perturbed(NamedTuple):
     images:tuple[Tensor, Tensor, Tensor] # anchors, positives, negatives: (B, C, H, W) each, in [0, 1], detached
     steps:int                            # PGD updates done; 0: the images are clean
 
-# %% ../nbs/21_defenses.ipynb #68ef328a
+# %% ../nbs/21_defenses.ipynb #7a40257c
 def perturb(
     model:nn.Module,
     x:Tensor,           # (2B, C, H, W) float in [0, 1]: the clean batch
@@ -99,7 +99,7 @@ def perturb(
     steps:int,
     stop:Callable|None=None, # early stop of `pgd`
 )->Perturbed:
-    "Move the images of `parts` jointly to raise `objective`; everything else stays clean and constant."
+    "Move the images of `parts` jointly to raise `objective`, eq. (3) of COLO-TRIDE; everything else stays clean and constant."
     images,known = (dict(zip('apn', take(v, triplets))) for v in (x, emb))
     if step_size == 0: return Perturbed(tuple(images.values()), 0)
     def on_triplets(moved): return objective(*(known | dict(zip(parts, moved.chunk(len(parts))))).values())
@@ -117,13 +117,13 @@ def embed_together(
     train_mode(model, freeze_batchnorm=True)
     return embed(model, torch.cat(images)).split([len(i) for i in images])
 
-# %% ../nbs/21_defenses.ipynb #d38c1053
+# %% ../nbs/21_defenses.ipynb #3e1b85ca
 def mean_shift(
     before:tuple, # clean embeddings of anchors, positives, negatives: (B, D) each
     after:tuple,  # the same after the perturbation
     parts:str,    # the perturbed elements
 )->Tensor:        # () float; NaN if nothing was perturbed
-    "Mean distance that the perturbed images moved in the embedding space."
+    "Mean distance that the perturbed images moved in the embedding space, the quantity of Figure 4 of COLO-TRIDE."
     moved = [paired_distance(after[k], before[k]) for k in map('apn'.index, parts)]
     return torch.cat(moved).mean() if moved else before[0].new_tensor(torch.nan)
 

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['PAPER_28', 'PAPER_224', 'A', 'B', 'QUICK', 'SMALL', 'SMOKE', 'PRESETS', 'BUILT_IN', 'DEFENSES', 'TABLE_DEFENSES',
-           'PARAMETERS', 'EXPERIMENTS', 'Setting', 'Recipe', 'recipe', 'overrides', 'describe', 'Row', 'parameters',
-           'listed', 'table_lines', 'table_row', 'seed_list', 'Experiment', 'Plan', 'plan', 'replan', 'folder_name',
-           'check_split', 'device', 'announce', 'Cell', 'cells', 'natural', 'defense', 'training_config',
-           'weights_name', 'train_cell', 'evaluation_config', 'evaluate_cell', 'record', 'published', 'results',
-           'example_images']
+           'PARAMETERS', 'TUNABLE', 'SCALED', 'EXPERIMENTS', 'Setting', 'Recipe', 'recipe', 'overrides', 'describe',
+           'Row', 'parameters', 'listed', 'table_lines', 'table_row', 'seed_list', 'resolve', 'tuned', 'Experiment',
+           'Plan', 'plan', 'with_backbone', 'replan', 'folder_name', 'check_split', 'query_count', 'device', 'announce',
+           'Cell', 'cells', 'natural', 'defense', 'training_config', 'weights_name', 'train_cell', 'evaluation_config',
+           'evaluate_cell', 'record', 'published', 'results', 'example_images']
 
-# %% ../nbs/33_experiments.ipynb #c9db3073
+# %% ../nbs/33_experiments.ipynb #17e23b07
 import hashlib, json, math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from .core import check_choice, kept_memory
 from .data import Split
 from .defenses import Defense
 from .evaluate import Protocol, evaluate, examples
-from .models import build, checksum
+from .models import MODELS, build, checksum
 from .scores import paper_table
 from .search import resolve_backend
 from .store import Run, StoreError, find_run, load_tensors, open_run, reports_root, save_tensors
@@ -116,7 +117,7 @@ def describe(setting:Setting)->str:
     warm = f' after {setting.warm_epochs} natural epochs' if setting.warm_epochs else ''
     return f'{setting.name} (ε {255*setting.eps:g}/255, steps of {255*setting.step_size:g}/255, {setting.steps} for ACT and HM, {setting.colo_steps} for COLO-TRIDE{warm})'
 
-# %% ../nbs/33_experiments.ipynb #ef34baf0
+# %% ../nbs/33_experiments.ipynb #b3783a43
 class Row(NamedTuple):
     "A line of a table."
     label:str
@@ -132,10 +133,11 @@ DEFENSES = dict(
     assist_full=Row('Always assist', 'colo_tride', dict(profile='paper', orientation='assist', assist_start_frac=0.)),
     colo_steps=Row('COLO-TRIDE (paper, C per step)', 'colo_tride', _STEPWISE),
     colo_early=Row('COLO-TRIDE (paper, C per step), assist from the start', 'colo_tride', dict(_STEPWISE, assist_start_frac=0.)),
-    est=Row('EST', 'est'), ses=Row('SES', 'ses'), minmax=Row('Min-max', 'minmax'), free=Row('Free AT', 'free'), multi_similarity=Row('Multi-similarity', 'multi_similarity'))
+    est=Row('EST', 'est'), ses=Row('SES', 'ses'), minmax=Row('Min-max', 'minmax'), free=Row('Free AT', 'free'), multi_similarity=Row('Multi-similarity', 'multi_similarity'),
+    topweighted=Row('Top-weighted', 'topweighted', dict(top=.5)), library_loss=Row('Contrastive', 'library_loss', dict(loss='ContrastiveLoss')))
 TABLE_DEFENSES = ('natural', 'act', 'hm', 'colo_tride')
 PARAMETERS = dict(dataset='glyphs', root='', preset='quick', defenses='', seeds='', profile='', device='auto', epochs=0, limit=0, weights='',
-                  backend='auto', precision='', compiled=False, out='', skip_unreadable=False)
+                  backend='auto', precision='', compiled=False, out='', skip_unreadable=False, backbone='')
 
 # %% ../nbs/33_experiments.ipynb #3cf50179
 def parameters(
@@ -154,7 +156,7 @@ def _typed(name:str, value, default):
     kind = {str: 'text', bool: 'True or False', int: 'a whole number of 0 or more'}[type(default)]
     raise ValueError(f'parameter {name} must be {kind}, found {value!r}')
 
-# %% ../nbs/33_experiments.ipynb #94644b1c
+# %% ../nbs/33_experiments.ipynb #76568821
 def listed(
     name:str,
     text:str,               # comma-separated
@@ -165,7 +167,7 @@ def listed(
     for entry in entries: check_choice(name, entry, tuple(choices))
     return entries
 
-_FLOATS = {f.name for f in fields(Switches) if f.type is float} | {'weight', 'alpha', 'beta', 'base', 'clean_weight', 'ics', 'pseudo'}
+_FLOATS = {f.name for f in fields(Switches) if f.type is float} | {'weight', 'alpha', 'beta', 'base', 'clean_weight', 'ics', 'pseudo', 'top'}
 
 def table_lines(
     text:str,      # comma-separated
@@ -182,7 +184,8 @@ def table_row(entry:str)->Row:
     if not text: return row
     pairs = [part.partition('=') for part in text.split('+')]
     if not all(key and value for key,_,value in pairs): raise ValueError(f"switches must be written as in 'colo_tride:lam=10+phase=cap', found {entry!r}")
-    options, valid = {key: _value(key, value) for key,_,value in pairs}, valid_options(row.defense)
+    options = {key: _value(key, value) for key,_,value in pairs}
+    valid = (*valid_options(row.defense), *(('profile',) if row.defense in ('act', 'hm') and options.get('profile') == 'tuned' else ()))
     if unknown := sorted(options.keys() - {*valid}): raise ValueError(f'{row.defense} has no switch {", ".join(unknown)}, found in {entry!r}; it has {", ".join(valid)}')
     base = f"{row.label} ({options['profile']})" if 'profile' in options else row.label
     return Row(', '.join([base, *(f'{key} = {value}' for key,_,value in pairs if key != 'profile')]), row.defense, row.options | options)
@@ -198,12 +201,34 @@ def seed_list(text:str)->tuple[int,...]:
     try: return tuple(dict.fromkeys(int(e) for e in text.split(',') if e.strip()))
     except ValueError: raise ValueError(f"parameter seeds must be whole numbers separated by commas, as in '0,1,2', found {text!r}") from None
 
-# %% ../nbs/33_experiments.ipynb #8cdea8db
+# %% ../nbs/33_experiments.ipynb #002ffa40
+TUNABLE = ('act', 'hm', 'colo_tride', 'naive_tride', 'naive_sip')
+SCALED = ('eps', 'step_size', 'steps', 'margin')                            # given as factors of the method's default
+
+def resolve(
+    candidate:Mapping[str, Any], # of `candidates`
+    base:Mapping[str, Any],      # the method's default `eps`, `step_size`, `steps`, `margin`
+)->dict[str, Any]:               # switches of the method
+    "A candidate's switches, with factors turned into values."
+    def value(key, v): return v if key not in SCALED else round(base[key]*v) if key == 'steps' else base[key]*v
+    return {key: value(key, v) for key,v in candidate.items()}
+
+def tuned(
+    method:str,          # one of `TUNABLE`
+    path:Path|None=None, # file of `keep`; None: the package's
+)->dict[str, Any]:       # for `resolve`; empty: the default is the chosen setting
+    "The tuned setting of a method."
+    file = path or resources.files('robust_dml')/'tuned.json'
+    if not file.is_file(): raise FileNotFoundError("tuned settings must lie in robust_dml/tuned.json, found no such file; make it with: make tune && python -c \"from robust_dml import tuning; tuning.keep('reports/tune-glyphs-quick')\"")
+    methods = json.loads(file.read_text(encoding='utf-8'))['methods']
+    return methods[check_choice('method', method, tuple(methods))]['candidate']
+
+# %% ../nbs/33_experiments.ipynb #0e4e1681
 class Experiment(NamedTuple):
     "What a run notebook shows."
     title:str
     defenses:tuple[str,...]
-    settings:tuple[Setting,...]=() # in the presets smoke and quick; empty: the preset's
+    settings:tuple[Setting,...]=() # in all presets but paper; empty: the preset's
     changes:dict={}                # of the recipe, in all presets but paper
 
 _SWITCHED = [f'colo_tride:profile=official+{key}={json.dumps(value).strip(chr(34))}' for key,value in PAPER.items() if value != OFFICIAL[key]]
@@ -214,16 +239,17 @@ EXPERIMENTS = dict(
     table4=Experiment('Table 4: assist and attack', ('natural', 'assist_part', 'assist_full', 'colo_early', 'colo_steps', 'colo_tride'), (B,)),
     figure3=Experiment('Figure 3: distances, separability, hardness and collapseness over training', ('natural', 'naive_sip', 'colo_cap', 'colo_anp', 'colo_tride'), (B,)),
     figure4=Experiment('Figure 4: shift of the embeddings and hardness reached', ('naive_sip', 'naive_cap', 'naive_anp', 'colo_cap', 'colo_anp'), (B,)),
-    switches=Experiment('The official code, one switch at a time turned to the paper\'s text', ('colo_tride', *_SWITCHED)),
-    **{'lambda': Experiment('The attention factor λ of the collapseness', tuple(f'colo_tride:profile=official+lam={lam}' for lam in (0, 1, 2, 5, 10, 20)))},
+    switches=Experiment('The official code, one switch at a time turned to the paper\'s text', ('colo_tride', *_SWITCHED), (B,)),
+    **{'lambda': Experiment('The attention factor λ of the collapseness', tuple(f'colo_tride:profile=official+lam={lam}' for lam in (0, 1, 2, 5, 10, 20)), (B,))},
     early_disabling=Experiment('The share of epochs without assist', tuple(f'colo_tride:profile=paper+collapse_eval=per_step+assist_start_frac={share}' for share in (0, .25, .5, .75, 1)), (B,)),
     timing=Experiment('HM with 32 inner steps against COLO-TRIDE with 16', ('hm', *(f'colo_tride:profile={name}+step_schedule=linear1' for name in ('official', 'paper'))),
                       changes=dict(settings=(replace(A, name='T', step_size=4/255, steps=32, colo_steps=16),), seeds=(0, 1, 2, 3, 4), epochs=2)),
     fairness=Experiment('Are the scores fair?', (*TABLE_DEFENSES, 'colo_tride:profile=official+weighting=uniform')),
-    baselines=Experiment('Further baselines', ('natural', 'est', 'ses', 'minmax', 'free', 'multi_similarity', 'act', 'hm', 'hm:source=random', 'hm:source=semihard', 'hm:pseudo=0')),
+    baselines=Experiment('Further baselines', ('natural', 'est', 'ses', 'minmax', 'free', 'multi_similarity', 'act', 'hm', 'hm:source=random', 'hm:source=semihard', 'hm:pseudo=0'), (A,)),
+    locality=Experiment('Local against global resistance, over the weight of the nearest negative', tuple(f'topweighted:top={w}' for w in (0, .25, .5, .75, 1)), (replace(A, name='L', warm_epochs=B.warm_epochs),)),
     cost=Experiment('What the tables cost', TABLE_DEFENSES))
 
-# %% ../nbs/33_experiments.ipynb #a8a7459c
+# %% ../nbs/33_experiments.ipynb #4b808668
 @dataclass(frozen=True)
 class Plan:
     "A table's recipe for one data set, and where to compute it."
@@ -254,16 +280,29 @@ def plan(
     data = load(source, root=root or None, size=r.size, channels=r.channels, crop=r.crop or None, train_classes=r.train_classes or None,
                 test_classes=r.test_classes or None, skip_unreadable=p['skip_unreadable'])
     check_split(data)
+    if experiment == 'cost' and isinstance(data, QueryGallery): raise ValueError(f'cost needs test images that are queries and gallery at once, found {data.name} with a gallery of its own; run its table without a forecast')
     return Plan(experiment, p['preset'], r, table_lines(p['defenses']) or EXPERIMENTS[experiment].defenses, p, name, data, data.card(), device(p['device']),
                 resolve_backend(p['backend']), reports_root(p['out']))
+
+def with_backbone(
+    recipe:Recipe,
+    backbone:str, # one of `models.MODELS`; '' keeps the recipe's
+)->Recipe:
+    "The recipe with another network; ConvNeXt takes no images below 32 x 32."
+    if not backbone: return recipe
+    return replace(recipe, model=check_choice('backbone', backbone, MODELS), size=max(recipe.size, 32) if backbone == 'convnext_tiny' else recipe.size)
 
 def _recipe(experiment:str, p:dict, name:str)->Recipe:
     "The preset's recipe with what the experiment and the parameters change."
     wanted, r = EXPERIMENTS[check_choice('experiment', experiment, tuple(EXPERIMENTS))], recipe(p['preset'], name)
-    if p['preset'] in ('smoke', 'quick'): r = replace(r, settings=wanted.settings or r.settings)
-    if p['preset'] != 'paper': r = replace(r, **wanted.changes)
-    return replace(r, seeds=seed_list(p['seeds']) or r.seeds, epochs=p['epochs'] or r.epochs, precision=check_choice('precision', p['precision'] or r.precision, ('float32', 'bfloat16')), limit=p['limit'] or r.limit,
-                   profiles=listed('profile', p['profile'], ('official', 'paper')) or r.profiles, weights=_weights(p['weights'], r.weights))
+    if p['preset'] != 'paper': r = replace(r, **(dict(settings=wanted.settings or r.settings) | wanted.changes))
+    return replace(with_backbone(r, p['backbone']), seeds=seed_list(p['seeds']) or r.seeds, epochs=p['epochs'] or r.epochs, precision=check_choice('precision', p['precision'] or r.precision, ('float32', 'bfloat16')), limit=p['limit'] or r.limit,
+                   profiles=_profiles(p['profile'], r.profiles), weights=_weights(p['weights'], r.weights))
+
+def _profiles(text:str, preset:tuple[str,...])->tuple[str,...]:
+    "Profiles that were asked for; the tuned one never comes without another to stand beside."
+    asked = listed('profile', text, ('official', 'paper', 'tuned'))
+    return (*preset, *asked) if asked == ('tuned',) else asked or preset
 
 def replan(plan:Plan, experiment:str)->Plan:
     "The plan of another experiment on the same data."
@@ -277,12 +316,18 @@ def folder_name(path:Path)->str:
 
 def check_split(data:Split)->None:
     "Refuse, before anything is trained, data on which a table cannot be computed."
-    if isinstance(data, QueryGallery): raise ValueError(f'a table needs test images that are queries and gallery at once, found {data.name} with a gallery of its own; it can be read and checked (`archives`), not attacked yet')
     for side in ('train', 'test'):
         classes = len(getattr(data, side).classes)
         if classes < 2: raise ValueError(f'{data.name} must have at least 2 classes to train on and 2 others to test on, found {classes} for {side}; add class folders')
+    asked, shelf = data.test.labels[:query_count(data)], data.test.labels[query_count(data):]
+    if len(asked) and len(shelf.unique()) < 2: raise ValueError(f'{data.name} must have a gallery of at least 2 classes, found 1: there is nothing to confuse; add images')
+    if len(asked) and not torch.isin(asked, shelf).any(): raise ValueError(f'{data.name} must have a query whose class is in the gallery, found none among {len(asked)}: nothing can be retrieved; add images')
     if data.test.labels.bincount().max() < 2:
         raise ValueError(f'{data.name} must have a test class with at least 2 images, found {len(data.test.classes)} classes of 1 image: nothing can be retrieved; add images')
+
+def query_count(data:Split)->int:
+    "How many test images come first and are queries only; 0 where all are queries and gallery at once."
+    return data.queries if isinstance(data, QueryGallery) else 0
 
 def _weights(asked:str, preset:str)->str: return {'': preset, 'none': ''}.get(asked, str(Path(asked).expanduser()))
 
@@ -296,17 +341,18 @@ def device(asked:str)->str:
         raise ValueError(f"device must be 'auto', 'cpu' or a GPU that torch can use ('cuda'), found {asked!r}: {str(error).splitlines()[0][:120]}") from None
     return asked
 
-# %% ../nbs/33_experiments.ipynb #6f819f71
+# %% ../nbs/33_experiments.ipynb #bd15d8bf
 def announce(plan:Plan)->None:
     "Print what a plan will run and what it decided by itself."
     r, data = plan.recipe, plan.card
     count = {side: f"{data[side]['images']} images of {data[side]['classes']} classes" for side in ('train', 'test')}
     print(f'{plan.experiment} on {data["name"]}, preset {plan.preset}: {len(list(cells(plan)))} models, {r.model} with {r.dim} dimensions on {plan.device}, k-means by {plan.backend}')
     print(f"train: {count['train']}; test: {count['test']}; skipped: {len(plan.data.skipped)} unreadable; content {data['checksum'][:12]}")
+    if 'search' in data: print(data['search'])
     print(f'attacks: {r.eval_steps} steps of {255*r.eval_step_size:g}/255 at the radius of the setting, {r.limit or "all"} queries')
     print(*(f'setting {describe(s)}' for s in r.settings), sep='\n')
 
-# %% ../nbs/33_experiments.ipynb #c957815f
+# %% ../nbs/33_experiments.ipynb #72277a9a
 @dataclass(frozen=True)
 class Cell:
     "One training and evaluation."
@@ -325,9 +371,10 @@ def cells(plan:Plan)->Iterator[Cell]:
 
 def _versions(row:Row, profiles:tuple[str,...])->list[tuple[str, str]]:
     "Profiles and labels of a line; naive adversaries know no COLO, for which profiles differ: one is enough."
-    if row.defense in ('natural', 'act', 'hm', *BASELINES): return [('', row.label)]
     if 'profile' in row.options: return [(row.options['profile'], row.label)]
-    return [(profiles[0], row.label)] if row.defense.startswith('naive') else [(profile, f'{row.label} ({profile})') for profile in profiles]
+    plain, own = [p for p in profiles if p != 'tuned'], [('tuned', f'{row.label} (tuned)')] if 'tuned' in profiles and row.defense in TUNABLE and not row.options else []
+    if row.defense in ('natural', 'act', 'hm', *BASELINES): return [('', row.label), *own]
+    return [(plain[0], row.label), *own] if row.defense.startswith('naive') else [*((profile, f'{row.label} ({profile})') for profile in plain), *own]
 
 def natural(recipe:Recipe)->Defense:
     "Natural training, also the warm-up of settings that have one."
@@ -340,9 +387,12 @@ def defense(
     "The defence of a cell with all its switches."
     s, row = cell.setting, table_row(cell.defense)
     inner = dict(eps=s.eps, step_size=s.step_size, margin=recipe.margin)
-    base = {'natural': dict(margin=recipe.margin, miner=recipe.natural_miner), 'act': dict(inner, steps=s.steps), 'hm': dict(inner, steps=s.steps, ics=recipe.ics), **dict.fromkeys(('est', 'ses', 'minmax'), dict(inner, steps=s.steps)),
-            'free': inner, 'multi_similarity': dict(eps=s.eps, step_size=s.step_size, steps=s.steps)}
-    return make(row.defense, **base.get(row.defense, dict(inner, steps=s.colo_steps, lam=recipe.lam, profile=cell.profile)) | row.options)
+    base = {'natural': dict(margin=recipe.margin, miner=recipe.natural_miner), 'act': dict(inner, steps=s.steps), 'hm': dict(inner, steps=s.steps, ics=recipe.ics), **dict.fromkeys(('est', 'ses', 'minmax', 'topweighted'), dict(inner, steps=s.steps)),
+            'free': inner, **dict.fromkeys(('multi_similarity', 'library_loss'), dict(eps=s.eps, step_size=s.step_size, steps=s.steps))}
+    profile = next(p for p in (cell.profile, *recipe.profiles) if p != 'tuned')
+    given = base.get(row.defense, dict(inner, steps=s.colo_steps, lam=recipe.lam, profile=profile))
+    if cell.profile == 'tuned': given = given | resolve(tuned(row.defense), given)
+    return make(row.defense, **given | {k: v for k,v in row.options.items() if (k, v) != ('profile', 'tuned')})
 
 # %% ../nbs/33_experiments.ipynb #7d9a8144
 def training_config(
@@ -390,7 +440,7 @@ def _trainings(plan, cell)->Iterator[tuple[Defense, dict, str]]:
     chosen = defense(cell, plan.recipe)
     yield chosen, training_config(plan, chosen, cell.seed, epochs=plan.recipe.epochs, start=start), cell.label
 
-# %% ../nbs/33_experiments.ipynb #759fa21e
+# %% ../nbs/33_experiments.ipynb #baee0d84
 def evaluation_config(
     plan:Plan,
     cell:Cell,
@@ -415,10 +465,10 @@ def evaluate_cell(
     if (run := find_run(plan.reports, 'eval', config)).has('result.json'): return open_run(plan.reports, 'eval', config)
     model,_ = train_cell(plan, cell, show=show)
     run, protocol = open_run(plan.reports, 'eval', config), config['protocol']
-    result = evaluate(model, plan.data.test, **protocol, backend=plan.backend, compiled=plan.parameters['compiled'], device=plan.device, run=run, show=show,
+    result = evaluate(model, plan.data.test, **protocol, queries=query_count(plan.data), backend=plan.backend, compiled=plan.parameters['compiled'], device=plan.device, run=run, show=show,
                       desc=f'attack {cell.setting.name} {cell.label}, seed {cell.seed}:')
-    shown = examples(model, plan.data.test, protocol=Protocol(**protocol), device=plan.device)
-    run.write('result.json', dict(asdict(result), weights=checksum(model), example_attack='ES', examples=save_tensors(run, 'examples.safetensors', shown)))
+    shown = examples(model, plan.data.test, protocol=Protocol(**protocol), queries=query_count(plan.data), device=plan.device) if cell.seed == plan.recipe.seeds[0] else {} # a report shows one seed
+    run.write('result.json', dict(asdict(result), weights=checksum(model), example_attack='ES', examples=save_tensors(run, 'examples.safetensors', shown) if shown else ''))
     return run
 
 # %% ../nbs/33_experiments.ipynb #4ab94f56

@@ -13,7 +13,7 @@ __all__ = ['PAPER_SETS', 'MOVED', 'Rates', 'ATTACKS', 'GAPS', 'PAPER_MINUTES', '
            'rehearse_evaluation', 'recorded', 'beside_paper', 'cost_results', 'frame', 'duration', 'summary', 'bars',
            'write_cost_report']
 
-# %% ../nbs/35_forecast.ipynb #af9e5a5c
+# %% ../nbs/35_forecast.ipynb #5ce6c5de
 import json, math, shutil, statistics, subprocess, sys, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,9 +33,9 @@ from .core import Stopwatch, generator, kept_memory, need, progress
 from .data import ImageSet, Split, training_batches
 from .defenses import Clock, Defense
 from .distances import normalise
-from .evaluate import Protocol, attack_batches, evaluate
+from .evaluate import check_size, Protocol, attack_batches, evaluate
 from robust_dml.experiments import (
-    BUILT_IN, Cell, Plan, Recipe, _shareable, _trainings, cells, defense, describe, device, evaluation_config, folder_name, listed, natural, plan, recipe, seed_list, table_lines,
+    BUILT_IN, Cell, Plan, Recipe, _shareable, _trainings, cells, defense, describe, device, evaluation_config, folder_name, listed, natural, plan, recipe, seed_list, table_lines, with_backbone,
     TABLE_DEFENSES,
 )
 from .metrics import retrieval
@@ -389,7 +389,7 @@ def _metric_probes(key, gallery, classes, device, backend)->Iterator[Probe]:
     yield Probe(('kmeans', key), cluster, least=max(2, classes//32), most=classes, levels=(1, 2), power=2)
     yield Probe(('indicators', key), lambda size, level: _seconds(device, lambda: indicators(emb, label, gen=generator(0))), least=1, most=1)
 
-# %% ../nbs/35_forecast.ipynb #52c0fb78
+# %% ../nbs/35_forecast.ipynb #48fe0677
 def evaluation_seconds(
     rates:Rates,
     recipe:Recipe,
@@ -406,23 +406,25 @@ def evaluation_seconds(
     search, cluster = rates['retrieval', key], rates['kmeans', key]
     metrics = search.base + search.slope*N/search.size + cluster.base + 2*cluster.slope*(workload.test_classes/cluster.size)**2
     embedding = N*rates['embed', net].base/rates['embed', net].size
-    return dict(gallery=embedding, **attacks, metrics=metrics, indicators=rates['indicators', key].base, examples=embedding + 4*attacks['ES']/queries)
+    sample = check_size(queries)
+    checking = sample*(7*attacks['ES']/queries + 10*recipe.eval_steps*embedding/N) # searches by gradient, and one without
+    return dict(gallery=embedding, **attacks, metrics=metrics, indicators=rates['indicators', key].base, checks=checking, examples=embedding + 4*attacks['ES']/queries)
 
 def attack_seconds(parts:Mapping[str, float])->float:
     "Seconds attacking: the `seconds` of an evaluation."
     return math.fsum(parts[name] for name in ATTACKS)
 
-# %% ../nbs/35_forecast.ipynb #4d0bd2a5
+# %% ../nbs/35_forecast.ipynb #08ef86e3
 def _as_asked(base:Recipe, p:Mapping[str, Any])->Recipe:
     "A recipe with what the parameters change, as in `experiments.plan`; initial weights change no times."
-    return replace(base, seeds=seed_list(p['seeds']) or base.seeds, epochs=p['epochs'] or base.epochs, limit=p['limit'] or base.limit, weights='',
+    return replace(with_backbone(base, p['backbone']), seeds=seed_list(p['seeds']) or base.seeds, epochs=p['epochs'] or base.epochs, limit=p['limit'] or base.limit, weights='',
                    profiles=listed('profile', p['profile'], ('official', 'paper')) or base.profiles, precision=p['precision'] or base.precision)
 
 def cost_plan(
     parameters:dict, # of `experiments.parameters`
 )->Plan:
     "The plan of a table, for data that need not be there."
-    unknown = [entry for entry in table_lines(parameters['defenses']) if entry.partition(':')[0] in ('free', 'multi_similarity')]
+    unknown = [entry for entry in table_lines(parameters['defenses']) if entry.partition(':')[0] in ('free', 'multi_similarity', 'topweighted', 'library_loss')]
     if unknown: raise ValueError(f"the cost of {', '.join(unknown)} is not forecast; leave it out of `defenses`")
     p, name = parameters, parameters['dataset']
     there = (Path(p['root'] or '.').expanduser()/Path(name).expanduser()).is_dir()

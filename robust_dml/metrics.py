@@ -19,10 +19,10 @@ from .core import check_between, check_choice
 from .distances import Prepared, prepare
 from .search import block_rows, cache_rows, check_embeddings, check_rows, distances, kmeans, mask_rows_, resolve_backend, tally
 
-# %% ../nbs/12_metrics.ipynb #feedba70
+# %% ../nbs/12_metrics.ipynb #b026c981
 def _own_rows(dist:Tensor, rows:Tensor, self_exclusion:str)->Tensor:
     "The gallery row that each query must not find."
-    return dist.argmin(1) if self_exclusion == 'drop_first' else rows
+    return torch.where(rows < 0, rows, dist.argmin(1)) if self_exclusion == 'drop_first' else rows
 
 # %% ../nbs/12_metrics.ipynb #6465dfd0
 def _check_labels(name:str, label:Tensor, emb:Tensor)->None:
@@ -55,7 +55,7 @@ def _blocks(query:Tensor, gallery:Prepared, turn:Tensor, size:int)->Iterator[tup
         few = cache_rows(dist)
         yield from zip(part.split(few), dist.split(few))
 
-# %% ../nbs/12_metrics.ipynb #a1378cb9
+# %% ../nbs/12_metrics.ipynb #aa505e03
 def rankings(
     query:Tensor,                # (B, D) float
     query_label:Tensor,          # (B,) long
@@ -63,7 +63,7 @@ def rankings(
     gallery_label:Tensor|None=None, # (N,) long
     *,
     rows:Tensor|None=None,       # (B,) long: own row of each query in the gallery, -1 for none
-    self_exclusion:Literal['id','drop_first']='id', # 'id' leaves out `rows`, 'drop_first' the nearest item of every query
+    self_exclusion:Literal['id','drop_first']='id', # 'id' leaves out `rows`, 'drop_first' the nearest item of every query that has one
     block:int|None=None,         # queries per matrix product; None: see `search.block_rows`
 )->Iterator[tuple[Tensor,Tensor,Tensor]]: # (b,) long: which queries; (b, N) float: their distances, infinite where left out; (b, P) long: columns that match, N for none
     "Distances of a few queries at a time, valid until the next are asked for, and the columns of their matches; queries of small classes first."
@@ -268,25 +268,30 @@ def nmi(
     clusters = label.unique().numel() if k is None else k
     return normalised_mutual_information(label, kmeans(emb, k=clusters, seed=seed, backend=backend))
 
-# %% ../nbs/12_metrics.ipynb #10729dbf
+# %% ../nbs/12_metrics.ipynb #5d3d0026
 def lone_queries(
-    label:Tensor, # (N,) long
-)->int:           # images whose class has no other image
-    "How many images cannot be retrieved by anything, because their class has one image."
+    label:Tensor, # (B,) long
+    gallery_label:Tensor|None=None, # (N,) long; None: the queries are the gallery
+)->int:           # queries with no other image of their class in the gallery
+    "How many queries can retrieve nothing, because no other image has their class."
+    if gallery_label is not None: return int((~torch.isin(label, gallery_label)).sum())
     return int((label.unique(return_counts=True)[1] == 1).sum())
 
-# %% ../nbs/12_metrics.ipynb #149fdab3
+# %% ../nbs/12_metrics.ipynb #22eb45d8
 def benign(
-    emb:Tensor,      # (N, D) float: clean embeddings of the test set
-    label:Tensor,    # (N,) long
+    emb:Tensor,      # (B, D) float: clean embeddings of the queries
+    label:Tensor,    # (B,) long
+    gallery:Tensor|None=None, # (N, D) float: what they are searched in; None: the queries are the gallery
+    gallery_label:Tensor|None=None, # (N,) long
     *,
     backend:Literal['auto','torch','faiss']='auto', # of k-means; the one taken is in the result
     seed:int=123,    # of k-means
     **options,       # `self_exclusion`, `block`: see `rankings`
 )->dict[str,float|int|str]: # 'R@1', 'R@2', 'mAP', 'NMI' in percent; 'undefined': queries left out of the first three; 'backend'
-    "The benign columns of Tables 1 and 2."
-    found = retrieval(emb, label, **options)
+    "The benign columns of Tables 1 and 2; NMI is that of the gallery."
+    found = retrieval(emb, label, gallery, gallery_label, **options)
     defined, backend = found.rank >= 0, resolve_backend(backend, emb.device)
+    items, classes = (emb, label) if gallery is None else (gallery, gallery_label)
     row = {'R@1': _mean(found.rank[defined] < 1), 'R@2': _mean(found.rank[defined] < 2), 'mAP': _mean(found.ap[defined]),
-           'NMI': nmi(emb, label, seed=seed, backend=backend)}
-    return {name: 100*value for name, value in row.items()} | {'undefined': lone_queries(label), 'backend': backend}
+           'NMI': nmi(items, classes, seed=seed, backend=backend)}
+    return {name: 100*value for name, value in row.items()} | {'undefined': lone_queries(label, gallery_label), 'backend': backend}

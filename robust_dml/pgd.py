@@ -96,7 +96,7 @@ def _better(
     def pick(a, b): return torch.where(win.view(-1, *[1]*(a.dim() - 1)), a, b)
     return Attacked(pick(new.images, old.images), pick(new.values, old.values), pick(new.emb, old.emb), new.steps)
 
-# %% ../nbs/10_pgd.ipynb #48bf350b
+# %% ../nbs/10_pgd.ipynb #d0c7a7b0
 def pgd(
     model:nn.Module,    # images in [0, 1] -> raw embeddings (B, D)
     objective:Callable, # unit-length embeddings (B, D) -> values (B,) or (); maximised
@@ -109,8 +109,9 @@ def pgd(
     keep:Literal['last','best']='last', # which iterate of each image to return
     stop:Callable|None=None,            # (values, previous values or None) -> True to end before the next update
     gradient:Callable=autograd_gradient,# (embed, objective, x) -> (values, gradient, embeddings)
+    move:Callable|None=None,            # (x, gradient, values) -> next iterate, inside the allowed set; None: `sign_step`, then clipping
 )->Attacked:
-    "Maximise `objective` over the ball of radius `eps` around `x`; the model is left as it was."
+    "Maximise `objective` over the ball of radius `eps` around `x`, eq. (3) of COLO-TRIDE; the model is left as it was."
     _check(x, start, eps, step_size, steps, keep)
     x, steps, step_size = x.detach(), steps if eps else 0, eps if steps == 1 else step_size
     allowed = bounds(x, eps)
@@ -123,7 +124,8 @@ def pgd(
             sound = sound & grad.sum().isfinite()
             if keep == 'best': best = _better(best, Attacked(x_adv, values, emb, done))
             if stop is not None and stop(values, previous): break
-            x_adv, previous, done = sign_step(x_adv, grad, step_size).clamp_(*allowed), values, done + 1
+            x_adv = sign_step(x_adv, grad, step_size).clamp_(*allowed) if move is None else move(x_adv, grad, values)
+            previous, done = values, done + 1
         if keep == 'best' or steps == 0:
             with torch.no_grad(): values = _check_values(objective(emb := see(x_adv)), x)
     if not sound: raise ValueError('objective must have a finite gradient, found NaN or infinity (a root or a norm at zero?)')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'PANELS', 'Column', 'table1', 'table2', 'leaders', 'as_text', 'to_csv', 'to_markdown', 'compare', 'cost',
            'parts', 'attack_seconds', 'summary', 'show', 'look', 'theme', 'png', 'curves', 'robustness', 'time_bars',
-           'strip', 'write_report']
+           'strip', 'warnings', 'write_report']
 
 # %% ../nbs/34_report.ipynb #b918de70
 import base64, io, math, re, statistics
@@ -211,8 +211,8 @@ def cost(results:Mapping[str,Any])->'DataFrame':
             'Device': ', '.join(dict.fromkeys(str(t.get('device') or results.get('device', 'unknown')) for t in train + test))})
     return need('pandas', 'a table').DataFrame(lines)
 
-# %% ../nbs/34_report.ipynb #58c67e36
-_EVALUATION = ('gallery', 'metrics', 'indicators') # parts of an evaluation; its other parts are attacks
+# %% ../nbs/34_report.ipynb #d1757838
+_EVALUATION = ('gallery', 'metrics', 'indicators', 'checks') # parts of an evaluation; its other parts are attacks
 _SEGMENTS = { # parts of a bar in the order of the work: colour and words; training blue, evaluation orange, told apart by lightness
     'data': ('#c6dbef', 'data of the training'), 'defence': ('#2171b5', 'steps of the defence'), 'update': ('#6baed6', 'updates of the weights'), 'checkpoint': ('#08306b', 'checkpoints'),
     'gallery': ('#fdd0a2', 'embedding the test images'), 'attacks': ('#d94801', 'attacks of the evaluation'), 'metrics': ('#fd8d3c', 'retrieval metrics')}
@@ -228,7 +228,7 @@ def _segments(record:Mapping[str,Any])->dict[str,float]:
     "Seconds of each segment of the figure; a segment that was not noted is absent."
     train, test, attacks = record['train'].get('parts') or {}, record['eval'].get('parts') or {}, _attack_seconds(record)
     found = {name: train[name] for name in ('data', 'defence', 'update', 'checkpoint') if name in train}
-    if test: found |= dict(gallery=test['gallery'], attacks=math.fsum(attacks.values()), metrics=test['metrics'] + test['indicators'])
+    if test: found |= dict(gallery=test['gallery'], attacks=math.fsum(attacks.values()), metrics=test['metrics'] + test['indicators'] + test.get('checks', 0.))
     return found
 
 # %% ../nbs/34_report.ipynb #ab12fed2
@@ -315,7 +315,7 @@ def show(results:Mapping[str,Any])->None:
         wide = block.drop(columns='Setting').set_index('').T
         print(f'{sentence}\n\n{wide.rename(index=lambda name: name + arrow.get(name, "")).to_string()}\n')
 
-# %% ../nbs/34_report.ipynb #e1df62c1
+# %% ../nbs/34_report.ipynb #4b4374b5
 _LOOKS = { # colour and marker
     'natural': ('#7a7a7a', 'o'), 'act': ('#0072b2', 's'), 'hm': ('#009e73', '^'), 'colo_tride': ('#d55e00', 'D'), 'colo_tride paper': ('#cc79a7', 'P'),
     'colo_cap': ('#b45f06', 'v'), 'colo_anp': ('#0b5394', '<'), 'colo_cap paper': ('#f6b26b', 'v'), 'colo_anp paper': ('#6fa8dc', '<'), 'colo_steps paper': ('#8c564b', 'h'),
@@ -328,7 +328,7 @@ _CYCLE = tuple((colour, marker) for marker in 'oDhs' for colour in ('#000000', '
 def look(record:Mapping[str,Any])->tuple[str,str]: # colour and marker
     "The colour and marker of a defence, the same in every figure and table."
     name = record['defense']
-    if ':' in name: return _CYCLE[record.get('place', 0) % len(_CYCLE)]
+    if ':' in name or record.get('profile') == 'tuned': return _CYCLE[record.get('place', 0) % len(_CYCLE)]
     return _LOOKS.get(f"{name} {record.get('profile', '')}", _LOOKS.get(name, ('#000000', '*')))
 
 @contextmanager
@@ -515,7 +515,7 @@ def strip(
         fig.supxlabel(f'difference: black −{_in_255(scale)}, grey 0, white +{_in_255(scale)}', fontsize=9, x=.01, ha='left')
     return fig
 
-# %% ../nbs/34_report.ipynb #0336aace
+# %% ../nbs/34_report.ipynb #4c78f26f
 _STYLE = '''
 :root{color-scheme:light}
 *{box-sizing:border-box}
@@ -527,6 +527,7 @@ h3{font-size:1rem;margin:2rem 0 .5rem}
 p,ul{max-width:78ch;margin:.6rem 0}
 .sub{color:#595959;margin:0 0 1.8rem;max-width:none}
 .lead{font-size:1.1rem;border-left:4px solid #0072b2;padding:.1rem 0 .1rem 1.1rem;margin:1.2rem 0}
+.warn{border-left:4px solid #d55e00;padding:.1rem 0 .1rem 1.1rem;margin:.6rem 0}
 .note{color:#595959;font-size:.875rem}
 .box{overflow-x:auto;margin:1rem 0;border-top:2px solid #1c1c1c;border-bottom:2px solid #1c1c1c}
 table{border-collapse:separate;border-spacing:0;width:100%;font-size:.8125rem;line-height:1.35;font-variant-numeric:tabular-nums}
@@ -650,6 +651,50 @@ def _reading(results:Mapping[str,Any])->str:
     notes.append('Collapsed: the model maps all images to nearly one point; little can be moved then, which earns points in ERS and ARS and is no robustness.')
     return f'<p class="note">{escape(" ".join(notes))}</p><h3>How to read the columns</h3><dl>{terms}</dl>'
 
+# %% ../nbs/34_report.ipynb #4f057c09
+def warnings(results:Mapping[str,Any])->list[str]: # empty when no flag is raised
+    "A sentence for every flag that was raised and the rows that it is about."
+    about:dict[str,list[str]] = {}
+    means:dict[str,str] = {}
+    for (setting, label), records in _rows(results).items():
+        flags = [f for r in records for f in r['eval'].get('flags', ()) if f['raised']]
+        for name in dict.fromkeys(f['name'] for f in flags):
+            mine = [f for f in flags if f['name'] == name]
+            count = f', {len(mine)} of {len(records)} seeds' if len(records) > 1 else ''
+            about.setdefault(name, []).append(f"{label} in setting {setting}{count} ({_short(mine[0]['value'])})")
+            means.setdefault(name, mine[0]['says'])
+    return [f"{_words(name)}: {_join(rows)}. The first of them: {means[name]}" if len(rows) > 1 else f"{_words(name)}: {rows[0]}. {means[name]}" for name,rows in about.items()]
+
+def _words(name:str)->str: return name.replace('_', ' ')
+
+def _short(value:float|None)->str: return 'not measured' if value is None or math.isnan(value) else f'{value:.3g}'
+
+def _checks(results:Mapping[str,Any])->str:
+    "The flags of every row, raised ones marked; nothing where records have none."
+    if not all(r['eval'].get('flags') for r in results['records']): return ''
+    rows, names = _rows(results), [f['name'] for f in results['records'][0]['eval']['flags']]
+    def cell(records:Sequence[Mapping[str, Any]], i:int)->str:
+        flags = [r['eval']['flags'][i] for r in records]
+        text = ' '.join(dict.fromkeys(_short(f['value']) for f in flags))
+        return f'<span class="bad">{text}</span>' if any(f['raised'] for f in flags) else text
+    body = [_line([_name(records[0]), escape(setting), *(cell(records, i) for i in range(len(names)))]) for (setting, _), records in rows.items()]
+    says = ''.join(f"<div><dt>{escape(_words(f['name']))}</dt><dd>{escape(f['says'])}</dd></div>" for f in results['records'][0]['eval']['flags'])
+    return (f'<h3>Can the numbers be believed?</h3>{_grid(_line(["Defence", "Setting", *(escape(_words(n)) for n in names)], head=True), body)}'
+            f'<p class="note">Measured on a sample of the queries, one figure for each seed; a raised flag is marked. What the figures mean, in the words of the first row:</p><dl>{says}</dl>')
+
+# %% ../nbs/34_report.ipynb #40ca1d54
+_SURE = ('R@1', 'ES:R', 'LTM', 'GTM', 'ERS', 'ARS') # numbers whose interval is shown
+
+def _intervals(results:Mapping[str,Any])->str:
+    "95 % intervals from resampled queries, the ends averaged over the seeds; nothing where records have none."
+    if not all(r['eval'].get('intervals') for r in results['records']): return ''
+    def span(records:Sequence[Mapping[str,Any]], name:str)->str:
+        ends = [statistics.fmean(r['eval']['intervals'][name][i] for r in records) for i in (0, 1)]
+        return ' to '.join(_fixed(v, 1) for v in ends)
+    body = [_line([_name(records[0]), escape(setting), *(span(records, name) for name in _SURE)]) for (setting, _), records in _rows(results).items()]
+    return (f'<h3>Uncertainty from the choice of queries</h3>{_grid(_line(["Defence", "Setting", *map(escape, _SURE)], head=True), body)}'
+            '<p class="note">95 % bootstrap intervals over the queries, with gallery, targets and weights held fixed; over several seeds the mean of their ends. All rows see the same resamples.</p>')
+
 # %% ../nbs/34_report.ipynb #b6c7c949
 def _beside(results:Mapping[str,Any])->str:
     "Printed numbers of the paper, ours and the difference: three lines per defence; nothing where the paper has no such data set."
@@ -683,7 +728,7 @@ def _times(results:Mapping[str,Any], pictures:str)->str:
     seconds = f'<h3>Seconds of each attack</h3>{_grid(_line(["Defence", "Setting", *map(escape, names)], head=True), body)}' if names else ''
     return f'<h3>Where the time went</h3>{pictures}{seconds}'
 
-# %% ../nbs/34_report.ipynb #5ed32474
+# %% ../nbs/34_report.ipynb #61c259e5
 def _setup(results:Mapping[str,Any])->str:
     "What was asked for: parameters, changes of the preset, settings."
     changes = ''.join(f'<li>{escape(str(change))}</li>' for change in results['overrides']) or '<li>nothing</li>'
@@ -704,7 +749,7 @@ def _origin(results:Mapping[str,Any])->str:
                    f"{r['eval']['queries']:,}", str(r['eval']['excluded']), escape(str(r['eval']['backend']))]) for r in results['records']]
     head = _line(['Defence', 'Setting', 'Seed', 'Training run', 'Evaluation run', 'Queries', 'Without partner', 'Search'], head=True)
     machines = list({to_json(r['train']['provenance']): r['train']['provenance'] for r in results['records']}.values())
-    return (f'<h3>Runs in the store</h3>{_grid(head, body)}<p class="note">Without partner: queries whose class has no other test image; R@1 is undefined for them and they are left out.</p>'
+    return (f'<h3>Runs in the store</h3>{_grid(head, body)}<p class="note">Without partner: queries whose class has no other image in the gallery; R@1 is undefined for them and they are left out.</p>'
             f'<h3>Data</h3>{_facts(results["data"])}<h3>Software</h3>' + ''.join(map(_facts, machines)))
 
 # %% ../nbs/34_report.ipynb #6668f29f
@@ -728,7 +773,7 @@ def _figures(results:Mapping[str,Any], examples:Mapping[str,Mapping[str,Tensor]]
         made['time.png'] = png(time_bars(results).figure), f'Seconds of training (blue) and evaluation (orange), mean over the seeds. {_largest(table)}'
     return made
 
-# %% ../nbs/34_report.ipynb #c636ab97
+# %% ../nbs/34_report.ipynb #b93f184a
 def _title(results:Mapping[str,Any])->str:
     "The title of the results, or one made of experiment and data set."
     return results.get('title') or f'{results["experiment"]}, {results["dataset"]}'
@@ -742,12 +787,13 @@ def _page(results:Mapping[str,Any], figures:Mapping[str,tuple[bytes,str]])->str:
     "The whole page."
     def pictures(kind:str)->str: return ''.join(_picture(*figure) for name, figure in figures.items() if name.startswith(kind))
     words = ''.join(f'<p class="lead">{escape(text)}</p>' for text in summary(results))
+    words += ''.join(f'<p class="warn">Flag {escape(text)}</p>' for text in warnings(results))
     title, queries = escape(_title(results)), pictures('queries')
     smoke = 'This preset only tests the code, its numbers mean nothing. ' if results['preset'] == 'smoke' else ''
     strips = f'<h2>Queries under attack</h2>{queries}' if queries else ''
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title><style>{_STYLE}</style></head><body><main>'
             f'<h1>{title}</h1><p class="sub">Data {escape(results["dataset"])}, preset {escape(results["preset"])}, {_seeds(results)}. {smoke}What the preset changes against the paper stands under <a href="#setup">Configuration</a>.</p>{words}'
-            f'<h2>Results</h2>{_main_table(results)}{_reading(results)}{_beside(results)}<h2>Robustness of each defence</h2>{pictures("robustness")}<h2>Training</h2>{pictures("curves")}{strips}'
+            f'<h2>Results</h2>{_main_table(results)}{_reading(results)}{_checks(results)}{_intervals(results)}{_beside(results)}<h2>Robustness of each defence</h2>{pictures("robustness")}<h2>Training</h2>{pictures("curves")}{strips}'
             f'<h2>Cost</h2>{_costs(results)}<p class="note">Means over the seeds. Image steps: images times PGD steps. Times depend on the machine and are not part of the csv file.</p>{_times(results, pictures("time"))}'
             f'<h2 id="setup">Configuration</h2>{_setup(results)}<h2>Provenance</h2>{_origin(results)}</main></body></html>\n')
 

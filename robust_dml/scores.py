@@ -48,14 +48,14 @@ def ers(
     "Empirical Robustness Score: the mean of the ten `ers_cells`, higher is better."
     return math.fsum(ers_cells(raw).values())/len(HEADINGS)
 
-# %% ../nbs/14_scores.ipynb #3c4db71d
+# %% ../nbs/14_scores.ipynb #3af0df48
 def ars_cells(
     before:Mapping[str,float], # the eight `ARS_HEADINGS` without attack, same targets as `after`; see also `constant_before`
     after:Mapping[str,float],  # the same under attack, in table units; more keys are ignored
     *,
     signed:bool=False,         # False: any move away from `before` costs, eq. (14); True: a move away from the goal counts over 100
 )->dict[str,float]:            # percent, 100: no effect, 0: goal reached, not clipped; NaN marks 0/0
-    "The eight components of ARS, eqs. (14), (28), (30) and (31) of COLO-TRIDE."
+    "The eight components of ARS, eqs. (14), (27), (28), (30) and (31) of COLO-TRIDE."
     first, last = _values(before, ARS_HEADINGS, 'ARS before'), _values(after, ARS_HEADINGS, 'ARS after')
     def cell(v0:float, v1:float, goal:float)->float:
         if goal == v0: return math.nan
@@ -94,11 +94,11 @@ def scorecard(
     undefined = tuple(h for h, v in ars_cells(before, after).items() if math.isnan(v))
     return {'R@1': r_at_1, 'separability': separability, 'ERS': ers(after), 'ARS': ars(before, after), 'ARS const': ars(fixed, after), 'undefined': undefined}
 
-# %% ../nbs/14_scores.ipynb #b8ae6b63
+# %% ../nbs/14_scores.ipynb #97b0d4a1
 def paper_table(
     n:int,                # number of the table in COLO-TRIDE, 1 to 4
 )->list[dict[str,str]]:   # one dict per printed cell: dataset, defense, pgd_steps, metric, value
-    "The cells of a table of the paper, exactly as printed."
+    "The cells of one of Tables 1 to 4 of the paper, exactly as printed."
     check_choice('paper table', n, (1, 2, 3, 4))
     text = (resources.files('robust_dml')/'paper_tables'/f'table{n}.csv').read_text(encoding='utf-8')
     return list(csv.DictReader(text.splitlines()))

@@ -82,7 +82,7 @@ def train_epoch(
     bar,               # progress bar, moved on by one per batch
     watch:Stopwatch,   # counts 'data', 'defence' and 'update'
 )->tuple[dict,dict]:   # state after the epoch, mean log
-    "Every training image once as the first of a pair."
+    "Every training image once as the first of a pair: the outer minimisation, eq. (4) of COLO-TRIDE."
     order, looks, draws = (generator(seed, name, clock.epoch) for name in ('pairs', 'augment', 'defense'))
     rows, logs = pair_batches(dataset.labels, pairs=pairs, gen=order, allow_self=allow_self), []
     with closing(training_batches(dataset, rows, gen=looks, device=device, dtype=dtype_of(model))) as batches:

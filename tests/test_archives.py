@@ -61,10 +61,10 @@ def sop(root, classes=((1, 2), (11319, 11320))):
     return folder
 
 
-def inshop(root, old=False):
+def inshop(root, old=False, items=(1, 2, 7, 8)):
     "Query and gallery lines alternate; older copies have no folders Eval and Img."
     folder = root/('In-shop' if old else 'In-shop Clothes Retrieval Benchmark')
-    rows = [(f'img/WOMEN/Dresses/id_{i:08d}/0{k}_1_front.jpg', f'id_{i:08d}', 'train' if i < 3 else ('query', 'gallery')[k%2]) for i in (1, 2, 7, 8) for k in range(4)]
+    rows = [(f'img/WOMEN/Dresses/id_{i:08d}/0{k}_1_front.jpg', f'id_{i:08d}', 'train' if i < 3 else ('query', 'gallery')[k%2]) for i in items for k in range(4)]
     for k, (file, *_) in enumerate(rows): photo(folder/('' if old else 'Img')/file, (k, 0, 0))
     path = folder/('' if old else 'Eval')/'list_eval_partition.txt'
     path.parent.mkdir(exist_ok=True)
@@ -145,7 +145,7 @@ def test_inshop_queries_come_first(tmp_path, old):
     assert split.test.images[:, 0, 0, 0].tolist() == pytest.approx([8, 10, 12, 14, 9, 11, 13, 15], abs=1)
     assert split.test.labels.tolist() == [0, 0, 1, 1]*2 and split.test.classes == ('id_00000007', 'id_00000008')
     card = split.card()
-    assert (card['queries'], card['gallery']) == (4, 4) and card['checksum'] != data.Split.card(split)['checksum']
+    assert (card['queries'], card['gallery'], card['search']) == (4, 4, 'queries and gallery apart: 4 queries, 4 gallery images') and card['checksum'] != data.Split.card(split)['checksum']
     one = small('inshop', tmp_path, test_classes=1)
     assert (one.queries, one.test.classes) == (2, ('id_00000007',))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn, tensor
 
-from robust_dml.attacks import (FIXED, SUITE, Attack, Gallery, Queries, ca_constants, draw, gtm_targets, hinge, ltm_targets, mates, members, near, nearest, noise,
+from robust_dml.attacks import (_extremes, FIXED, SUITE, Attack, Gallery, Queries, ca_constants, draw, gtm_targets, hinge, ltm_targets, mates, members, near, nearest, noise,
                                 position, qa_measure, run_attack, suite)
 from robust_dml.distances import normalise, paired_distance
 from robust_dml.models import embed
@@ -467,3 +467,10 @@ def test_mates_lists_the_class_and_fills_up():
     query = Queries(torch.eye(5)[:3], tensor([1, 3, 7]), tensor([1, -1, -1]), torch.arange(3))
     row, real = mates(query, gallery)
     assert row.tolist() == [[1, 3, 1], [0, 2, 4], [0, 0, 0]] and real.tolist() == [[True, True, False], [True]*3, [False]*3]
+
+
+def test_ltm_leaves_its_own_class_alone_when_classes_differ_in_size():
+    "The class of one image that is the farthest of all; the table of mates repeats its row to the size of the largest class."
+    gallery = Gallery(on_circle(180., 10, 40, 50, 60), torch.tensor([0, 0, 1, 1, 1]))
+    query = Queries(on_circle(5.), torch.tensor([0]), torch.tensor([-1]), torch.tensor([0]))
+    assert _extremes(query.emb, ltm_targets(query, gallery, 0), gallery).tolist() == [[4, 1]]

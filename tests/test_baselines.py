@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from robust_dml import baselines, data, defenses, tride
-from robust_dml.baselines import BASELINES, away_from, est, free, library_loss, make, minmax, multi_similarity, multi_similarity_loss, pack, robust_loss, ses, unpack, valid_options
+from robust_dml.baselines import BASELINES, away_from, est, free, library_loss, make, minmax, multi_similarity, multi_similarity_loss, pack, robust_loss, ses, topweighted, topweighted_loss, unpack, valid_options
 from robust_dml.core import generator
 from robust_dml.defenses import Clock, Defense, clean_embedding, hm, hm_objective, natural, pseudo_hardness, take
 from robust_dml.mining import MINERS
@@ -26,8 +26,9 @@ def contrast(emb, label):
 
 
 DEFENCES = dict(est=est(**INNER), ses=ses(**INNER), minmax=minmax(**INNER), free=free(**FREE), multi_similarity=multi_similarity(**BALL),
-                first=multi_similarity(**BALL, moved='first', clean_weight=.5), own=robust_loss(contrast, name='own', **BALL))
-OPTIONS_OF = dict(est=INNER, ses=INNER, minmax=INNER, free=FREE, multi_similarity=BALL, library_loss=dict(BALL, loss='CircleLoss'))
+                first=multi_similarity(**BALL, moved='first', clean_weight=.5), own=robust_loss(contrast, name='own', **BALL),
+                topweighted=topweighted(**INNER, top=.25))
+OPTIONS_OF = dict(est=INNER, ses=INNER, minmax=INNER, free=FREE, multi_similarity=BALL, topweighted=dict(INNER, top=.75), library_loss=dict(BALL, loss='CircleLoss', miner='MultiSimilarityMiner'))
 
 
 def network(seed=0, batchnorm=False):
@@ -332,17 +333,113 @@ def test_robust_loss_is_its_formula(moved, clean_weight):
     assert out.log['shift'] == pytest.approx(shift, abs=1e-9) and out.log['image_steps'] == 5*len(x[rows])
 
 
+def topweighted_by_hand(emb, label, top, margin=.2):
+    "Anchor by anchor: the nearest image of another class, then all the others."
+    total = 0.
+    for a in range(0, len(emb), 2):
+        far = sorted((((emb[a] - emb[n]).norm(), n) for n in range(len(emb)) if label[n] != label[a]), key=lambda pair: pair[0].item())
+        hinges = [torch.clamp((emb[a] - emb[a + 1]).norm() - d + margin, min=0) for d,_ in far]
+        total = total + top*hinges[0] + (1 - top)*sum(hinges[1:])/max(1, len(hinges) - 1)
+    return total/(len(emb)//2)
+
+
+@pytest.mark.parametrize('top', [0., .3, 1.])
+@pytest.mark.parametrize('label', [[0, 0, 1, 1, 2, 2, 3, 3], [0, 0, 1, 1, 0, 0, 2, 2], [0, 0, 1, 1, 1, 1, 1, 1]])
+def test_topweighted_loss_is_its_formula(label, top):
+    "Also where two pairs share a class, and where most anchors have two negatives only."
+    emb,label = F.normalize(torch.randn(8, 5, generator=generator(0), dtype=torch.float64)).requires_grad_(),torch.tensor(label)
+    ours,naive = topweighted_loss(emb, label, top=top, margin=.8),topweighted_by_hand(emb, label, top, .8)
+    assert ours.item() == pytest.approx(naive.item(), abs=1e-9) and ours > .01
+    torch.testing.assert_close(*(torch.autograd.grad(v, emb)[0] for v in (ours, naive)), atol=1e-8, rtol=0)
+
+
+def test_topweighted_by_default_moves_anchors_and_adds_the_clean_loss():
+    assert topweighted(**INNER, top=.5).options == dict(INNER, top=.5, moved='first', clean_weight=1.)
+
+
+def test_topweighted_without_negatives():
+    emb = F.normalize(torch.randn(4, 5, generator=generator(0), dtype=torch.float64)).requires_grad_()
+    loss = topweighted_loss(emb, torch.zeros(4, dtype=torch.long), top=.5, margin=.2)
+    assert loss.item() == 0 and not torch.autograd.grad(loss, emb)[0].any()
+
+
+@pytest.mark.parametrize('moved, clean_weight, top', [('first', 1., .25), ('first', 0., 1.), ('all', .5, 0.)])
+def test_topweighted_moves_anchors_against_its_own_loss(moved, clean_weight, top):
+    net,(x,label) = network(),batch()
+    emb,rows = clean_embedding(net, x),slice(None, None, 2 if moved == 'first' else 1)
+    def whole(e): return e if moved == 'all' else torch.stack([e, emb[1::2]], 1).flatten(0, 1)
+    adv = x.clone()
+    adv[rows] = walk(net, x[rows], lambda e, k: -topweighted_by_hand(whole(e), label, top))
+    naive = topweighted_by_hand(F.normalize(net(adv)), label, top) + clean_weight*topweighted_by_hand(F.normalize(net(x)), label, top)
+    out = run(topweighted(**INNER, top=top, moved=moved, clean_weight=clean_weight), net, x, label)
+    assert out.loss.item() == pytest.approx(naive.item(), abs=1e-8) and naive > .01 and (adv - x)[rows].abs().max() > .099
+    close_gradients(out.loss, naive, net)
+
+
+@pytest.mark.parametrize('loss, miner', [('ContrastiveLoss', 'PairMarginMiner'), ('ContrastiveLoss', 'MultiSimilarityMiner'), ('TripletMarginLoss', 'TripletMarginMiner'), ('NPairsLoss', 'BatchHardMiner'),
+                                         ('MultiSimilarityLoss', 'MultiSimilarityMiner'), ('ContrastiveLoss', ''), ('NPairsLoss', ''), ('SupConLoss', '')])
+@pytest.mark.parametrize('moved', ['all', 'first'])
+def test_losses_and_miners_of_the_library_by_hand(loss, miner, moved):
+    "Mined once on the clean embeddings; the same pairs or triplets in every step of the search and in the update."
+    losses,miners = (pytest.importorskip(f'pytorch_metric_learning.{kind}') for kind in ('losses', 'miners'))
+    net,(x,label) = network(),batch()
+    emb,theirs,rows = clean_embedding(net, x),getattr(losses, loss)(),slice(None, None, 2 if moved == 'first' else 1)
+    found = getattr(miners, miner)()(emb, label) if miner else None
+    def whole(e): return e if moved == 'all' else torch.stack([e, emb[1::2]], 1).flatten(0, 1)
+    adv = x.clone()
+    adv[rows] = walk(net, x[rows], lambda e, k: -theirs(whole(e), label, found))
+    naive = theirs(F.normalize(net(adv)), label, found)
+    out = run(library_loss(loss=loss, miner=miner, moved=moved, **BALL), net, x, label)
+    assert out.loss.item() == pytest.approx(naive.item(), abs=1e-9) and naive > theirs(emb, label, found)
+    close_gradients(out.loss, naive, net)
+
+
+def test_objects_of_the_library_go_into_robust_loss():
+    "With a distance and a reducer, which JSON cannot hold."
+    library = pytest.importorskip('pytorch_metric_learning')
+    from pytorch_metric_learning import distances, losses, miners, reducers
+    cosine = distances.CosineSimilarity()
+    loss = losses.ContrastiveLoss(pos_margin=1., neg_margin=0., distance=cosine, reducer=reducers.MeanReducer())
+    miner = miners.TripletMarginMiner(margin=.1, distance=cosine)
+    net,(x,label) = network(),batch()
+    values = [run(robust_loss(loss, name='own', miner=miner, **BALL | dict(steps=k)), net, x, label).loss.item() for k in (0, 5)]
+    emb = clean_embedding(net, x)
+    assert values[0] == pytest.approx(loss(emb, label, miner(emb, label)).item(), abs=1e-12) and values[1] > 1.05*values[0]
+
+
+DRAWING = [dict(loss='ContrastiveLoss', miner='DistanceWeightedMiner'), dict(loss='TripletMarginLoss', loss_options=dict(triplets_per_anchor=2))]
+
+@pytest.mark.parametrize('drawing', DRAWING, ids=('miner', 'loss'))
+def test_the_generator_decides_what_the_library_draws(drawing, images, tmp_path):
+    "Whatever the global state is, which stays as it was; a resumed training draws what an undisturbed one does."
+    pytest.importorskip('pytorch_metric_learning')
+    defence,net,(x,label) = library_loss(**drawing, **BALL),network(),batch()
+    values = []
+    for seed,global_seed in ((0, 1), (0, 2), (1, 1)):
+        with torch.random.fork_rng():
+            torch.manual_seed(global_seed)
+            before = torch.get_rng_state()
+            values.append(run(defence, net, x, label, seed=seed).loss.item())
+            assert torch.equal(torch.get_rng_state(), before)
+    assert values[0] == values[1] != values[2]
+    resumes(defence, images, tmp_path)
+
+
 def test_losses_of_the_library():
     pytest.importorskip('pytorch_metric_learning')
     net,(x,label) = network(),batch()
     theirs = library_loss(loss='MultiSimilarityLoss', loss_options=dict(alpha=2, beta=50, base=.5), **BALL)
     assert run(theirs, net, x, label).loss.item() == pytest.approx(run(multi_similarity(**BALL), net, x, label).loss.item(), abs=1e-9)
-    for name in ('CircleLoss', 'ContrastiveLoss', 'NTXentLoss', 'TripletMarginLoss'):
+    for name in ('AngularLoss', 'CircleLoss', 'ContrastiveLoss', 'MarginLoss', 'NTXentLoss', 'TripletMarginLoss'):
         out,clean = (run(library_loss(loss=name, **BALL | dict(steps=k)), net, x, label).loss.item() for k in (5, 0))
         assert out > 1.05*clean
     with pytest.raises(ValueError, match='no weights of its own'): library_loss(loss='ProxyNCALoss', loss_options=dict(num_classes=8, embedding_size=8), **BALL)
     with pytest.raises(ValueError, match="loss must be one of .*'CircleLoss'"): library_loss(loss='Circle', **BALL)
     with pytest.raises(TypeError, match='loss_options must be keywords of CircleLoss'): library_loss(loss='CircleLoss', loss_options=dict(radius=1), **BALL)
+    with pytest.raises(TypeError, match='loss_options must be keywords of SubCenterArcFaceLoss'): library_loss(loss='SubCenterArcFaceLoss', **BALL)
+    with pytest.raises(ValueError, match='no memory of its own, found DynamicSoftMarginLoss'): library_loss(loss='DynamicSoftMarginLoss', **BALL)
+    with pytest.raises(ValueError, match="miner must be one of .*'PairMarginMiner'.*found 'BaseMiner'"): library_loss(loss='CircleLoss', miner='BaseMiner', **BALL)
+    with pytest.raises(TypeError, match='miner_options must be keywords of PairMarginMiner'): library_loss(loss='CircleLoss', miner='PairMarginMiner', miner_options=dict(radius=1), **BALL)
 
 
 def test_without_the_library(monkeypatch):
@@ -482,7 +579,8 @@ def test_est_resumes_with_its_statistics(images, tmp_path):
     (free, FREE, dict(repeats=0), 'repeats must be a whole number >= 1, found 0'), (free, FREE, dict(repeats=2.5), 'repeats must be'),
     (free, FREE, dict(eps=2.), 'eps'), (free, FREE, dict(miner='x'), 'miner must be one of'),
     (multi_similarity, BALL, dict(moved='anchor'), "moved must be one of 'all', 'first', found 'anchor'"), (multi_similarity, BALL, dict(clean_weight=-.1), 'clean_weight must lie in'),
-    (multi_similarity, BALL, dict(alpha=0.), 'alpha and beta must be positive'), (multi_similarity, BALL, dict(eps=8), '8/255')])
+    (multi_similarity, BALL, dict(alpha=0.), 'alpha and beta must be positive'), (multi_similarity, BALL, dict(eps=8), '8/255'),
+    (topweighted, dict(INNER, top=.5), dict(top=-.1), 'top must lie in'), (topweighted, dict(INNER, top=.5), dict(moved='query'), 'moved must be one of')])
 def test_wrong_options_are_refused_when_the_defence_is_made(make, base, wrong, words):
     with pytest.raises(ValueError, match=words) as caught: make(**base | wrong)
     assert '\n' not in str(caught.value)

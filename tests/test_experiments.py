@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from functools import cache
 from html import escape
@@ -9,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import test_archives
+import test_run_notebooks
 
-from robust_dml import experiments, report, studies
+from robust_dml import experiments, forecast, report, studies
 from robust_dml.tride import OFFICIAL, PAPER
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = [name for name in experiments.EXPERIMENTS if name != 'cost']
+TABLES = [name for name in experiments.EXPERIMENTS if name not in ('cost', 'locality')]
 
 
 @cache
@@ -123,6 +125,57 @@ def test_a_miniature_cub_through_every_table(tmp_path):
     assert 'Beside the paper' in (page.parent.parent/'table1-cub-smoke'/'index.html').read_text()
 
 
-def test_a_gallery_of_its_own_is_refused(tmp_path):
-    test_archives.inshop(tmp_path)
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match='gallery of its own'): experiments.plan('table1', experiments.parameters(dict(dataset='inshop', root=str(tmp_path), preset='smoke')))
+@pytest.fixture(scope='module')
+def shop(tmp_path_factory):
+    "A miniature In-Shop: three items in query and gallery, one with queries only."
+    root = tmp_path_factory.mktemp('shop')
+    lines = test_archives.inshop(root, items=(1, 2, 7, 8, 9, 10))/'Eval'/'list_eval_partition.txt'
+    lines.write_text(lines.read_text().replace('id_00000010 gallery', 'id_00000010 query'))
+    return root
+
+
+def shop_plan(root, out, experiment='table1'): return experiments.plan(experiment, experiments.parameters(dict(dataset='inshop', root=str(root), preset='smoke', defenses='natural,act', out=str(out))))
+
+
+@pytest.mark.filterwarnings('ignore:.*is not the published set')
+def test_a_gallery_of_its_own_through_table1(shop, tmp_path, capsys):
+    "Queries are attacked, the gallery is searched, the report says so, and the store answers a second time."
+    plan = shop_plan(shop, tmp_path)
+    experiments.announce(plan)
+    assert 'queries and gallery apart: 10 queries, 6 gallery images\n' in capsys.readouterr().out
+    page, _ = studies.run_one(plan, show=False)
+    results = json.loads((plan.folder/'results.json').read_text())
+    assert 'queries and gallery apart: 10 queries, 6 gallery images' in page.read_text()
+    for r in results['records']: assert (r['eval']['queries'], r['eval']['excluded'], r['eval']['before']['GTT']) == (10, 4, 100)
+    shown = experiments.example_images(plan, results)['A Natural']
+    assert len(shown) == 7 and set(shown['label_before'].unique().tolist()) <= {0, 1, 2} and shown['before'].shape[:2] == (4, 5)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path/'store').rglob('*')}
+    experiments.results(replace(shop_plan(shop, tmp_path), experiment='table2'), show=False)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path/'store').rglob('*')}
+
+
+def test_a_gallery_of_its_own_as_a_user_starts_it(shop, tmp_path):
+    done = test_run_notebooks.papermill(tmp_path, 'run_table1.ipynb', '-p', 'dataset', 'inshop', '-p', 'root', str(shop), '-p', 'preset', 'smoke', '-p', 'defenses', 'natural')
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 'queries and gallery apart: 10 queries, 6 gallery images' in (tmp_path/'reports'/'table1-inshop-smoke'/'index.html').read_text()
+
+
+@pytest.mark.filterwarnings('ignore:.*is not the published set')
+@pytest.mark.parametrize('was, now, message', [
+    ('id_0000000[789] gallery', 'id_00000010 gallery', 'a gallery of at least 2 classes, found 1'),
+    ('id_0000000([789]) query', 'id_00000010 query', 'a query whose class is in the gallery, found none among 10')], ids=('one class', 'no class of the queries'))
+def test_galleries_that_cannot_be_searched(shop, tmp_path, was, now, message):
+    folder = next(shutil.copytree(shop, tmp_path/'shop').iterdir())
+    lines = folder/'Eval'/'list_eval_partition.txt'
+    lines.write_text(re.sub(was, now, lines.read_text()))
+    with pytest.raises(ValueError, match=message): shop_plan(tmp_path/'shop', tmp_path)
+    assert not (tmp_path/'store').exists()
+
+
+@pytest.mark.filterwarnings('ignore:.*is not the published set')
+@pytest.mark.parametrize('named', [True, False])
+def test_its_cost_is_not_forecast(shop, tmp_path, named):
+    "One sentence, whatever the folder is called."
+    if named: (tmp_path/'inshop').symlink_to(next(shop.iterdir()))
+    asked = experiments.parameters(dict(dataset='inshop', root=str(tmp_path if named else shop), preset='smoke'))
+    with pytest.raises(ValueError, match='found inshop with a gallery of its own; run its table' if named else "found 'inshop'; the cost of"): forecast.cost_plan(asked)

@@ -93,7 +93,8 @@ def test_drop_first_is_the_rule_of_the_reference():
     assert first_match_rank(emb, label).tolist() == naive(emb, label, emb, label, range(60))[0].tolist() != reference
     far = emb + 2*unit(60, 6, 3, dtype=torch.float64)                  # attacked queries: the nearest item is not the own one
     args = (far, label, emb, label)
-    assert not torch.equal(first_match_rank(*args, rows=torch.arange(60)), first_match_rank(*args, self_exclusion='drop_first'))
+    assert not torch.equal(first_match_rank(*args, rows=torch.arange(60)), first_match_rank(*args, rows=torch.arange(60), self_exclusion='drop_first'))
+    assert torch.equal(first_match_rank(*args), first_match_rank(*args, self_exclusion='drop_first'))  # queries from outside: nothing to drop
 
 
 def test_ties_count_in_gallery_order():
@@ -306,12 +307,27 @@ def test_benign_row():
     assert benign(emb, label, self_exclusion='drop_first')['backend'] in ('torch', 'faiss')
 
 
+@pytest.mark.parametrize('options', [{}, dict(block=4), dict(self_exclusion='drop_first')], ids=('whole', 'blocks', 'drop_first'))
+def test_benign_of_a_gallery_of_its_own(options):
+    "Against sorting loops; the gallery lacks some classes of the queries, and NMI is the gallery's."
+    emb, label = sample(90, 45)
+    query, query_label, gallery, gallery_label = emb[:30], label[:30], emb[30:], label[30:]
+    rank, ap, _ = naive(query, query_label, gallery, gallery_label, [-1]*30)
+    row, defined = benign(query, query_label, gallery, gallery_label, backend='torch', **options), rank >= 0
+    assert 0 < row['undefined'] == int((~defined).sum()) == lone_queries(query_label, gallery_label) < 30
+    for k in (1, 2): assert row[f'R@{k}'] == pytest.approx(100*(rank[defined] < k).double().mean().item(), abs=1e-9)
+    assert row['mAP'] == pytest.approx(100*ap[defined].double().mean().item(), abs=1e-5)
+    assert row['NMI'] == 100*nmi(gallery, gallery_label, backend='torch') != 100*nmi(emb, label, backend='torch')
+
+
 @pytest.mark.parametrize('call,message', [
     (lambda e, y: recall_at_k(e, torch.arange(10), k=1), 'at least one query needs another image'),
     (lambda e, y: mean_average_precision(e, torch.arange(10)), 'at least one query needs another image'),
     (lambda e, y: recall_at_k(e, y, k=0), 'k must lie in'),
     (lambda e, y: recall_at_k(e, y, k=(1, 0)), 'k must lie in'),
     (lambda e, y: recall_at_k(e, y, e, k=1), 'gallery and gallery_label go together'),
+    (lambda e, y: benign(e, y, e), 'gallery and gallery_label go together'),
+    (lambda e, y: benign(e, y, e, y + 10), 'at least one query needs another image'),
     (lambda e, y: recall_at_k(e, y, e, y[:9], k=1), r'gallery_label must be a tensor of one integer per embedding \(10\)'),
     (lambda e, y: recall_at_k(e, y.float(), k=1), 'query_label must be a tensor of one integer'),
     (lambda e, y: average_precision(e, y, self_exclusion='none'), 'self_exclusion must be one of'),

@@ -1,4 +1,5 @@
 "Networks: shapes, constants, weights, determinism, and that an attack leaves no trace."
+import math
 import shutil
 
 import pytest
@@ -7,9 +8,13 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision import models as zoo
 
+from robust_dml.core import generator
 from robust_dml.data import ImageSet
+from robust_dml.defenses import act
+from robust_dml.evaluate import evaluate
 from robust_dml.models import MODELS, build, embed, embed_all, foldable, frozen, streamlined, train_mode
 from robust_dml.pgd import pgd
+from robust_dml.train import train
 
 SMALL = dict(dim=16, size=28, channels=1, seed=0)
 
@@ -284,3 +289,20 @@ def test_compiled_is_the_same_function_with_the_same_gradient():
     found = [pgd(m, lambda emb: emb[:, 0], x, eps=.1, step_size=.03, steps=5) for m in (net, streamlined(net, compiled=True))]
     torch.testing.assert_close(found[1].emb, found[0].emb, rtol=0, atol=1e-5)
     assert (found[1].images != found[0].images).float().mean() < .05
+
+
+@pytest.mark.parametrize('name, size, folded', [('resnet50', 64, 53), ('convnext_tiny', 32, 0)])
+def test_further_backbones_train_and_stand_a_whole_evaluation(name, size, folded):
+    "From fresh weights: every kind of weight learns, the folded network is the trained one, and all attacks run and move their queries."
+    gen = generator(0, 'photos')
+    tint = torch.randint(256, (3, 3, 1, 1), generator=gen).repeat_interleave(2, 0)
+    photos = ImageSet((.5*tint + torch.randint(128, (6, 3, size, size), generator=gen)).clamp(0, 255).to(torch.uint8), torch.arange(3).repeat_interleave(2), tuple('abc'))
+    model = build(name, dim=8, size=size, channels=3, seed=0)
+    before = {k: v.clone() for k,v in model.named_parameters()}
+    log = train(model, photos, act(eps=.1, step_size=.05, steps=2, margin=1.), epochs=1, pairs=3, lr=1e-4, seed=0, show=False)['log']
+    assert math.isfinite(log[0]['loss']) and log[0]['shift'] > 1e-4 and all(not torch.equal(before[k], v) for k,v in model.named_parameters() if v.ndim > 1)
+    x = photos.batch(torch.arange(6))
+    with torch.no_grad(): torch.testing.assert_close(embed(streamlined(model), x), embed(model.eval(), x), rtol=0, atol=1e-4)
+    assert len(model.folds) == folded
+    found = evaluate(model, photos, eps=.1, step_size=.05, steps=1, backend='torch', show=False)
+    assert all(math.isfinite(v) for v in found.after.values()) and found.after['ES:D'] > 1e-3 and found.after['TMA'] < 1 and found.image_steps > 0

@@ -1,0 +1,332 @@
+"""The claims page: made-up reports drive every verdict both ways, and the committed page follows from the committed reports."""
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from robust_dml import claims, errata
+from robust_dml.scores import ARS_HEADINGS, HEADINGS
+from robust_dml.store import StoreError, to_json
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORTS = ROOT/'reports'
+EPOCHS = 6
+
+
+def made_log(*, distance=(1., 1.), separability=.4, hardness=(None, None), collapseness=(None, None), shift=(None, None), clean=-.1):
+    "Pairs are values of the first half and of the second, longer tuples a value per epoch; the shift starts at the second epoch."
+    def at(values, e): return values[e >= EPOCHS//2] if len(values) == 2 else values[e]
+    return [dict(epoch=e, dist_ap=at(distance, e), dist_an=at(distance, e), separability=separability, hardness=-.1, collapseness=clean, assisted=.25, adv_hardness=at(hardness, e),
+                 adv_collapseness=at(collapseness, e), shift=None if e == 0 or at(shift, e) is None else at(shift, e)*at(distance, e)) for e in range(EPOCHS)]
+
+
+def made_record(defense, label, profile='', *, setting='A', seed=0, r1=62., ers=45., ars=50., tma=.7, cosine=.4, gtm=30., left=20., cells=(), collapsed=False, **log):
+    "A record in which all seeds differ by a little."
+    wobble = (.05, -.05, 0.)[seed % 3]
+    resist = dict.fromkeys(ARS_HEADINGS, 50.) | dict(cells)
+    after = dict.fromkeys(HEADINGS, left + wobble) | {'TMA': tma + .01*wobble, 'GTM': gtm + wobble, 'ES:D': .5}
+    return dict(defense=defense, label=label, profile=profile, setting=setting, seed=seed, train=dict(log=made_log(**log)),
+                eval=dict(benign={'R@1': r1 + wobble}, ers=ers + wobble, ars=ars + wobble, after=after, before={'TMA': cosine + .01*wobble}, ars_cells={h: v + wobble for h, v in resist.items()},
+                          ers_cells=dict.fromkeys(HEADINGS, ers) | {'TMA': 100*(1 - tma)}, collapsed=collapsed, indicators=dict(mean_distance=.05 if collapsed else 1.)))
+
+
+NATURAL = dict(r1=75., ers=3., ars=3., tma=.93, cosine=.05, gtm=9., left=.2, separability=.6, distance=(.8, 1., 1.15, 1.2, 1.2, 1.2))
+COLO = dict(r1=64., ers=50., ars=54., tma=.9, cosine=.85, gtm=25., cells={'CA+': 60., 'CA-': 60., 'QA+': 60., 'QA-': 60., **dict.fromkeys(errata.RECALL, 55.)})
+CAP = dict(r1=60., ers=46., ars=50., cells={'CA+': 75., 'CA-': 75., 'QA+': 55., 'QA-': 55., **dict.fromkeys(errata.RECALL, 40.)}, separability=.4, distance=(.8, .8), hardness=(-.05, -.05), collapseness=(.05, -.05), shift=(.3, .5))
+ANP = CAP | dict(r1=62., ars=51., cells={'CA+': 40., 'CA-': 40., 'QA+': 60., 'QA-': 60., **dict.fromkeys(errata.RECALL, 60.)}, shift=(.4, .6))
+ROWS = dict(
+    natural=('Natural', NATURAL), act=('ACT', dict(r1=60., ers=40., ars=45., tma=.45, cosine=.1)), hm=('HM', dict(r1=64., ers=45., ars=50., tma=.7, cosine=.4, gtm=34.)), colo_tride=('COLO-TRIDE', COLO), colo_cap=('COLO-CAP', CAP), colo_anp=('COLO-ANP', ANP),
+    naive_sip=('Naive SIP', dict(collapsed=True, separability=.3, distance=(.1, .1), hardness=(.3, .01), shift=(.3, .3))), naive_cap=('Naive CAP', dict(collapsed=True, distance=(.2, .2), hardness=(.2, .01), shift=(.3, .3))),
+    naive_anp=('Naive ANP', dict(collapsed=True, distance=(.4, .4), hardness=(.1, .01), shift=(.3, .3))), naive_tride=('Naive TRIDE', dict(collapsed=True, distance=(.3, .3), hardness=(.15, .01))),
+    assist_part=('Assist, else clean', dict(r1=70., ars=4.)), assist_full=('Always assist', dict(r1=69., ars=4.)), colo_early=('Early', dict(r1=55., ars=48.)), colo_steps=('Steps', dict(r1=62., ars=52.)))
+VERSIONED = ('colo_tride', 'colo_cap', 'colo_anp')
+TABLE = ('natural', 'act', 'hm', 'colo_tride')
+STUDIES = dict(table1=TABLE, table2=TABLE, table3=('naive_sip', 'naive_cap', 'naive_anp', 'naive_tride', 'colo_cap', 'colo_anp', 'colo_tride'), table4=('natural', 'assist_part', 'assist_full', 'colo_early', 'colo_steps', 'colo_tride'),
+               figure3=('natural', 'naive_sip', 'colo_cap', 'colo_anp', 'colo_tride'), figure4=('naive_sip', 'naive_cap', 'naive_anp', 'colo_cap', 'colo_anp'), switches=('colo_tride',), fairness=TABLE, early_disabling=('colo_steps',))
+
+
+def made_study(defenses, setting='A', seeds=(0, 1, 2)):
+    records = []
+    for name in defenses:
+        label, values = ROWS[name]
+        for profile in ('official', 'paper') if name in VERSIONED else ('',):
+            records += [made_record(name, f'{label} ({profile})' if profile else label, profile, setting=setting, seed=s, **values) for s in seeds]
+    return dict(settings={setting: dict(warm_epochs=0)}, records=records)
+
+
+def made_world(dataset='glyphs', preset='small', **options):
+    "Reports in which every claim holds."
+    world = {f'{name}-{dataset}-{preset}': made_study(defenses, **options) for name, defenses in STUDIES.items()}
+    world[f'fairness-{dataset}-{preset}']['redraws'] = [dict(setting='A', label=str(i), ers=[50., 51., 49. + .01*i, 50.], ars=[50., 50.1, 49.9, 50.]) for i in range(4)]
+    world[f'timing-{dataset}-{preset}'] = dict(trainings=[dict(label=label, defense=defense, profile=profile, seed=s, seconds=seconds + s, image_steps=steps) for label, defense, profile, seconds, steps in
+                                                          (('HM', 'hm', '', 100., 96), ('COLO (official)', 'colo', 'official', 80., 24), ('COLO (paper)', 'colo', 'paper', 80., 24)) for s in range(3)])
+    return world
+
+
+def photographs(): return {f'table2-{d}-paper': made_study(TABLE, setting='224') for d in ('cub', 'cars', 'sop')}
+
+
+def change(world, experiment, defense, path, value, *, profile=None, dataset='glyphs'):
+    "Set a number in every record of a row; a function gets the old value and the seed."
+    for name, study in world.items():
+        if not name.startswith(f'{experiment}-{dataset}'): continue
+        for r in study.get('records', study.get('trainings')):
+            if r['defense'] != defense or profile not in (None, r['profile']): continue
+            target = r
+            for key in path[:-1]: target = target[key]
+            target[path[-1]] = value(target[path[-1]], r['seed']) if callable(value) else value
+
+
+def logs(world, experiment, defense, key, function):
+    "Change a logged quantity of every epoch; `function` gets the value and the epoch."
+    change(world, experiment, defense, ('train', 'log'), lambda log, _: [dict(row, **{key: function(row[key], row['epoch'])}) for row in log])
+
+
+def saved(world, folder):
+    for name, results in world.items():
+        (folder/name).mkdir(parents=True)
+        (folder/name/'results.json').write_text(json.dumps(results))
+    return folder
+
+
+def judged(world, folder):
+    "Every claim of the page by number."
+    return {c['number']: c for c in claims.claims_results(saved(world, folder))['claims']}
+
+
+def test_everything_holds(tmp_path):
+    found = judged(made_world() | photographs(), tmp_path)
+    assert {n: c['verdict'] for n, c in found.items()} == {n: claims.NOT_RUN if n in (10, 14) else claims.REPRODUCED for n in range(1, 15)}
+    assert 'the half about hardness holds' in found[10]['reason'] and 'no report has a black-box attack' in found[14]['reason']
+    assert found[3]['reason'] == 'all 11 comparisons hold beyond the noise for COLO-TRIDE (official and paper)' and found[2]['reason'] == 'all 3 comparisons hold beyond the noise'
+
+
+REVERSE = {
+    1: lambda w: [change(w, 'table2', 'hm', ('eval', 'ars'), lambda v, _: v + 2., dataset=d) for d in ('cub', 'cars', 'sop')], # a gain of 4 %
+    2: lambda w: change(w, 'table1', 'natural', ('eval', 'after', 'ES:R'), 5.),
+    3: lambda w: change(w, 'table1', 'hm', ('eval', 'ers'), 55.),
+    4: lambda w: [change(w, 'timing', 'colo', ('seconds',), lambda v, s: 95. + s, profile=p) for p in ('official', 'paper')], # 5 % saved
+    5: lambda w: change(w, 'table1', 'hm', ('eval', 'after', 'GTM'), 20.),
+    6: lambda w: change(w, 'table3', 'naive_cap', ('eval', 'collapsed'), False),
+    7: lambda w: change(w, 'table3', 'colo_cap', ('eval', 'benign', 'R@1'), 63.),
+    8: lambda w: [change(w, 'table1', 'hm', ('eval', 'ars_cells', h), 70.) for h in ARS_HEADINGS],
+    9: lambda w: logs(w, 'figure3', 'colo_cap', 'adv_collapseness', lambda v, e: -.05),
+    10: lambda w: logs(w, 'table3', 'naive_sip', 'dist_ap', lambda v, e: 2.) or logs(w, 'table3', 'naive_cap', 'dist_ap', lambda v, e: 1.5),
+    11: lambda w: logs(w, 'figure4', 'naive_sip', 'shift', lambda v, e: None if e == 0 else .2),
+    12: lambda w: change(w, 'table4', 'assist_full', ('eval', 'ars'), 20.),
+    13: lambda w: [change(w, 'fairness', d, ('eval', 'ers_cells', 'TMA'), v) for d, v in (('act', 40.), ('hm', 45.), ('colo_tride', 50.))],
+    14: lambda w: change(w, 'table3', 'colo_cap', ('eval', 'ars_cells', 'QA-'), 200.)}
+
+
+@pytest.mark.parametrize('number', REVERSE)
+def test_evidence_against_a_claim(tmp_path, number):
+    "One thing changed, and that claim falls; what it does not use stays as it was."
+    world = made_world() | photographs()
+    REVERSE[number](world)
+    found = judged(world, tmp_path)
+    assert found[number]['verdict'] == claims.NOT_REPRODUCED and 'reversed: ' in found[number]['reason']
+    unaffected = {4, 12, 13, 2} - {number}
+    assert {found[n]['verdict'] for n in unaffected} == {claims.REPRODUCED}
+
+
+EACH = [ # more things that a claim says, each of which is enough to refute it
+    (1, lambda w: [change(w, 'table2', 'hm', ('eval', 'ars'), 60., dataset=d) for d in ('cub', 'cars', 'sop')]),
+    (3, lambda w: change(w, 'table2', 'colo_tride', ('eval', 'ars'), 40.)), (3, lambda w: change(w, 'table1', 'act', ('eval', 'ers'), 47.)), (3, lambda w: change(w, 'table1', 'colo_tride', ('eval', 'benign', 'R@1'), 60.)),
+    (4, lambda w: change(w, 'timing', 'colo', ('seconds',), 130.)), (5, lambda w: change(w, 'table1', 'colo_tride', ('eval', 'after', 'TMA'), .6)), (5, lambda w: change(w, 'table1', 'colo_tride', ('eval', 'before', 'TMA'), .3)),
+    (5, lambda w: change(w, 'table1', 'hm', ('eval', 'after', 'TMA'), .5)), (6, lambda w: change(w, 'table3', 'colo_tride', ('eval', 'collapsed'), True)), (7, lambda w: change(w, 'table3', 'colo_anp', ('eval', 'ars_cells', 'GTT'), 10.)),
+    (7, lambda w: change(w, 'table3', 'colo_anp', ('eval', 'ers'), 55.)), (9, lambda w: logs(w, 'table1', 'natural', 'dist_ap', lambda v, e: 2. - .2*e)), (9, lambda w: logs(w, 'table1', 'natural', 'dist_ap', lambda v, e: .1*e*e)),
+    (9, lambda w: logs(w, 'figure3', 'natural', 'separability', lambda v, e: .35)), (9, lambda w: logs(w, 'figure3', 'naive_sip', 'adv_hardness', lambda v, e: -.01)), (9, lambda w: logs(w, 'figure3', 'naive_sip', 'adv_hardness', lambda v, e: .2)),
+    (9, lambda w: logs(w, 'figure3', 'naive_sip', 'dist_an', lambda v, e: 1.5)), (9, lambda w: logs(w, 'figure3', 'colo_anp', 'dist_an', lambda v, e: .1)), (9, lambda w: logs(w, 'figure3', 'colo_anp', 'adv_collapseness', lambda v, e: .05)),
+    (9, lambda w: logs(w, 'figure3', 'colo_anp', 'adv_hardness', lambda v, e: .05)), (9, lambda w: change(w, 'figure3', 'colo_anp', ('eval', 'collapsed'), True)), (11, lambda w: logs(w, 'figure4', 'colo_anp', 'shift', lambda v, e: None if e == 0 else .1)),
+    (12, lambda w: change(w, 'table4', 'assist_part', ('eval', 'benign', 'R@1'), 78.)), (12, lambda w: change(w, 'table4', 'colo_early', ('eval', 'ars'), 55.)),
+    (13, lambda w: w['fairness-glyphs-small'].update(redraws=[dict(setting='A', ers=[50., 50.1, 50.], ars=[50., 52., 48.])]*4)),
+    (13, lambda w: [change(w, 'fairness', d, ('eval', 'before', 'TMA'), v) for d, v in (('act', .9), ('hm', .5), ('colo_tride', .1))])]
+
+
+@pytest.mark.parametrize('number, mutate', EACH)
+def test_every_part_of_a_claim_counts(tmp_path, number, mutate):
+    world = made_world() | photographs()
+    mutate(world)
+    assert judged(world, tmp_path)[number]['verdict'] == claims.NOT_REPRODUCED
+
+
+@pytest.mark.parametrize('mean', [49.5, 50.5])
+def test_noise_is_named_and_no_success(tmp_path, mean):
+    "COLO-TRIDE has an ERS of 50, half a point more or less than HM, whose seeds are 3 points apart."
+    world = made_world()
+    change(world, 'table1', 'hm', ('eval', 'ers'), lambda v, seed: mean + 3*(seed - 1))
+    found = judged(world, tmp_path)[3]
+    assert found['verdict'] == claims.NOT_REPRODUCED and 'inside the noise: glyphs A, ERS: COLO-TRIDE (official) > HM' in found['reason'] and 'reversed' not in found['reason']
+
+
+def test_one_version_is_enough_and_named(tmp_path):
+    world = made_world()
+    change(world, 'table1', 'colo_tride', ('eval', 'ers'), 30., profile='paper')
+    found = judged(world, tmp_path)[3]
+    assert found['verdict'] == claims.REPRODUCED and found['reason'].endswith('for COLO-TRIDE (official), not for (paper)')
+
+
+def test_versions_do_not_help_each_other(tmp_path):
+    "The official code fails on one data set and the paper's text on the other: neither reproduces the claim."
+    world = made_world() | made_world('omniglot')
+    change(world, 'table1', 'colo_tride', ('eval', 'ers'), 30., profile='paper')
+    change(world, 'table1', 'colo_tride', ('eval', 'ers'), 30., profile='official', dataset='omniglot')
+    found = judged(world, tmp_path)[3]
+    assert found['verdict'] == claims.NOT_REPRODUCED and 'glyphs A, ERS: COLO-TRIDE (paper) > HM' in found['reason'] and 'omniglot A, ERS: COLO-TRIDE (official) > HM' in found['reason']
+
+
+@pytest.mark.parametrize('seeds', [(0,), (0, 1)])
+def test_few_seeds_are_an_indication(tmp_path, seeds):
+    found = judged(made_world(preset='quick', seeds=seeds), tmp_path)
+    assert {found[n]['verdict'] for n in (2, 3, 5, 6, 7, 8, 9, 11, 12, 13)} == {claims.NOT_RUN}
+    assert {c['outcome'] for n in (2, 3, 5, 6, 7, 8) for c in found[n]['comparisons']} == {'points as claimed', 'shown'}
+    words = {1: 'one seed', 2: 'fewer than 3 seeds'}[len(seeds)]
+    assert found[2]['reason'] == f"indication, {words}: 3 of 3 comparisons point as claimed; for a verdict run make table1 P='-p dataset glyphs -p preset small'"
+
+
+def test_a_data_set_with_few_seeds_does_not_count(tmp_path):
+    "It contradicts the claim, but with one seed."
+    world = made_world() | made_world('omniglot', 'quick', seeds=(0,))
+    change(world, 'table1', 'natural', ('eval', 'after', 'ES:R'), 5., dataset='omniglot')
+    found = judged(world, tmp_path)[2]
+    assert found['verdict'] == claims.REPRODUCED and found['reason'].endswith('(omniglot with fewer than 3 seeds does not count)')
+
+
+def test_three_seeds_come_before_the_preset(tmp_path):
+    found = claims.evidence(saved(made_world(preset='paper', seeds=(0,)) | made_world(preset='quick') | made_world(preset='small') | made_world('cub', 'paper', seeds=(0,)), tmp_path))
+    assert claims.chosen(found, 'table1') == [('cub', 'paper'), ('glyphs', 'small')]
+
+
+def test_rows_that_meet_in_no_setting(tmp_path):
+    world = made_world()
+    world['table3-glyphs-small'] = made_study(STUDIES['table3'], setting='B')
+    found = judged(world, tmp_path)[8]
+    assert found['verdict'] == claims.NOT_RUN and 'in common' in found['reason']
+
+
+def test_a_missing_row_is_named(tmp_path):
+    world = made_world()
+    study = world['table3-glyphs-small']
+    study['records'] = [r for r in study['records'] if r['defense'] != 'naive_anp']
+    found = judged(world, tmp_path)[6]
+    assert found['verdict'] == claims.NOT_RUN and found['reason'] == 'no numbers for: glyphs A, collapsed (%): Naive ANP > 50'
+
+
+@pytest.mark.parametrize('experiment', STUDIES)
+def test_a_missing_report_names_its_command(tmp_path, experiment):
+    world = made_world() | photographs()
+    for name in [name for name in world if name.startswith(f'{experiment}-')]: del world[name]
+    found = judged(world, tmp_path)
+    for claim in claims.COLO_TRIDE:
+        if experiment in claim.uses: assert found[claim.number]['verdict'] == claims.NOT_RUN and f"make {experiment} P='-p dataset glyphs -p preset small'" in found[claim.number]['reason']
+
+
+def test_what_was_never_logged_is_missing(tmp_path):
+    world = made_world()
+    logs(world, 'figure4', 'colo_cap', 'shift', lambda v, e: None)
+    found = judged(world, tmp_path)[11]
+    assert found['verdict'] == claims.NOT_RUN and found['reason'].startswith('no numbers for: glyphs A, shift / mean distance, last third: COLO-CAP (official)')
+
+
+def test_growth_is_judged_from_the_start_of_a_training(tmp_path):
+    "Distances of a training that goes on from a natural one may stand still."
+    world = made_world()
+    logs(world, 'table1', 'natural', 'dist_ap', lambda v, e: 1.)
+    logs(world, 'table1', 'natural', 'dist_an', lambda v, e: 1.)
+    cold = judged(world, tmp_path/'cold')[9]
+    world['table1-glyphs-small']['settings']['A']['warm_epochs'] = 7
+    assert [cold['verdict'], judged(world, tmp_path/'warm')[9]['verdict']] == [claims.NOT_REPRODUCED, claims.REPRODUCED]
+
+
+def test_undefined_numbers_are_left_out(tmp_path):
+    world = made_world()
+    change(world, 'table3', 'colo_cap', ('eval', 'ars_cells', 'CA+'), None)
+    assert judged(world, tmp_path)[7]['verdict'] == claims.REPRODUCED
+
+
+@pytest.mark.parametrize('text, words', [('{"records": [', 'expected JSON in'), ('{"settings": {}}', 'expected records in')])
+def test_a_damaged_report_is_one_sentence(tmp_path, text, words):
+    folder = saved(made_world(), tmp_path)
+    (folder/'table1-glyphs-small'/'results.json').write_text(text)
+    with pytest.raises(StoreError, match=words): claims.claims_results(folder)
+
+
+def test_printed_numbers_and_readings(tmp_path):
+    found = judged({'errata': dict(claims=[dict(number='3a', text='In ERS.', verdict='contradicted', facts=[])]), 'appendix_a': dict(real=[{'h': .01, 'R least': 1.5, 'R exact': 2.}], triplets=dict(triplets=9))}, tmp_path)
+    rows = dict((row[0], row[1:]) for row in found[3]['printed'])
+    assert rows[''] == ('R@1 (Table 1)', 'ERS (Table 1)', 'Averaged ARS (Table 2)') and rows['CUB COLO-TRIDE'] == ('34.9', '38.7', '51.6')
+    assert found[3]['readings'] == [dict(reading='3a', verdict='contradicted', text='In ERS.')]
+    assert [r['verdict'] for r in found[11]['readings']] == ['contradicted']
+
+
+def test_where_the_method_does_not_hold(tmp_path):
+    world = made_world()
+    change(world, 'table1', 'hm', ('eval', 'ars'), lambda v, s: 60. + .1*s)                   # ahead, and R@1 is the same
+    change(world, 'table1', 'act', ('eval', 'ars'), 70.)                                     # ahead, but R@1 is 4 points lower
+    change(world, 'table3', 'naive_cap', ('eval', 'ars'), 90.)                               # ahead, but collapsed
+    logs(world, 'table3', 'colo_tride', 'collapseness', lambda v, e: .1 if e == 5 else -.1)
+    results = claims.claims_results(saved(world, tmp_path))
+    won = {(l['experiment'], l['version']): [w['row'] for w in l['winners']] for l in results['beaten']}
+    assert won['table1', 'official'] == won['table1', 'paper'] == ['HM'] and won['table3', 'official'] == []
+    assert next(l for l in results['beaten'] if l['winners'])['winners'][0]['outcome'] == 'beyond the noise'
+    text = claims.as_markdown(results)
+    assert '| table1: glyphs small A | official | 1 of 4 | HM | 60.1 ± 0.1 (3) |' in text and '| glyphs small A | COLO-TRIDE (official) | 25.0 ± 0.0 (3) | 0 of 6 epochs |' in text
+
+
+def test_clean_collapse_is_counted(tmp_path):
+    world = made_world()
+    logs(world, 'table1', 'colo_tride', 'collapseness', lambda v, e: .1 if e == 5 else -.1)
+    lines = {w['row']: w for w in claims.claims_results(saved(world, tmp_path))['watched']}
+    assert lines['COLO-TRIDE (official)']['clean'] == pytest.approx([-.1]*5 + [.1]) and claims._signs(lines['COLO-TRIDE (official)']['clean'])[0] == '1 of 6 epochs'
+    assert lines['Steps']['defense'] == 'colo_steps'
+
+
+def extra(found):
+    "Made up: the scores of natural training are below 10."
+    for scene in claims.scenes(found, 'table1'): yield claims.beyond(scene, claims.ERS, claims.NATURAL, 10., sign=-1)
+
+
+def test_claims_of_another_paper_join(tmp_path):
+    "A further module hands its claims to the same page."
+    folder = saved(made_world(), tmp_path)
+    claims.page(folder, (*claims.COLO_TRIDE, claims.Claim(15, 'Another', 'Natural training is weak.', extra, ('table1',))))
+    text = (folder/'claims.md').read_text()
+    assert '## Claim 15: reproduced\n\nClaim of Another: Natural training is weak.' in text and 'Rule: Made up: the scores' in text
+
+
+def test_page_is_complete_and_follows_the_results(tmp_path):
+    world = made_world() | photographs()
+    folder = saved(world, tmp_path)
+    first = claims.page(folder).read_text(), (folder/'claims.md').read_bytes()
+    assert (claims.page(folder).read_text(), (folder/'claims.md').read_bytes()) == first
+    assert all(word not in first[0] for word in ('<script', 'http:', 'https:', 'url(')) and 'data:image/png;base64' in first[0]
+    text = first[1].decode()
+    for claim in claims.COLO_TRIDE: assert claim.text in text and ' '.join(claim.judge.__doc__.split()) in text
+    stored = json.loads((folder/'claims'/'results.json').read_text())
+    assert [c['verdict'] for c in stored['claims']][2] == claims.REPRODUCED
+    change(world, 'table1', 'hm', ('eval', 'ers'), 55.)
+    (folder/'table1-glyphs-small'/'results.json').write_bytes(to_json(world['table1-glyphs-small']))
+    claims.page(folder)
+    assert '## Claim 3: not reproduced' in (folder/'claims.md').read_text() and '## Claim 3: reproduced' in text
+
+
+def test_committed_page_follows_from_the_committed_reports():
+    made = claims.as_markdown(claims.claims_results(REPORTS))
+    assert made == (REPORTS/'claims.md').read_text(encoding='utf-8'), 'reports/claims.md differs from the reports: run make claims'
+
+
+def test_a_corrupted_report_changes_the_page(tmp_path):
+    "A digit of a committed result, and the committed page is no longer what comes out."
+    names = [p.parent.name for p in REPORTS.glob('*/results.json') if p.parent.name.startswith((*claims.STUDIES, *claims.PAGES))]
+    for name in names: (tmp_path/name).mkdir(), shutil.copy(REPORTS/name/'results.json', tmp_path/name)
+    before = claims.as_markdown(claims.claims_results(tmp_path))
+    assert before == claims.as_markdown(claims.claims_results(REPORTS))
+    path = tmp_path/'table1-glyphs-quick'/'results.json' if 'table1-glyphs-small' not in names else tmp_path/'table1-glyphs-small'/'results.json'
+    results = json.loads(path.read_text())
+    broken = copy.deepcopy(results)
+    for r in broken['records']:
+        if r['defense'] == 'hm': r['eval']['ers'] += 30.
+    path.write_bytes(to_json(broken))
+    assert claims.as_markdown(claims.claims_results(tmp_path)) != before
