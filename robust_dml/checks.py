@@ -6,7 +6,7 @@
 __all__ = ['Flag', 'twins', 'sample_of_classes', 'standardised', 'check_range', 'check_deterministic', 'check_gradient',
            'check_attacks', 'checks']
 
-# %% ../nbs/19_checks.ipynb #b692c3ec
+# %% ../nbs/19_checks.ipynb #9d0cc70e
 import math
 from functools import partial
 from typing import NamedTuple
@@ -14,14 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attacks import SUITE, Gallery, Queries, run_attack
+from .attacks import SUITE, Gallery, Queries, picked, run_attack
 from .blackbox import square
 from .collapse import is_collapsed
 from .core import check_between, generator
 from .data import ImageSet
 from .distances import paired_distance
 from .metrics import first_match_rank
-from .models import dtype_of, embed, frozen
+from .models import _constants, dtype_of, embed, frozen
 from .strong import run_strong
 
 # %% ../nbs/19_checks.ipynb #736c90cf
@@ -69,12 +69,10 @@ def sample_of_classes(
     many = torch.randperm(int(label.max()) + 1, generator=generator(seed, 'classes')).argsort()[label.cpu()[kept]]
     return kept[many.argsort(stable=True)][:size].sort().values
 
-# %% ../nbs/19_checks.ipynb #ec1ce42f
-_IMAGENET = ((.485, .456, .406), (.229, .224, .225))
-
+# %% ../nbs/19_checks.ipynb #9340be31
 def standardised(x:Tensor)->Tensor:
     "Images as networks without a normalisation of their own expect them: ImageNet's constants for three channels, else 0.5."
-    mean, std = _IMAGENET if x.shape[1] == 3 else ((.5,)*x.shape[1],)*2
+    mean, std = _constants('resnet18', 3) if x.shape[1] == 3 else ((.5,)*x.shape[1],)*2
     return (x - x.new_tensor(mean).view(1, -1, 1, 1))/x.new_tensor(std).view(1, -1, 1, 1)
 
 def check_range(
@@ -164,7 +162,7 @@ def check_attacks(
         _flag('restart_gain', 100*(restarted/max(far, tiny) - 1), 10., 'From the best of three starts a query moves {value:.0f} % farther. Beyond {limit:.0f} % single runs flatter the model: use restarts.'),
         _flag('eps_no_effect', wider, 10., f'At ε = {255*wide:.0f}/255 R@1 is {{value:.0f}} %, at {255*eps:.0f}/255 it is {hit:.0f} %. An attack that does not profit from a larger budget is not working.', raised=wider > max(10., hit - 100/len(x)))]
 
-# %% ../nbs/19_checks.ipynb #2f9b815e
+# %% ../nbs/19_checks.ipynb #7db1199b
 def checks(
     model:nn.Module,       # images in [0, 1] to embeddings, on `device`
     dataset:ImageSet,      # begins with the queries
@@ -182,7 +180,7 @@ def checks(
     "Whether the numbers of an evaluation can be believed."
     check_between('size', size, 1, math.inf)
     rows = torch.randperm(len(queries.label), generator=generator(seed, 'checks'))[:size].sort().values
-    x, some = dataset.batch(rows, device, dtype_of(model)), Queries(*(value[rows.to(value.device)] for value in (queries.emb, queries.label, queries.row, queries.id)))
+    x, some = dataset.batch(rows, device, dtype_of(model)), picked(queries, rows)
     same = 100*twins(gallery.emb).double().mean().item()
     far = indicators['mean_distance']
     return [check_range(model, dataset, device=device), check_deterministic(model, x), check_gradient(model, x, some.emb, eps=eps, seed=seed),

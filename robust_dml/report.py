@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'PANELS', 'Column', 'table1', 'table2', 'leaders', 'as_text', 'to_csv', 'to_markdown', 'compare', 'cost',
            'parts', 'attack_seconds', 'summary', 'show', 'look', 'theme', 'png', 'curves', 'robustness', 'time_bars',
-           'strip', 'warnings', 'write_report']
+           'strip', 'warnings', 'document', 'write_report']
 
 # %% ../nbs/34_report.ipynb #b918de70
 import base64, io, math, re, statistics
@@ -773,7 +773,7 @@ def _figures(results:Mapping[str,Any], examples:Mapping[str,Mapping[str,Tensor]]
         made['time.png'] = png(time_bars(results).figure), f'Seconds of training (blue) and evaluation (orange), mean over the seeds. {_largest(table)}'
     return made
 
-# %% ../nbs/34_report.ipynb #b93f184a
+# %% ../nbs/34_report.ipynb #255981ad
 def _title(results:Mapping[str,Any])->str:
     "The title of the results, or one made of experiment and data set."
     return results.get('title') or f'{results["experiment"]}, {results["dataset"]}'
@@ -783,19 +783,26 @@ def _seeds(results:Mapping[str,Any])->str:
     counts = sorted({len(records) for records in _rows(results).values()})
     return (f'{counts[0]} to {counts[-1]}' if len(counts) > 1 else f'{counts[0]}') + (' seed' if counts[-1] == 1 else ' seeds')
 
+def document(
+    title:str,
+    body:str, # HTML
+)->str:
+    "A page in the style of all reports, which needs no other file."
+    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape(title)}</title><style>{_STYLE}</style></head>'
+            f'<body><main>{body}</main></body></html>\n')
+
 def _page(results:Mapping[str,Any], figures:Mapping[str,tuple[bytes,str]])->str:
     "The whole page."
     def pictures(kind:str)->str: return ''.join(_picture(*figure) for name, figure in figures.items() if name.startswith(kind))
     words = ''.join(f'<p class="lead">{escape(text)}</p>' for text in summary(results))
     words += ''.join(f'<p class="warn">Flag {escape(text)}</p>' for text in warnings(results))
-    title, queries = escape(_title(results)), pictures('queries')
+    title, queries = _title(results), pictures('queries')
     smoke = 'This preset only tests the code, its numbers mean nothing. ' if results['preset'] == 'smoke' else ''
     strips = f'<h2>Queries under attack</h2>{queries}' if queries else ''
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title><style>{_STYLE}</style></head><body><main>'
-            f'<h1>{title}</h1><p class="sub">Data {escape(results["dataset"])}, preset {escape(results["preset"])}, {_seeds(results)}. {smoke}What the preset changes against the paper stands under <a href="#setup">Configuration</a>.</p>{words}'
+    return document(title, f'<h1>{escape(title)}</h1><p class="sub">Data {escape(results["dataset"])}, preset {escape(results["preset"])}, {_seeds(results)}. {smoke}What the preset changes against the paper stands under <a href="#setup">Configuration</a>.</p>{words}'
             f'<h2>Results</h2>{_main_table(results)}{_reading(results)}{_checks(results)}{_intervals(results)}{_beside(results)}<h2>Robustness of each defence</h2>{pictures("robustness")}<h2>Training</h2>{pictures("curves")}{strips}'
             f'<h2>Cost</h2>{_costs(results)}<p class="note">Means over the seeds. Image steps: images times PGD steps. Times depend on the machine and are not part of the csv file.</p>{_times(results, pictures("time"))}'
-            f'<h2 id="setup">Configuration</h2>{_setup(results)}<h2>Provenance</h2>{_origin(results)}</main></body></html>\n')
+            f'<h2 id="setup">Configuration</h2>{_setup(results)}<h2>Provenance</h2>{_origin(results)}')
 
 # %% ../nbs/34_report.ipynb #7f3959da
 def write_report(

@@ -6,10 +6,10 @@
 __all__ = ['BALLS', 'GOALS', 'APGD', 'LTM_NEAREST', 'BEYOND', 'R_AT_1', 'unit', 'onto_linf', 'onto_l2', 'Ball', 'checkpoints',
            'Ascent', 'decisive', 'random_start', 'run_strong', 'sides', 'nearest_objective', 'spqa_targets',
            'spqa_objective', 'spqa_measure', 'spqa', 'oa_targets', 'oa_objective', 'oa_measure', 'order',
-           'adaptive_objective', 'adaptive', 'three', 'WorstCase', 'worst_case', 'over_eps', 'over_steps', 'curve',
-           'curve_line']
+           'adaptive_objective', 'adaptive', 'three', 'WorstCase', 'outcomes', 'worst_case', 'over_eps', 'over_steps',
+           'curve', 'curve_line']
 
-# %% ../nbs/16_strong.ipynb #9886598d
+# %% ../nbs/16_strong.ipynb #c42a787f
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_dml.attacks import (
-    SUITE, Attack, AttackOutcome, Gallery, Queries, SelfExclusion, draw, hide, hinge, hit_measure, nearest, own_row, position,
+    SUITE, Attack, AttackOutcome, Gallery, Queries, SelfExclusion, draw, hide, hinge, hit_measure, nearest, own_row, picked, position,
     qa_measure, qa_objective, qa_targets, quiet, run_attack,
 )
 from .core import check_between, check_choice, generator
@@ -333,7 +333,7 @@ def three(
     dist_ap, dist_an = paired_distance(emb[:1].expand_as(emb[1:]), emb[1:])
     return hardness(dist_ap, dist_an) if margin is None else triplet_loss(dist_ap, dist_an, margin=margin)
 
-# %% ../nbs/16_strong.ipynb #df8db01c
+# %% ../nbs/16_strong.ipynb #577191d9
 R_AT_1 = ('ES:R', 'LTM', 'GTM', 'LTM fixed', 'GTM fixed', 'LTM nearest') # outcomes that are R@1 after an attack
 
 class WorstCase(NamedTuple):
@@ -344,15 +344,23 @@ class WorstCase(NamedTuple):
     each:dict[str,float]   # mean R@1 under each attack alone
     alone:dict[str,float]  # percent of the queries that only this attack takes
 
-def _columns(records, moment, headings):
+def outcomes(
+    records:Sequence[dict], # of `evaluate.attack_batches`, of the same queries for every attack
+)->dict[tuple[str,str],Tensor]: # by moment ('before', 'after') and heading: (B,) float64 in the order of the queries, NaN where undefined
+    "Outcome of every query."
+    found = {}
+    for record in records:
+        for moment in ('before', 'after'):
+            for heading,column in record[moment].items(): found.setdefault((moment, heading), []).extend(math.nan if v is None else v for v in column)
+    return {key: torch.tensor(column, dtype=torch.float64) for key,column in found.items()}
+
+def _columns(found, moment, headings):
     "(B, M) float64: outcome of every query under every heading; NaN where undefined."
-    columns = {h: [] for h in headings}
-    for record in sorted(records, key=lambda r: r['start']):
-        for h in columns.keys() & record[moment].keys(): columns[h] += [math.nan if v is None else v for v in record[moment][h]]
+    columns = {h: found.get((moment, h), torch.empty(0)) for h in headings}
     sizes = {h: len(c) for h,c in columns.items()}
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
         raise ValueError(f'records must hold the same queries under every heading, found {sizes}; finish the evaluation or name fewer headings')
-    return torch.tensor([*columns.values()], dtype=torch.float64).T
+    return torch.stack([*columns.values()], 1)
 
 def worst_case(
     records:Sequence[dict], # of `evaluate.attack_batches`, or the lines of 'queries.jsonl' of one model
@@ -362,7 +370,8 @@ def worst_case(
     run = set().union(*(r['after'] for r in records))
     headings = [h for h in R_AT_1 if h in run] if headings is None else list(headings)
     if not headings: raise ValueError(f'records must hold outcomes that are R@1 ({", ".join(R_AT_1)}), found {sorted(run)}; name them in `headings`')
-    after, before = _columns(records, 'after', headings), _columns(records, 'before', headings[:1])
+    found = outcomes(sorted(records, key=lambda r: r['start']))
+    after, before = _columns(found, 'after', headings), _columns(found, 'before', headings[:1])
     hits = after > 0
     sole = ~hits & (hits.sum(1, keepdim=True) == len(headings) - 1) & ~after.isnan()
     def mean(v): return v[~v.isnan()].mean().item()
@@ -416,7 +425,7 @@ def over_steps(
     out = run_attack(model, attack, x, queries, gallery, eps=eps, step_size=step_size, steps=wanted[-1], seed=seed, gradient=listen)
     return [_point(out._replace(after=seen.get(t, out.after)), eps=eps, steps=t) for t in wanted]
 
-# %% ../nbs/16_strong.ipynb #731e264c
+# %% ../nbs/16_strong.ipynb #2d4b3d71
 def curve(
     points:Callable, # `over_eps` or `over_steps` with their budget: (model, attack, x, queries, gallery) -> list of points
     model:nn.Module,
@@ -435,7 +444,7 @@ def curve(
     done = {r['start']: r for r in known if (r['weights'], r['attack']) == (weights, attack.name)}
     for start in range(0, len(queries.id), batch_size):
         if start in done: continue
-        some = Queries(*(v[start:start+batch_size] for v in (queries.emb, queries.label, queries.row, queries.id)))
+        some = picked(queries, slice(start, start + batch_size))
         x = dataset.batch(some.id, device=device, dtype=dtype_of(model))
         done[start] = dict(attack=attack.name, start=start, weights=weights, points=points(model, attack, x, some, gallery))
         keep(done[start])
