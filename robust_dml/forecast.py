@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['PAPER_SETS', 'MOVED', 'Rates', 'ATTACKS', 'GAPS', 'Workload', 'paper_workload', 'split_workload', 'Noise',
            'noise_set', 'phases', 'inner_steps', 'at_most', 'Amount', 'training_amounts', 'image_steps', 'Line',
-           'Probe', 'fit', 'limit_each', 'first_cost', 'affordable', 'calibrate', 'network', 'defense_key',
-           'training_probes', 'training_seconds', 'network_probes', 'gallery_key', 'gallery_probes',
+           'Probe', 'fit', 'limit_each', 'seconds_of', 'first_cost', 'affordable', 'calibrate', 'network',
+           'defense_key', 'training_probes', 'training_seconds', 'network_probes', 'gallery_key', 'gallery_probes',
            'evaluation_seconds', 'attack_seconds', 'cost_plan', 'cases', 'all_probes', 'cell_cost', 'table_costs',
            'seconds_per_seed', 'saved_storages', 'Footprint', 'footprint', 'training_bytes', 'evaluation_bytes',
            'data_bytes', 'peak_growth', 'check_memory', 'compared', 'choose_trainings', 'rehearse_training',
            'rehearse_evaluation', 'recorded', 'beside_paper', 'cost_results', 'frame', 'duration', 'summary', 'bars',
            'write_cost_report']
 
-# %% ../nbs/35_forecast.ipynb #6d2fb86e
+# %% ../nbs/35_forecast.ipynb #e5031b78
 import json, math, shutil, statistics, subprocess, sys, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,17 +33,17 @@ from .core import Stopwatch, generator, kept_memory, need, progress
 from .data import ImageSet, Split, training_batches
 from .defenses import Clock, Defense
 from .distances import normalise
-from .evaluate import check_size, Protocol, attack_batches, evaluate
+from .evaluate import Protocol, attack_batches, check_size, evaluate, intervals
 from robust_dml.experiments import (
     BUILT_IN, Cell, Plan, Recipe, _shareable, _trainings, cells, defense, describe, device, evaluation_config, folder_name, listed, natural, plan, recipe, seed_list, table_lines, with_backbone,
     TABLE_DEFENSES,
 )
 from .metrics import retrieval
-from .models import build, embed, frozen, streamlined
+from .models import build, embed, embed_all, frozen, streamlined
 from .pgd import autograd_gradient
 from .report import _facts, _figure, _grid, _line, _picture, document, look, png, theme
 from .search import block_rows, kmeans, resolve_backend
-from .scores import PAPER_MINUTES
+from .scores import HEADINGS, PAPER_MINUTES
 from .store import Run, find_run, provenance, reports_root, to_json, write_atomic
 from .train import save_checkpoint, train
 from .tride import PARTS, step_factor
@@ -181,7 +181,7 @@ def fit(
     slope = max(0., statistics.median(s[1] - s[0] for s in samples)/(levels[1] - levels[0]))
     return Line(max(0., low - slope*levels[0]), slope, size, len(samples))
 
-# %% ../nbs/35_forecast.ipynb #a5f6399c
+# %% ../nbs/35_forecast.ipynb #1f38335b
 def limit_each(
     costs:Sequence[float], # what each would take in full
     total:float,           # what all may take together
@@ -193,18 +193,23 @@ def limit_each(
         low, high = (middle, high) if sum(min(c, middle) for c in costs) <= total else (low, middle)
     return high
 
+def seconds_of(probe:Probe, size:int, clock:Callable[[], float])->float:
+    "Seconds of one round."
+    start = clock()
+    for level in probe.levels: probe.run(size, level)
+    return clock() - start
+
 def first_cost(
     probe:Probe,
     allowance:float,  # seconds to spend on finding out
     clock:Callable[[], float],
 )->tuple[int, float]: # a size and the seconds of one round of it
-    "Cost of a probe at the largest size that is cheap to try."
-    size, began = probe.least, clock()
+    "Cost of a probe at the largest size that is cheap to try; the faster of two rounds, because the first of a size also pays for what is slow only once."
+    size, spent = probe.least, 0.
     while True:
-        start = clock()
-        for level in probe.levels: probe.run(size, level)
-        cost = clock() - start
-        if size >= probe.most or clock() - began + cost > allowance: return size, cost
+        cost = min(seconds_of(probe, size, clock), seconds_of(probe, size, clock))
+        spent += 2*cost
+        if size >= probe.most or 8*spent > allowance: return size, cost
         size = min(probe.most, 8*size)
 
 def affordable(
@@ -228,17 +233,18 @@ def calibrate(
 )->dict[tuple[str, ...], Line]:
     "A line for every probe, from rounds of all probes in turn."
     began = clock()
-    probes[0].run(probes[0].least, probes[0].levels[0])
-    tried = {p.key: first_cost(p, seconds/(4*len(probes)), clock) for p in probes}
-    limit = limit_each([cost*(p.most/size)**p.power for p in probes for size,cost in [tried[p.key]]], max(0., seconds - clock() + began)/5)
-    sizes = {p.key: affordable(p, *tried[p.key], limit) for p in probes}
+    def sizes(tried, rounds):
+        limit = limit_each([cost*(p.most/size)**p.power for p in probes for size,cost in [tried[p.key]]], max(0., seconds - clock() + began)/rounds)
+        return {p.key: affordable(p, *tried[p.key], limit) for p in probes}
+    tried = {p.key: first_cost(p, seconds/(8*len(probes)), clock) for p in probes}
+    chosen = sizes({p.key: (size, seconds_of(p, size, clock)) for p in probes for size in [sizes(tried, 10)[p.key]]}, 5)
     samples = {p.key: [] for p in probes}
     for done in progress(range(rounds), desc='calibrate', show=show):
         start = clock()
         if done > 2 and 2*start - last > began + seconds: break # the next round would take as long as this one took
-        for p in probes: samples[p.key].append(tuple(p.run(sizes[p.key], level) for level in p.levels))
+        for p in probes: samples[p.key].append(tuple(p.run(chosen[p.key], level) for level in p.levels))
         last = start
-    return {p.key: fit(samples[p.key], p.levels, sizes[p.key]) for p in probes}
+    return {p.key: fit(samples[p.key], p.levels, chosen[p.key]) for p in probes}
 
 # %% ../nbs/35_forecast.ipynb #abde2f62
 def network(recipe:Recipe)->str:
@@ -338,28 +344,34 @@ def training_seconds(
     waits = epochs*(pairs or recipe.pairs)*data + max(0., images*epochs*data - updates)*(batches > epochs) if ahead else images*epochs*data
     return dict(data=waits, updates=updates, checkpoint=(epochs + 1/3)*rates['checkpoint', net].base) # the last file has weights only
 
-# %% ../nbs/35_forecast.ipynb #433fe749
+# %% ../nbs/35_forecast.ipynb #792b14cd
 ATTACKS = {**SUITE, **FIXED} # what `evaluate` runs by default
+
+def _random_gallery(images:int, classes:int, dim:int, device:str)->Gallery:
+    emb = normalise(torch.randn(images, dim, generator=generator(0, 'gallery', images, dim)))
+    return Gallery(emb.to(device), (torch.arange(images)*classes//images).to(device))
 
 def network_probes(
     recipe:Recipe,
     protocol:dict, # of `experiments.evaluation_config`
     device:str,
 )->Iterator[Probe]:
-    "What evaluating one network takes, apart from its gallery: an attack and the embedding of a set."
+    "What evaluating one network takes, apart from its gallery: an attack, the embedding of a set, and the bootstrap."
     net, model = network(recipe), build(recipe.model, dim=recipe.dim, size=recipe.crop or recipe.size, channels=recipe.channels, seed=0).to(device)
-    def seconds(part, size, **changes):
-        images = noise_set(size, 2, (recipe.channels, recipe.size, recipe.size), recipe.crop)
-        return evaluate(model, images, **protocol | changes, attacks={'TMA': SUITE['TMA']}, backend='torch', device=device, show=False).parts[part]
-    yield Probe(('attack', net), lambda size, steps: seconds('TMA', size, limit=0, steps=steps), least=4, most=recipe.eval_batch, levels=(1, 4))
-    yield Probe(('embed', net), lambda size, level: seconds('gallery', size, limit=2, steps=0), least=4, most=2*recipe.eval_batch, batch=recipe.eval_batch)
+    def images(size): return noise_set(size, 2, (recipe.channels, recipe.size, recipe.size), recipe.crop)
+    def attack(size, steps):
+        records = attack_batches(model, images(size), _random_gallery(size, 2, recipe.dim, device), {'TMA': SUITE['TMA']}, Protocol(**protocol | dict(limit=0, steps=steps)), device=device, show=False)
+        return math.fsum(r['seconds'] for r in records)
+    yield Probe(('attack', net), attack, least=4, most=recipe.eval_batch, levels=(1, 4))
+    yield Probe(('embed', net), lambda size, level: _seconds(device, lambda: embed_all(streamlined(model), images(size), batch_size=recipe.eval_batch, device=device)), least=4, most=2*recipe.eval_batch, batch=recipe.eval_batch)
+    yield Probe(('intervals', net), lambda size, level: _bootstrap_seconds(size*level), least=32, most=1024, levels=(1, 2))
 
-# %% ../nbs/35_forecast.ipynb #cc9d8ebf
+def _bootstrap_seconds(queries:int)->float:
+    column = dict.fromkeys(HEADINGS, torch.rand(queries, generator=generator(0)).tolist())
+    return _seconds('cpu', lambda: intervals([dict(before=column, after=column)]))
+
+# %% ../nbs/35_forecast.ipynb #4c8f7008
 def gallery_key(workload:Workload, recipe:Recipe)->str: return f'{workload.test} images of {workload.test_classes} classes, {recipe.dim} dimensions, {recipe.eval_batch} queries'
-
-def _random_gallery(images:int, classes:int, dim:int, device:str)->Gallery:
-    emb = normalise(torch.randn(images, dim, generator=generator(0, 'gallery', images, dim)))
-    return Gallery(emb.to(device), (torch.arange(images)*classes//images).to(device))
 
 def gallery_probes(
     workload:Workload,
@@ -390,7 +402,7 @@ def _metric_probes(key, gallery, classes, device, backend)->Iterator[Probe]:
     yield Probe(('kmeans', key), cluster, least=max(2, classes//32), most=classes, levels=(1, 2), power=2)
     yield Probe(('indicators', key), lambda size, level: _seconds(device, lambda: indicators(emb, label, gen=generator(0))), least=1, most=1)
 
-# %% ../nbs/35_forecast.ipynb #48fe0677
+# %% ../nbs/35_forecast.ipynb #411fa20c
 def evaluation_seconds(
     rates:Rates,
     recipe:Recipe,
@@ -404,8 +416,8 @@ def evaluation_seconds(
         return (line.base + line.slope*recipe.eval_steps)/line.size
     free = each('gallery', key, 'TMA')
     attacks = {name: queries*(each('attack', net) + max(0., each('gallery', key, name) - free)) for name in ATTACKS}
-    search, cluster = rates['retrieval', key], rates['kmeans', key]
-    metrics = search.base + search.slope*N/search.size + cluster.base + 2*cluster.slope*(workload.test_classes/cluster.size)**2
+    search, cluster, sure = rates['retrieval', key], rates['kmeans', key], rates['intervals', net]
+    metrics = search.base + search.slope*N/search.size + cluster.base + 2*cluster.slope*(workload.test_classes/cluster.size)**2 + sure.base + sure.slope*queries/sure.size
     embedding = N*rates['embed', net].base/rates['embed', net].size
     sample = check_size(queries)
     checking = sample*(7*attacks['ES']/queries + 10*recipe.eval_steps*embedding/N) # searches by gradient, and one without
