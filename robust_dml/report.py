@@ -7,7 +7,7 @@ __all__ = ['COLUMNS', 'PANELS', 'Column', 'table1', 'table2', 'leaders', 'as_tex
            'parts', 'attack_seconds', 'summary', 'show', 'look', 'theme', 'png', 'curves', 'robustness', 'time_bars',
            'strip', 'warnings', 'document', 'write_report']
 
-# %% ../nbs/34_report.ipynb #b918de70
+# %% ../nbs/34_report.ipynb #1a9f8da6
 import base64, io, math, re, statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
+import PIL.Image
 import torch
 from torch import Tensor
 
@@ -339,7 +340,7 @@ def theme()->Iterator[None]:
            'axes.titlelocation': 'left', 'axes.labelsize': 9, 'xtick.labelsize': 9, 'ytick.labelsize': 9, 'legend.fontsize': 9, 'legend.frameon': False, 'font.family': 'DejaVu Sans'}
     with base.rc_context(sns.axes_style('ticks') | sns.plotting_context('paper') | own): yield
 
-# %% ../nbs/34_report.ipynb #fecbb56d
+# %% ../nbs/34_report.ipynb #9607a256
 def _figure(width:float, height:float)->'Figure':
     "An empty figure in inches, without pyplot's global state."
     return need('matplotlib.figure', 'a figure').Figure(figsize=(width, height), layout='constrained')
@@ -354,11 +355,18 @@ def _legend(fig:'Figure', rows:Mapping[Any,Sequence[Mapping[str,Any]]])->None:
     widest = max(map(len, handles))
     fig.legend(handles=list(handles.values()), loc='outside upper left', ncols=max(1, min(5, 130//(widest + 11))), handlelength=1.8, columnspacing=1.5)
 
-def png(fig:'Figure', *, dpi:int=150)->bytes:
+def png(
+    fig:'Figure',
+    *,
+    dpi:int=150,
+    colours:int=256, # of the palette, which makes a chart a third as large; 0: all, for photographs
+)->bytes:
     "The figure as a PNG file."
-    file = io.BytesIO()
+    file, small = io.BytesIO(), io.BytesIO()
     with theme(): fig.savefig(file, format='png', dpi=dpi, facecolor='white', metadata={'Software': None})
-    return file.getvalue()
+    if not colours: return file.getvalue()
+    with PIL.Image.open(file) as image: image.convert('RGB').quantize(colours, dither=PIL.Image.Dither.NONE).save(small, 'png', optimize=True)
+    return small.getvalue()
 
 # %% ../nbs/34_report.ipynb #065b6ff7
 _PANELS = (('loss', 'Loss'), ('dist_ap', 'Distance to the positive'), ('dist_an', 'Distance to the negative'),
@@ -752,7 +760,7 @@ def _origin(results:Mapping[str,Any])->str:
     return (f'<h3>Runs in the store</h3>{_grid(head, body)}<p class="note">Without partner: queries whose class has no other image in the gallery; R@1 is undefined for them and they are left out.</p>'
             f'<h3>Data</h3>{_facts(results["data"])}<h3>Software</h3>' + ''.join(map(_facts, machines)))
 
-# %% ../nbs/34_report.ipynb #6668f29f
+# %% ../nbs/34_report.ipynb #b439b3cb
 def _slug(text:str)->str:
     "A file name from a label."
     return re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-') or 'x'
@@ -767,7 +775,7 @@ def _figures(results:Mapping[str,Any], examples:Mapping[str,Mapping[str,Tensor]]
             'Distances that shrink together while separability falls announce a collapse; C is positive when one is impending, and COLO-TRIDE then assists or stops instead of attacking.')
     names, attack = {f'{setting} {label}': f'{label}, setting {setting}' for setting, label in _rows(results)}, results['records'][0]['eval'].get('example_attack', 'ES')
     for label, tensors in examples.items():
-        made[f'queries-{_slug(label)}.png'] = png(strip(tensors)), (f'{names.get(label, label)}: queries under the attack {attack} and the five nearest test images before and after. '
+        made[f'queries-{_slug(label)}.png'] = png(strip(tensors), colours=0 if tensors['clean'].shape[1] > 1 else 256), (f'{names.get(label, label)}: queries under the attack {attack} and the five nearest test images before and after. '
             'Solid blue frame: same class; dashed orange frame: other class.')
     if len(table := parts(results)):
         made['time.png'] = png(time_bars(results).figure), f'Seconds of training (blue) and evaluation (orange), mean over the seeds. {_largest(table)}'

@@ -240,7 +240,8 @@ def test_strip_of_colours_and_few_results():
     colour |= {k: v[:, :2] for k, v in colour.items() if k.endswith(('before', 'after'))}
     ax, = report.strip(colour).axes
     assert np.asarray(ax.images[0].get_array()).shape[2] == 3 and len(ax.patches) == 8
-    Image.open(io.BytesIO(report.png(report.strip(colour)))).verify()
+    whole, few = (Image.open(io.BytesIO(report.png(report.strip(colour), colours=count))) for count in (0, 16))
+    assert (whole.size, len(whole.convert('RGB').getcolors(2**24)) > 16) == (few.size, True) and few.mode == 'P' and len(few.getcolors()) <= 16
 
 
 def timed(results):
