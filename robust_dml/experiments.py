@@ -10,7 +10,7 @@ __all__ = ['PAPER_28', 'PAPER_224', 'A', 'B', 'QUICK', 'SMALL', 'SMOKE', 'PRESET
            'Cell', 'cells', 'natural', 'defense', 'training_config', 'weights_name', 'train_cell', 'evaluation_config',
            'evaluate_cell', 'record', 'published', 'results', 'example_images']
 
-# %% ../nbs/33_experiments.ipynb #17e23b07
+# %% ../nbs/33_experiments.ipynb #38e4c129
 import hashlib, json, math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from .archives import QueryGallery, is_archive, load
-from .baselines import BASELINES, make, valid_options
+from .baselines import BASELINES
 from .core import check_choice, kept_memory
 from .data import Split
 from .defenses import Defense
+from .eat import PROXY, ProxyDefense, Shared, make, network, valid_options
 from .evaluate import Protocol, evaluate, examples
-from .models import MODELS, build, checksum
+from .models import MODELS, checksum
 from .scores import paper_table
 from .search import resolve_backend
 from .store import Run, StoreError, find_run, load_tensors, open_run, reports_root, save_tensors
@@ -117,7 +118,7 @@ def describe(setting:Setting)->str:
     warm = f' after {setting.warm_epochs} natural epochs' if setting.warm_epochs else ''
     return f'{setting.name} (ε {255*setting.eps:g}/255, steps of {255*setting.step_size:g}/255, {setting.steps} for ACT and HM, {setting.colo_steps} for COLO-TRIDE{warm})'
 
-# %% ../nbs/33_experiments.ipynb #b3783a43
+# %% ../nbs/33_experiments.ipynb #1aafd914
 class Row(NamedTuple):
     "A line of a table."
     label:str
@@ -134,6 +135,12 @@ DEFENSES = dict(
     colo_steps=Row('COLO-TRIDE (paper, C per step)', 'colo_tride', _STEPWISE),
     colo_early=Row('COLO-TRIDE (paper, C per step), assist from the start', 'colo_tride', dict(_STEPWISE, assist_start_frac=0.)),
     est=Row('EST', 'est'), ses=Row('SES', 'ses'), minmax=Row('Min-max', 'minmax'), free=Row('Free AT', 'free'), multi_similarity=Row('Multi-similarity', 'multi_similarity'),
+    pal_natural=Row('Natural (PAL)', 'pal_natural'), pal_at=Row('AT (PAL)', 'pal_at'), pal_mixup=Row('Mix-up (PAL)', 'pal_mixup'), pal_mixup_at=Row('Mix-up + AT (PAL)', 'pal_mixup_at'),
+    pal_trades=Row('TRADES-E', 'pal_trades'), pal_alp=Row('ALP-E', 'pal_alp'), ensemble_at=Row('Ensemble-AT', 'ensemble_at'), joint_at=Row('Joint ensemble AT', 'joint_at'),
+    adp=Row('ADP-E', 'adp'), gal=Row('GAL-E', 'gal'), dverge=Row('DVERGE-E', 'dverge'), eat=Row('EAT (our reconstruction)', 'eat'),
+    eat_none=Row('EAT, split only', 'eat', dict(self_transfer='none')), eat_ensemble=Row('EAT, shared images', 'eat', dict(self_transfer='ensemble')),
+    natural_triplet=Row('Natural (tuples, triplet)', 'tuples', dict(loss='triplet', attack_rate=0.)), tuples_triplet=Row('Robust tuples, triplet', 'tuples', dict(loss='triplet')),
+    natural_contrastive=Row('Natural (tuples, contrastive)', 'tuples', dict(loss='contrastive', attack_rate=0.)), tuples_contrastive=Row('Robust tuples, contrastive', 'tuples', dict(loss='contrastive')),
     topweighted=Row('Top-weighted', 'topweighted', dict(top=.5)), library_loss=Row('Contrastive', 'library_loss', dict(loss='ContrastiveLoss')))
 TABLE_DEFENSES = ('natural', 'act', 'hm', 'colo_tride')
 PARAMETERS = dict(dataset='glyphs', root='', preset='quick', defenses='', seeds='', profile='', device='auto', epochs=0, limit=0, weights='',
@@ -156,7 +163,7 @@ def _typed(name:str, value, default):
     kind = {str: 'text', bool: 'True or False', int: 'a whole number of 0 or more'}[type(default)]
     raise ValueError(f'parameter {name} must be {kind}, found {value!r}')
 
-# %% ../nbs/33_experiments.ipynb #76568821
+# %% ../nbs/33_experiments.ipynb #b8bfdb9e
 def listed(
     name:str,
     text:str,               # comma-separated
@@ -167,7 +174,7 @@ def listed(
     for entry in entries: check_choice(name, entry, tuple(choices))
     return entries
 
-_FLOATS = {f.name for f in fields(Switches) if f.type is float} | {'weight', 'alpha', 'beta', 'base', 'clean_weight', 'ics', 'pseudo', 'top'}
+_FLOATS = {f.name for kind in (Switches, Shared) for f in fields(kind) if f.type is float} | {'attack_rate', 'apart', 'cutoff', 'far', 'w_clean', 'w_transfer', 'relation', 'entropy', 'diversity', 'feature_eps', 'feature_step', 'weight', 'alpha', 'beta', 'base', 'clean_weight', 'ics', 'pseudo', 'top'}
 
 def table_lines(
     text:str,      # comma-separated
@@ -353,7 +360,7 @@ def announce(plan:Plan)->None:
     print(f'attacks: {r.eval_steps} steps of {255*r.eval_step_size:g}/255 at the radius of the setting, {r.limit or "all"} queries')
     print(*(f'setting {describe(s)}' for s in r.settings), sep='\n')
 
-# %% ../nbs/33_experiments.ipynb #72277a9a
+# %% ../nbs/33_experiments.ipynb #e6ed05e3
 @dataclass(frozen=True)
 class Cell:
     "One training and evaluation."
@@ -374,7 +381,7 @@ def _versions(row:Row, profiles:tuple[str,...])->list[tuple[str, str]]:
     "Profiles and labels of a line; naive adversaries know no COLO, for which profiles differ: one is enough."
     if 'profile' in row.options: return [(row.options['profile'], row.label)]
     plain, own = [p for p in profiles if p != 'tuned'], [('tuned', f'{row.label} (tuned)')] if 'tuned' in profiles and row.defense in TUNABLE and not row.options else []
-    if row.defense in ('natural', 'act', 'hm', *BASELINES): return [('', row.label), *own]
+    if row.defense in ('natural', 'act', 'hm', 'tuples', *BASELINES, *PROXY): return [('', row.label), *own]
     return [(plain[0], row.label), *own] if row.defense.startswith('naive') else [*((profile, f'{row.label} ({profile})') for profile in plain), *own]
 
 def natural(recipe:Recipe)->Defense:
@@ -388,7 +395,8 @@ def defense(
     "The defence of a cell with all its switches."
     s, row = cell.setting, table_row(cell.defense)
     inner = dict(eps=s.eps, step_size=s.step_size, margin=recipe.margin)
-    base = {'natural': dict(margin=recipe.margin, miner=recipe.natural_miner), 'act': dict(inner, steps=s.steps), 'hm': dict(inner, steps=s.steps, ics=recipe.ics), **dict.fromkeys(('est', 'ses', 'minmax', 'topweighted'), dict(inner, steps=s.steps)),
+    shared = dict(eps=s.eps, step_size=s.step_size, steps=s.steps) | ({} if recipe.weights else dict(warm_epochs=0, clean_epochs=min(1, recipe.epochs - 1), ramp_epochs=recipe.epochs//3)) # nothing to warm up without pretrained weights
+    base = dict.fromkeys(PROXY, shared) | {'natural': dict(margin=recipe.margin, miner=recipe.natural_miner), 'act': dict(inner, steps=s.steps), 'hm': dict(inner, steps=s.steps, ics=recipe.ics), **dict.fromkeys(('est', 'ses', 'minmax', 'topweighted', 'tuples'), dict(inner, steps=s.steps)),
             'free': inner, **dict.fromkeys(('multi_similarity', 'library_loss'), dict(eps=s.eps, step_size=s.step_size, steps=s.steps))}
     profile = next(p for p in (cell.profile, *recipe.profiles) if p != 'tuned')
     given = base.get(row.defense, dict(inner, steps=s.colo_steps, lam=recipe.lam, profile=profile))
@@ -415,7 +423,7 @@ def weights_name(weights:str)->str:
     path = Path(weights)
     return f'file:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}' if weights and path.is_file() else weights
 
-# %% ../nbs/33_experiments.ipynb #8c98740a
+# %% ../nbs/33_experiments.ipynb #0a37f4d9
 def train_cell(
     plan:Plan,
     cell:Cell,
@@ -424,7 +432,7 @@ def train_cell(
 )->tuple[nn.Module, Run]: # trained model in memory, its run folder
     "Train a cell, go on with it, or load it."
     r = plan.recipe
-    model = build(r.model, dim=r.dim, size=r.crop or r.size, channels=r.channels, seed=cell.seed, weights=r.weights or None)
+    model = network(defense(cell, r), r.model, classes=len(plan.data.train.classes), dim=r.dim, size=r.crop or r.size, channels=r.channels, seed=cell.seed, weights=r.weights or None)
     for chosen,config,label in _trainings(plan, cell):
         run = open_run(plan.reports, 'train', config)
         train(model, plan.data.train, chosen, epochs=config['epochs'], pairs=r.pairs, lr=r.lr, weight_decay=r.weight_decay, seed=cell.seed, allow_self=r.allow_self,
@@ -433,12 +441,11 @@ def train_cell(
 
 def _trainings(plan, cell)->Iterator[tuple[Defense, dict, str]]:
     "Defence, configuration and label of the trainings behind a cell, in order: the warm-up, if its setting has one, and the cell's own."
-    start, warm = '', natural(plan.recipe)
-    if cell.setting.warm_epochs:
+    start, warm, chosen = '', natural(plan.recipe), defense(cell, plan.recipe)
+    if cell.setting.warm_epochs and not isinstance(chosen, ProxyDefense): # these have a warm-up of their own
         config = training_config(plan, warm, cell.seed, epochs=cell.setting.warm_epochs)
         start = find_run(plan.reports, 'train', config).address
         yield warm, config, 'warm-up'
-    chosen = defense(cell, plan.recipe)
     yield chosen, training_config(plan, chosen, cell.seed, epochs=plan.recipe.epochs, start=start), cell.label
 
 # %% ../nbs/33_experiments.ipynb #baee0d84

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['save_checkpoint', 'load_checkpoint', 'mean_log', 'train_epoch', 'train', 'finish', 'load_trained']
 
-# %% ../nbs/32_train.ipynb #3d49f901
+# %% ../nbs/32_train.ipynb #9e9e78c9
 import math
 from contextlib import closing
 from typing import Literal
@@ -17,6 +17,7 @@ from torch.optim import Adam, Optimizer
 from .core import Stopwatch, check_choice, generator, kept_memory, progress
 from .data import ImageSet, pair_batches, training_batches
 from .defenses import Clock, Defense
+from .eat import Parts, ProxyDefense
 from .models import channels_last, dtype_of
 from .store import Run, load_tensors, save_tensors
 
@@ -65,7 +66,7 @@ def mean_log(
     columns = {key: [log[key] for log in logs if not math.isnan(log[key])] for key in logs[0]}
     return {key: math.fsum(column)/len(column) if column else math.nan for key,column in columns.items()}
 
-# %% ../nbs/32_train.ipynb #866656bc
+# %% ../nbs/32_train.ipynb #dbf22b3b
 def train_epoch(
     model:nn.Module,
     dataset:ImageSet,
@@ -81,14 +82,16 @@ def train_epoch(
     device:str,
     bar,               # progress bar, moved on by one per batch
     watch:Stopwatch,   # counts 'data', 'defence' and 'update'
+    parts:Parts|None=None, # of a defence with proxies: which member learns from which image
 )->tuple[dict,dict]:   # state after the epoch, mean log
     "Every training image once as the first of a pair: the outer minimisation, eq. (4) of COLO-TRIDE."
     order, looks, draws = (generator(seed, name, clock.epoch) for name in ('pairs', 'augment', 'defense'))
-    rows, logs = pair_batches(dataset.labels, pairs=pairs, gen=order, allow_self=allow_self), []
+    rows, logs = list(pair_batches(dataset.labels, pairs=pairs, gen=order, allow_self=allow_self)), []
+    def own(i): return {} if parts is None else dict(parts=parts.of(rows[i]))
     with closing(training_batches(dataset, rows, gen=looks, device=device, dtype=dtype_of(model))) as batches:
         for i,(x, label) in enumerate(watch.each('data', batches)):
             with watch('defence'), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == 'bfloat16'):
-                loss,state,log = defense.step(model, x, label, state=state, clock=Clock(clock.epoch, clock.epochs, clock.update+i), gen=draws)
+                loss,state,log = defense.step(model, x, label, state=state, clock=Clock(clock.epoch, clock.epochs, clock.update+i), gen=draws, **own(i))
                 value = loss.item()
             if not math.isfinite(value): raise FloatingPointError(f'expected a finite loss, found {value} at epoch {clock.epoch}, batch {i} of {defense.name}; '
                                                                   'lower the learning rate or the budget (the last whole epoch is kept)')
@@ -100,7 +103,7 @@ def train_epoch(
             bar.update(1)
     return state, mean_log(logs)
 
-# %% ../nbs/32_train.ipynb #62f44e1d
+# %% ../nbs/32_train.ipynb #7faef6ff
 @kept_memory()
 def train(
     model:nn.Module,   # trained in place
@@ -110,7 +113,7 @@ def train(
     epochs:int,        # SPC-2 epochs
     pairs:int,         # pairs per batch (the papers: 56 pairs of 224 x 224 images)
     lr:float,
-    weight_decay:float=0., # L2, added to the gradient
+    weight_decay:float=0., # L2, added to the gradient; of a defence with proxies: AdamW's
     seed:int=0,        # of batches, mining and augmentation
     allow_self:bool=False,
     precision:Literal['float32','bfloat16']='float32', # of the network; losses, distances, weights and the optimiser stay in float32
@@ -124,7 +127,9 @@ def train(
     check_choice('precision', precision, ('float32', 'bfloat16'))
     model.to(device)
     if run and run.has('result.json') and run.has('model.safetensors'): return load_trained(run, model)
-    optimizer = Adam(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    proxies, options = isinstance(defense, ProxyDefense), dict(lr=lr, weight_decay=weight_decay)
+    optimizer = defense.optimizer(model, **options) if proxies else Adam(model.parameters(), **options, fused=True)
+    parts = defense.parts(model, dataset, seed) if proxies else None
     with channels_last(model):
         done = dict(epoch=0, state=defense.init(), log=[], updates=0, image_steps=0, seconds=0., parts={}, device=str(device))
         if run: done |= load_checkpoint(run, model, optimizer)
@@ -133,8 +138,9 @@ def train(
         def times(): return dict(seconds=watch.now()-began, parts=dict(watch.seconds))
         with progress(desc=desc or f'train {defense.name}', total=epochs*batches, initial=done['epoch']*batches, show=show) as bar:
             for epoch in range(done['epoch'], epochs):
+                if proxies: defense.set_rate(optimizer, epoch)
                 state,log = train_epoch(model, dataset, defense, optimizer, done['state'], Clock(epoch, epochs, epoch*batches),
-                                        pairs=pairs, seed=seed, allow_self=allow_self, precision=precision, device=device, bar=bar, watch=watch)
+                                        pairs=pairs, seed=seed, allow_self=allow_self, precision=precision, device=device, bar=bar, watch=watch, parts=parts)
                 done |= dict(epoch=epoch+1, state=state, log=[*done['log'], dict(log, epoch=epoch)], updates=(epoch+1)*batches,
                              image_steps=done['image_steps'] + round(log.get('image_steps', 0)*batches), **times())
                 if run:
