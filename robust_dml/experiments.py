@@ -230,7 +230,7 @@ def tuned(
     methods = json.loads(file.read_text(encoding='utf-8'))['methods']
     return methods[check_choice('method', method, tuple(methods))]['candidate']
 
-# %% ../nbs/33_experiments.ipynb #830d7cd5
+# %% ../nbs/33_experiments.ipynb #d2ab27a6
 class Experiment(NamedTuple):
     "What a run notebook shows."
     title:str
@@ -255,6 +255,7 @@ EXPERIMENTS = dict(
     baselines=Experiment('Further baselines', ('natural', 'est', 'ses', 'minmax', 'free', 'multi_similarity', 'act', 'hm', 'hm:source=random', 'hm:source=semihard', 'hm:pseudo=0'), (A,)),
     locality=Experiment('Local against global resistance, over the weight of the nearest negative', tuple(f'topweighted:top={w}' for w in (0, .25, .5, .75, 1)), (replace(A, name='L', warm_epochs=B.warm_epochs),)),
     stress=Experiment('Stress: stronger, blind and borrowed attacks', TABLE_DEFENSES),
+    all_defenses=Experiment('Every defence of the three papers side by side', ('natural', 'est', 'ses', 'act', 'minmax', 'hm', 'colo_tride', 'natural_triplet', 'tuples_triplet', 'tuples_contrastive', 'pal_natural', 'pal_at', 'ensemble_at', 'eat')),
     cost=Experiment('What the tables cost', TABLE_DEFENSES))
 
 # %% ../nbs/33_experiments.ipynb #4b808668

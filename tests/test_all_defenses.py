@@ -1,0 +1,53 @@
+"One table for the defences of three papers: every line trains, is attacked both ways, and nothing depends on the batch."
+import math
+from dataclasses import replace
+
+import pytest
+
+from robust_dml import all_defenses, experiments
+from robust_dml.store import read_lines
+
+
+@pytest.fixture(scope='module')
+def asked(tmp_path_factory):
+    return experiments.plan('all_defenses', experiments.parameters(dict(preset='smoke', out=str(tmp_path_factory.mktemp('reports')))))
+
+
+@pytest.fixture(scope='module')
+def found(asked):
+    pytest.importorskip('pytorch_metric_learning', reason='the proxy loss of EAT comes from pytorch-metric-learning')
+    return all_defenses.all_results(asked, show=False)
+
+
+def test_every_defence_has_all_numbers(asked, found):
+    table = all_defenses.means(found['records'])
+    assert {r['defense'] for r in found['records']} == set(asked.defenses)
+    for label, row in table.items():
+        assert all(not math.isnan(mean) for mean, _ in row.values()), label
+        assert all(row[f'{k} attacked'][0] <= row[f'{k} clean'][0] + 1e-6 for k in ('R@1', 'centre'))
+
+
+def test_the_page_names_every_defence(asked, found):
+    page = all_defenses.write_all(asked.folder, found)
+    text = page.read_text()
+    assert all(r['label'] in text for r in found['records'])
+    assert len((page.parent/'table.csv').read_text().splitlines()) == 1 + len({r['label'] for r in found['records']})
+
+
+def test_nothing_depends_on_the_batch(asked, found, tmp_path):
+    cell = next(experiments.cells(asked))
+    small = replace(asked, reports=tmp_path, recipe=replace(asked.recipe, eval_batch=5))
+    again = all_defenses.cluster_cell(small, cell, show=False)
+    assert {r['queries'] for r in read_lines(again, 'queries.jsonl')} <= {5, 2}
+    for scope, row in again.read('result.json')['worst'].items():
+        assert row == pytest.approx(found['records'][0]['cluster']['worst'][scope], abs=1e-6)
+
+
+def test_no_order_without_a_spread_and_none_of_collapsed_models():
+    def record(label, ars, collapsed=False): return dict(label=label, setting='A', eval=dict(benign={'R@1': 50.}, ers=ars, ars=ars, collapsed=collapsed, indicators=dict(mean_distance=1.)),
+                                                         cluster=dict(clean=dict.fromkeys(all_defenses.SHOWN, 50.), worst={s: dict.fromkeys(all_defenses.SHOWN, ars/2) for s in ('query', 'all')}))
+    assert 'no order is claimed' in all_defenses.words([record('a', 40.), record('b', 30.)])[0]
+    said = all_defenses.words([record('a', 40.), record('a', 41.), record('b', 30.), record('b', 31.), record('c', 99., True)])
+    assert 'ARS a (40.5);' in said[0] and said[-1].endswith('left out of these sentences: c.')
+    rank = all_defenses.words([record(label, ars) for label, ars in (('a', 1.), ('b', 2.), ('c', 3.), ('d', 4.))])[1]
+    assert 'correlation of ARS and centre accuracy under attack is 1.00' in rank
