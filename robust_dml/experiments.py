@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PAPER_28', 'PAPER_224', 'A', 'B', 'QUICK', 'SMALL', 'SMOKE', 'PRESETS', 'BUILT_IN', 'DEFENSES', 'TABLE_DEFENSES',
            'PARAMETERS', 'TUNABLE', 'SCALED', 'EXPERIMENTS', 'Setting', 'Recipe', 'recipe', 'overrides', 'describe',
-           'Row', 'parameters', 'listed', 'table_lines', 'table_row', 'seed_list', 'resolve', 'tuned', 'Experiment',
-           'Plan', 'plan', 'with_backbone', 'replan', 'folder_name', 'check_split', 'query_count', 'device', 'announce',
-           'Cell', 'cells', 'natural', 'defense', 'training_config', 'weights_name', 'train_cell', 'evaluation_config',
-           'evaluate_cell', 'record', 'published', 'results', 'example_images']
+           'Row', 'parameters', 'table_lines', 'table_row', 'seed_list', 'resolve', 'tuned', 'Experiment', 'Plan',
+           'plan', 'with_backbone', 'replan', 'folder_name', 'check_split', 'query_count', 'announce', 'Cell', 'cells',
+           'natural', 'defense', 'training_config', 'weights_name', 'train_cell', 'evaluation_config', 'evaluate_cell',
+           'record', 'published', 'results', 'example_images']
 
-# %% ../nbs/33_experiments.ipynb #38e4c129
+# %% ../nbs/33_experiments.ipynb #8e8d7d39
 import hashlib, json, math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .archives import QueryGallery, is_archive, load
 from .baselines import BASELINES
-from .core import check_choice, kept_memory
+from .core import check_choice, kept_memory, listed, pick_device, typed
 from .data import Split
 from .defenses import Defense
 from .eat import PROXY, ProxyDefense, Shared, make, network, valid_options
@@ -146,7 +146,7 @@ TABLE_DEFENSES = ('natural', 'act', 'hm', 'colo_tride')
 PARAMETERS = dict(dataset='glyphs', root='', preset='quick', defenses='', seeds='', profile='', device='auto', epochs=0, limit=0, weights='',
                   backend='auto', precision='', compiled=False, out='', skip_unreadable=False, backbone='')
 
-# %% ../nbs/33_experiments.ipynb #3cf50179
+# %% ../nbs/33_experiments.ipynb #5183fb8a
 def parameters(
     namespace:dict, # globals() of a run notebook, or a dict of parameters
 )->dict:            # every parameter, checked for name and type
@@ -154,26 +154,9 @@ def parameters(
     values = {k for k,v in namespace.items() if isinstance(v, (str, int, float, bool, type(None), list, tuple, dict)) and not k.startswith('_')}
     unknown = sorted(values - PARAMETERS.keys() - {'In', 'Out', 'results'})
     if unknown: raise ValueError(f'unknown parameter {", ".join(unknown)}; the valid ones are {", ".join(PARAMETERS)} (a variable of your own in the notebook: begin its name with _)')
-    return {name: _typed(name, namespace.get(name, default), default) for name,default in PARAMETERS.items()}
+    return {name: typed(name, namespace.get(name, default), default) for name,default in PARAMETERS.items()}
 
-def _typed(name:str, value, default):
-    "The value as the type of the default; papermill turns `0` into an int where a list of seeds is meant."
-    if isinstance(default, str) and isinstance(value, (str, int, float)) and not isinstance(value, bool): return str(value).strip()
-    if type(value) is type(default) and not (isinstance(value, int) and value < 0): return value
-    kind = {str: 'text', bool: 'True or False', int: 'a whole number of 0 or more'}[type(default)]
-    raise ValueError(f'parameter {name} must be {kind}, found {value!r}')
-
-# %% ../nbs/33_experiments.ipynb #b8bfdb9e
-def listed(
-    name:str,
-    text:str,               # comma-separated
-    choices:Iterable[str],  # valid entries, for the message
-)->tuple[str,...]:
-    "Entries of a comma-separated parameter."
-    entries = tuple(dict.fromkeys(e.strip() for e in text.split(',') if e.strip()))
-    for entry in entries: check_choice(name, entry, tuple(choices))
-    return entries
-
+# %% ../nbs/33_experiments.ipynb #7e66bb57
 _FLOATS = {f.name for kind in (Switches, Shared) for f in fields(kind) if f.type is float} | {'attack_rate', 'apart', 'cutoff', 'far', 'w_clean', 'w_transfer', 'relation', 'entropy', 'diversity', 'feature_eps', 'feature_step', 'weight', 'alpha', 'beta', 'base', 'clean_weight', 'ics', 'pseudo', 'top'}
 
 def table_lines(
@@ -258,7 +241,7 @@ EXPERIMENTS = dict(
     all_defenses=Experiment('Every defence of the three papers side by side', ('natural', 'est', 'ses', 'act', 'minmax', 'hm', 'colo_tride', 'natural_triplet', 'tuples_triplet', 'tuples_contrastive', 'pal_natural', 'pal_at', 'ensemble_at', 'eat')),
     cost=Experiment('What the tables cost', TABLE_DEFENSES))
 
-# %% ../nbs/33_experiments.ipynb #4b808668
+# %% ../nbs/33_experiments.ipynb #5bd140b1
 @dataclass(frozen=True)
 class Plan:
     "A table's recipe for one data set, and where to compute it."
@@ -290,7 +273,7 @@ def plan(
                 test_classes=r.test_classes or None, skip_unreadable=p['skip_unreadable'])
     check_split(data)
     if experiment == 'cost' and isinstance(data, QueryGallery): raise ValueError(f'cost needs test images that are queries and gallery at once, found {data.name} with a gallery of its own; run its table without a forecast')
-    return Plan(experiment, p['preset'], r, table_lines(p['defenses']) or EXPERIMENTS[experiment].defenses, p, name, data, data.card(), device(p['device']),
+    return Plan(experiment, p['preset'], r, table_lines(p['defenses']) or EXPERIMENTS[experiment].defenses, p, name, data, data.card(), pick_device(p['device']),
                 resolve_backend(p['backend']), reports_root(p['out']))
 
 def with_backbone(
@@ -339,16 +322,6 @@ def query_count(data:Split)->int:
     return data.queries if isinstance(data, QueryGallery) else 0
 
 def _weights(asked:str, preset:str)->str: return {'': preset, 'none': ''}.get(asked, str(Path(asked).expanduser()))
-
-def device(asked:str)->str:
-    "The device to compute on; 'auto' takes a GPU when torch sees one."
-    if asked == 'auto': return 'cuda' if torch.cuda.is_available() else 'cpu'
-    try:
-        if torch.device(asked).type not in ('cpu', 'cuda'): raise RuntimeError('not supported')
-        torch.empty(1, device=asked)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device must be 'auto', 'cpu' or a GPU that torch can use ('cuda'), found {asked!r}: {str(error).splitlines()[0][:120]}") from None
-    return asked
 
 # %% ../nbs/33_experiments.ipynb #bd15d8bf
 def announce(plan:Plan)->None:

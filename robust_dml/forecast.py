@@ -13,7 +13,7 @@ __all__ = ['PAPER_SETS', 'MOVED', 'Rates', 'ATTACKS', 'NOT_FORECAST', 'GAPS', 'W
            'rehearse_evaluation', 'recorded', 'beside_paper', 'cost_results', 'frame', 'duration', 'summary', 'bars',
            'write_cost_report']
 
-# %% ../nbs/35_forecast.ipynb #a4df4600
+# %% ../nbs/35_forecast.ipynb #465d2aa5
 import json, math, shutil, statistics, subprocess, sys, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,14 +29,14 @@ from torch.optim import Adam
 from .attacks import FIXED, SUITE, Gallery
 from .baselines import make
 from .collapse import indicators
-from .core import Stopwatch, generator, kept_memory, need, progress
+from .core import Stopwatch, generator, kept_memory, listed, need, pick_device, progress
 from .data import ImageSet, Split, training_batches
 from .defenses import Clock, Defense
 from .distances import normalise
 from .eat import PROXY
 from .evaluate import Protocol, attack_batches, check_size, evaluate, intervals
 from robust_dml.experiments import (
-    BUILT_IN, Cell, Plan, Recipe, _shareable, _trainings, cells, defense, describe, device, evaluation_config, folder_name, listed, natural, plan, recipe, seed_list, table_lines, table_row, with_backbone,
+    BUILT_IN, Cell, Plan, Recipe, _shareable, _trainings, cells, defense, describe, evaluation_config, folder_name, natural, plan, recipe, seed_list, table_lines, table_row, with_backbone,
     TABLE_DEFENSES,
 )
 from .metrics import retrieval
@@ -428,7 +428,7 @@ def attack_seconds(parts:Mapping[str, float])->float:
     "Seconds attacking: the `seconds` of an evaluation."
     return math.fsum(parts[name] for name in ATTACKS)
 
-# %% ../nbs/35_forecast.ipynb #e563280c
+# %% ../nbs/35_forecast.ipynb #29cfdb5c
 def _as_asked(base:Recipe, p:Mapping[str, Any])->Recipe:
     "A recipe with what the parameters change, as in `experiments.plan`; initial weights change no times."
     return replace(with_backbone(base, p['backbone']), seeds=seed_list(p['seeds']) or base.seeds, epochs=p['epochs'] or base.epochs, limit=p['limit'] or base.limit, weights='',
@@ -451,7 +451,7 @@ def cost_plan(
     w, classes = paper_workload(name, r), r.train_classes or PAPER_SETS[name][1]
     data = Split(name, noise_set(w.train, classes, w.shape, w.crop), noise_set(w.test, w.test_classes, w.shape, w.crop))
     card = dict(name=f'{name} (no files, its size only)', train=data.train.summary(), test=data.test.summary(), checksum='', skipped=[])
-    return Plan('cost', p['preset'], r, table_lines(p['defenses']) or TABLE_DEFENSES, p, name, data, card, device(p['device']), resolve_backend(p['backend']),
+    return Plan('cost', p['preset'], r, table_lines(p['defenses']) or TABLE_DEFENSES, p, name, data, card, pick_device(p['device']), resolve_backend(p['backend']),
                 reports_root(p['out']))
 
 def cases(plan:Plan)->dict[str, tuple[Workload, Plan]]:

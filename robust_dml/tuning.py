@@ -8,7 +8,7 @@ __all__ = ['IMAGES', 'SLACK', 'RULE', 'CANDIDATES', 'QUERIES', 'OWN', 'Rows', 'o
            'measure', 'search', 'confirm', 'tune', 'fronts', 'moves', 'summary', 'table', 'to_csv', 'write_tuning',
            'keep']
 
-# %% ../nbs/40_tuning.ipynb #03ceeb34
+# %% ../nbs/40_tuning.ipynb #b27222c0
 import csv, io, itertools, json, math, statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core import check_between, check_choice, fingerprint, generator, kept_memory
+from .core import check_between, check_choice, fingerprint, generator, kept_memory, listed, typed
 from .data import ImageSet, Split
-from .experiments import DEFENSES, SCALED, Cell, Plan, Setting, check_split, defense, describe, listed, parameters, plan, record, resolve, tuned, _shareable, _typed
+from .experiments import DEFENSES, SCALED, Cell, Plan, Setting, check_split, defense, describe, parameters, plan, record, resolve, tuned, _shareable
 from .report import _facts, _figure, _grid, _legend, _line, _name, _picture, look, png, theme
 from .store import provenance, to_json, write_atomic
 from .studies import _publish
@@ -167,7 +167,7 @@ class Tuning:
         "Image steps that a training on the remaining classes may make."
         return round(IMAGES['hm']*self.held.recipe.settings[0].steps*len(self.held.data.train)*self.held.recipe.epochs)
 
-# %% ../nbs/40_tuning.ipynb #fc74d6c5
+# %% ../nbs/40_tuning.ipynb #78e11d7c
 def held_out_plan(
     plan:Plan,
     *,
@@ -187,7 +187,7 @@ def prepare(
     namespace:dict, # globals() of the run notebook, or a dict of parameters
 )->Tuning:
     "Check the parameters and resolve both plans."
-    own = {name: _typed(name, namespace.get(name, default), default) for name,default in OWN.items()}
+    own = {name: typed(name, namespace.get(name, default), default) for name,default in OWN.items()}
     try: asked = parameters({k: v for k,v in namespace.items() if k not in OWN})
     except ValueError as error: raise ValueError(f'{error}; and for tuning {", ".join(OWN)}') from None
     listed('profile', asked['profile'], ('official', 'paper')) # a tuned setting is no default to tune from

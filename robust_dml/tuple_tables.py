@@ -7,7 +7,7 @@ __all__ = ['LINES', 'PAPER_B', 'BUDGETS', 'CURVED', 'TABLES', 'Line', 'Budget', 
            'Probe', 'probes', 'fit', 'measure', 'record', 'results', 'outcome', 'Table', 'by_line', 'pooled', 'fold_of',
            'table', 'along', 'curve', 'both_curves', 'curve_table', 'words', 'write_tuples']
 
-# %% ../nbs/44_tuple_tables.ipynb #5e1be8c8
+# %% ../nbs/44_tuple_tables.ipynb #7ac24790
 import json, math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,10 +20,10 @@ from torch import nn
 
 from .clustering import ATTACKS
 from .collapse import indicators, is_collapsed
-from .core import generator, kept_memory, need, progress
+from .core import generator, kept_memory, listed, need, progress
 from .defenses import Defense
 from .evaluate import picked, queries_and_gallery, query_rows
-from .experiments import PAPER_224, Plan, Recipe, Setting, listed, overrides, parameters, plan, query_count, training_config, _shareable
+from .experiments import PAPER_224, Plan, Recipe, Setting, overrides, parameters, plan, query_count, training_config, _shareable
 from .locality import _cells
 from .models import build, checksum, embed_all, streamlined
 from .report import _cell, _figure, _grid, _line, _name, _origin, _picture, _setup, _spread, curves, look, png, theme

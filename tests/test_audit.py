@@ -312,3 +312,13 @@ def test_classifier_that_the_model_names():
     named, plain = Named(nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(3, 2)), nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(3, 2))
     assert (module._without_head(named, 'timm:named'), module._without_head(plain, 'torchvision:plain')) == ('1', '2')
     assert [type(m).__name__ for m in (*named, *plain)] == ['Linear', 'Identity', 'Linear', 'Linear', 'Linear', 'Identity']
+
+
+def test_an_audit_needs_nothing_that_trains():
+    "Floors 0, 1 and 3 of the module map are enough; importing the rest would cost every audit its dependencies."
+    import subprocess
+    import sys
+    code = 'import sys, robust_dml.audit; print(*sorted(m for m in sys.modules if m.startswith("robust_dml.")))'
+    loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {f'robust_dml.{name}' for name in ('defenses', 'tride', 'baselines', 'tuples', 'eat', 'train', 'experiments')} & set(loaded)
+    assert 'robust_dml.evaluate' in loaded

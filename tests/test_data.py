@@ -467,9 +467,12 @@ def test_prefetch_can_be_interrupted(no_thread_left):
     found = data.prefetch(items())
     assert next(found) == 0
     threading.Timer(1., enough.set).start()
-    with pytest.raises(KeyboardInterrupt):
-        waiting.set()
-        next(found)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it runs in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            waiting.set()
+            next(found)
+    finally: signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize('crop', [None, 4])
