@@ -98,7 +98,7 @@ def judged(world, folder):
 
 def test_everything_holds(tmp_path):
     found = judged(made_world() | photographs(), tmp_path)
-    assert {n: c['verdict'] for n, c in found.items()} == {n: claims.NOT_RUN if n in (10, 14) else claims.REPRODUCED for n in range(1, 15)}
+    assert {n: c['verdict'] for n, c in found.items() if n < 15} == {n: claims.NOT_RUN if n in (10, 14) else claims.REPRODUCED for n in range(1, 15)}
     assert 'the half about hardness holds' in found[10]['reason'] and 'no report has a black-box attack' in found[14]['reason']
     assert found[3]['reason'] == 'all 11 comparisons hold beyond the noise for COLO-TRIDE (official and paper)' and found[2]['reason'] == 'all 3 comparisons hold beyond the noise'
 
@@ -283,6 +283,42 @@ def test_clean_collapse_is_counted(tmp_path):
     assert lines['Steps']['defense'] == 'colo_steps'
 
 
+def lined(line, seed, **evaluation):
+    return dict(line=line, defense=f'x:{line}', profile='', label=line, setting='28 x 28', seed=seed, train=dict(config=dict(options=dict(eps=.1, steps=10)), log=[]), eval=evaluation)
+
+
+def other_papers():
+    "Reports of tuples and EAT in which every claim holds."
+    def probes(value): return [dict(attack=a, method='pgd', scope='query', eps=e, steps=10) | {'R@1': value if e == .1 else 99.} for a in ('selfshift', 'nnpos', 'gap') for e in (.05, .1)]
+    r1 = dict(natural_triplet=1., tuples_triplet=30., natural_contrastive=2., tuples_contrastive=30., per_image=20.)
+    tuples = [lined(line, s, clean={'R@1': 60. + s}, probes=probes(v + .1*s)) for line, v in r1.items() for s in range(3)]
+    level = dict.fromkeys(claims.ADAPTED, 30.) | dict(pal_natural=5., colo_tride=25., eat_none=40., eat=50.)
+    eat = [lined(line, s, clean=dict.fromkeys(('NMI', 'AMI', 'F1', 'R@1', 'centre'), 70. + s), worst=dict(all=dict.fromkeys(('NMI', 'AMI', 'F1', 'R@1', 'centre'), v + .1*s)),
+                 matrix=[[0., v + s], [v + s, 0.]] if line in ('eat', 'eat_none', 'ensemble_at') else None) for line, v in level.items() for s in range(3)]
+    return {f'{name}-glyphs-small': dict(records=records, settings={'28 x 28': {}}) for name, records in (('tuples', tuples), ('eat', eat))}
+
+
+def test_claims_of_the_other_papers_hold(tmp_path):
+    found = judged(other_papers(), tmp_path)
+    assert {n: found[n]['verdict'] for n in range(15, 22)} == {n: claims.CANNOT if n == 17 else claims.REPRODUCED for n in range(15, 22)}
+
+
+@pytest.mark.parametrize('line, number, alter', [
+    ('natural_triplet', 15, lambda e: e['probes'][3].update({'R@1': 20.})), ('tuples_contrastive', 15, lambda e: [p.update({'R@1': 8.}) for p in e['probes']]),
+    ('tuples_triplet', 16, lambda e: e['clean'].update({'R@1': 50.})), ('per_image', 18, lambda e: [p.update({'R@1': 40.}) for p in e['probes']]),
+    ('pal_natural', 19, lambda e: e['worst']['all'].update(AMI=60.)), ('colo_tride', 19, lambda e: e['worst']['all'].update(centre=60.)),
+    ('dverge', 20, lambda e: e['worst']['all'].update(F1=60.)), ('eat', 20, lambda e: e['clean'].update(NMI=60.)),
+    ('ensemble_at', 21, lambda e: e.update(matrix=[[0., 60.], [60., 0.]])), ('eat_none', 21, lambda e: e['worst']['all'].update({'R@1': 60.}))])
+def test_a_reversed_number_fails_the_claim_of_another_paper(tmp_path, line, number, alter):
+    world = other_papers()
+    for study in world.values():
+        for r in study['records']:
+            if r['line'] == line: alter(r['eval'])
+    found = judged(world, tmp_path)
+    failed = {n for n in range(15, 22) if found[n]['verdict'] == claims.NOT_REPRODUCED}
+    assert number in failed and len(failed) <= 2 and 'reversed' in found[number]['reason']
+
+
 def extra(found):
     "Made up: the scores of natural training are below 10."
     for scene in claims.scenes(found, 'table1'): yield claims.beyond(scene, claims.ERS, claims.NATURAL, 10., sign=-1)
@@ -303,7 +339,7 @@ def test_page_is_complete_and_follows_the_results(tmp_path):
     assert (claims.page(folder).read_text(), (folder/'claims.md').read_bytes()) == first
     assert all(word not in first[0] for word in ('<script', 'http:', 'https:', 'url(')) and 'data:image/png;base64' in first[0]
     text = first[1].decode()
-    for claim in claims.COLO_TRIDE: assert claim.text in text and ' '.join(claim.judge.__doc__.split()) in text
+    for claim in claims.CLAIMS: assert claim.text in text and ' '.join(claim.judge.__doc__.split()) in text
     stored = json.loads((folder/'claims'/'results.json').read_text())
     assert [c['verdict'] for c in stored['claims']][2] == claims.REPRODUCED
     change(world, 'table1', 'hm', ('eval', 'ers'), 55.)
