@@ -62,7 +62,7 @@ sync: venv
 test: export OMP_NUM_THREADS := 1
 test: sync
 	$(BIN)/nbdev_test --n_workers 2 --timing
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lab: venv
 	$(BIN)/jupyter lab nbs
