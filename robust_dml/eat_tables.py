@@ -9,7 +9,7 @@ __all__ = ['LINES', 'MAIN', 'CURVED', 'PICTURED', 'ADAPTED', 'BUDGETS', 'PAPER_A
            'along', 'both_curves', 'curve_table', 'matrices', 'flattened', 'class_map', 'Claim', 'paired', 'verdict',
            'judged', 'claim_table', 'claim_text', 'words', 'write_eat']
 
-# %% ../nbs/47_eat_tables.ipynb #d1bc24fe
+# %% ../nbs/47_eat_tables.ipynb #eb695a1b
 import csv, io, math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from .clustering import ATTACKS, ClusterProtocol, Scene, aims, class_rows, clustered, references, _prepared
 from .collapse import indicators, is_collapsed
 from .compare import seed_interval
-from .core import generator, kept_memory, need, progress
+from .core import generator, kept_memory, listed, need, progress
 from .data import ImageSet
 from .eat import PROXY, transfer_matrix
-from .experiments import PAPER_224, Cell, Plan, Setting, defense, listed, overrides, parameters, plan, recipe, table_row, train_cell, _shareable, _trainings
+from .experiments import PAPER_224, Cell, Plan, Setting, check_weights, defense, overrides, parameters, plan, recipe, table_row, train_cell, _shareable, _trainings
 from .locality import _cells
 from .models import checksum, streamlined
 from .pgd import autograd_gradient
 from .report import _figure, _fixed, _grid, _join, _line, _origin, _picture, _setup, _spread, curves, look, png, theme
-from .store import Run, StoreError, append_line, find_run, load_tensors, open_run, read_lines, save_tensors, write_atomic
+from .store import Run, append_line, described, find_run, load_tensors, open_run, read_lines, save_tensors, write_atomic
 from .studies import _publish
 from .tuple_tables import by_line, _html
 
@@ -180,7 +180,7 @@ def measure(
     return dict(asdict(main), weights=checksum(model), worst=_lowest(main), curves=curve, matrix=matrix, indicators=signs, collapsed=is_collapsed(signs), queries=main.images,
                 members=max(1, len(members)), length=attack_all.gallery.emb.shape[1], examples=save_tensors(run, 'examples.safetensors', ten_classes(attack_all)) if pictured else '')
 
-# %% ../nbs/47_eat_tables.ipynb #266753f8
+# %% ../nbs/47_eat_tables.ipynb #8178454c
 def record(plan:Plan, line:str, seed:int, *, show:bool=True)->dict:
     "Train and measure a model, as far as the store does not hold it, and gather what is known of it."
     own = plan_of(plan, line)
@@ -190,15 +190,11 @@ def record(plan:Plan, line:str, seed:int, *, show:bool=True)->dict:
     done = open_run(plan.reports, 'eval', dict(format=1, kind='eat', train=trained.address, protocol=protocol(plan), curves=points(plan, line), backend=plan.backend))
     if not done.has('result.json') or not trained.has('result.json'):
         model,_ = train_cell(own, cell, show=show)
-        if done.has('result.json') and done.read('result.json', 'weights')['weights'] != checksum(model):
-            raise StoreError(f'expected the weights that {done.address} was measured on, found others after training again (another machine or version?); delete {done.folder} and run again')
-        if not done.has('result.json'): done.write('result.json', measure(plan, line, model, done, pictured=line in PICTURED and seed == plan.recipe.seeds[0], show=show, desc=f'attack {LINES[line].label}, seed {seed}'))
-    def part(run, *keys):
-        card = run.read('card.json', 'config', 'provenance')
-        return dict(run.read('result.json', *keys), address=run.address, config=card['config'], provenance=card['provenance'])
+        if done.has('result.json'): check_weights(done, model)
+        else: done.write('result.json', measure(plan, line, model, done, pictured=line in PICTURED and seed == plan.recipe.seeds[0], show=show, desc=f'attack {LINES[line].label}, seed {seed}'))
     name = {'pal_natural': 'natural', 'colo_tride': 'colo_tride'}.get(line, f'eat:{line}') # the report's looks go by this name
     return dict(line=line, defense=name, profile='', label=LINES[line].label, setting=plan.recipe.settings[0].name, seed=seed, place=[*LINES].index(line),
-                train=part(trained, 'log', 'seconds', 'image_steps'), eval=part(done, 'clean', 'worst', 'curves', 'matrix', 'indicators', 'collapsed'))
+                train=described(trained, 'log', 'seconds', 'image_steps'), eval=described(done, 'clean', 'worst', 'curves', 'matrix', 'indicators', 'collapsed'))
 
 @kept_memory()
 def results(

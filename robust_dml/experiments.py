@@ -8,9 +8,9 @@ __all__ = ['PAPER_28', 'PAPER_224', 'A', 'B', 'QUICK', 'SMALL', 'SMOKE', 'PRESET
            'Row', 'parameters', 'table_lines', 'table_row', 'seed_list', 'resolve', 'tuned', 'Experiment', 'Plan',
            'plan', 'with_backbone', 'replan', 'folder_name', 'check_split', 'query_count', 'announce', 'Cell', 'cells',
            'natural', 'defense', 'training_config', 'weights_name', 'train_cell', 'evaluation_config', 'evaluate_cell',
-           'record', 'published', 'results', 'example_images']
+           'record', 'check_weights', 'published', 'results', 'example_images']
 
-# %% ../nbs/33_experiments.ipynb #8e8d7d39
+# %% ../nbs/33_experiments.ipynb #f1038f5d
 import hashlib, json, math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -31,7 +31,7 @@ from .evaluate import Protocol, evaluate, examples
 from .models import MODELS, checksum
 from .scores import paper_table
 from .search import resolve_backend
-from .store import Run, StoreError, find_run, load_tensors, open_run, reports_root, save_tensors
+from .store import Run, StoreError, described, find_run, load_tensors, open_run, reports_root, save_tensors
 from .train import load_trained, train
 from .tride import OFFICIAL, PAPER, Switches
 
@@ -453,7 +453,7 @@ def evaluate_cell(
     run.write('result.json', dict(asdict(result), weights=checksum(model), example_attack='ES', examples=save_tensors(run, 'examples.safetensors', shown) if shown else ''))
     return run
 
-# %% ../nbs/33_experiments.ipynb #4ab94f56
+# %% ../nbs/33_experiments.ipynb #57d13fc7
 def record(
     plan:Plan,
     cell:Cell,
@@ -464,18 +464,22 @@ def record(
     done = evaluate_cell(plan, cell, show=show)
     trained = Run(done.folder.with_name(done.read('card.json', 'config')['config']['train']))
     if not trained.has('result.json') or not trained.has('card.json'): _train_again(plan, cell, done, show)
-    def part(run, *keys):
-        card = run.read('card.json', 'config', 'provenance')
-        return dict(run.read('result.json', *keys), address=run.address, config=card['config'], provenance=card['provenance'])
-    return dict(setting=cell.setting.name, defense=cell.defense, profile=cell.profile, label=cell.label, seed=cell.seed, place=plan.defenses.index(cell.defense), train=_with_share(part(trained, 'log', 'seconds')), eval=part(done, 'benign', 'before', 'after', 'examples'))
+    return dict(setting=cell.setting.name, defense=cell.defense, profile=cell.profile, label=cell.label, seed=cell.seed, place=plan.defenses.index(cell.defense), train=_with_share(described(trained, 'log', 'seconds')), eval=described(done, 'benign', 'before', 'after', 'examples'))
 
 def _with_share(trained:dict)->dict:
     "A training with the share of its batches that were assisted."
     return dict(trained, assisted_pct=100*math.fsum(row.get('assisted') or 0. for row in trained['log'])/len(trained['log']))
 
 def _train_again(plan, cell, done, show)->None:
-    "Make a lost training again; StoreError when the evaluation `done` was made on other weights."
+    "Make a lost training again."
     model,_ = train_cell(plan, cell, show=show)
+    check_weights(done, model)
+
+def check_weights(
+    done:Run,        # an evaluation with its result
+    model:nn.Module,
+)->None:
+    "StoreError when an evaluation was made on other weights than those that were just trained again."
     if checksum(model) != done.read('result.json', 'weights')['weights']:
         raise StoreError(f'expected the weights that {done.address} was measured on, found others after training again (another machine or version?); delete {done.folder} and run again')
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['reports_root', 'StoreError', 'write_atomic', 'to_json', 'Run', 'append_line', 'read_lines', 'save_tensors',
-           'load_tensors', 'provenance', 'find_run', 'open_run']
+           'load_tensors', 'provenance', 'find_run', 'open_run', 'described']
 
 # %% ../nbs/30_store.ipynb #3652edbe
 import hashlib, json, os, platform, subprocess
@@ -149,7 +149,7 @@ def _commit()->str:
     git = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, cwd=home)
     return git.stdout.strip() if git.returncode == 0 else 'unknown'
 
-# %% ../nbs/30_store.ipynb #ca0214a0
+# %% ../nbs/30_store.ipynb #d9cb929e
 def find_run(
     reports:Path, # folder of `reports_root`
     kind:str,     # 'train' or 'eval'
@@ -169,3 +169,11 @@ def open_run(
     if fingerprint(run.read('card.json', 'config', 'provenance')['config']) != fingerprint(config):
         raise StoreError(f'expected the configuration of {run.address} in {run.folder/"card.json"}, found another one; the card was edited: delete the folder')
     return run
+
+def described(
+    run:Run,
+    *keys:str, # that result.json must hold
+)->dict:       # the result with 'address', 'config' and 'provenance'
+    "A finished run as reports quote it."
+    card = run.read('card.json', 'config', 'provenance')
+    return dict(run.read('result.json', *keys), address=run.address, config=card['config'], provenance=card['provenance'])

@@ -7,7 +7,7 @@ __all__ = ['LINES', 'PAPER_B', 'BUDGETS', 'CURVED', 'TABLES', 'Line', 'Budget', 
            'Probe', 'probes', 'fit', 'measure', 'record', 'results', 'outcome', 'Table', 'by_line', 'pooled', 'fold_of',
            'table', 'along', 'curve', 'both_curves', 'curve_table', 'words', 'write_tuples']
 
-# %% ../nbs/44_tuple_tables.ipynb #7ac24790
+# %% ../nbs/44_tuple_tables.ipynb #be32b19b
 import json, math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -23,11 +23,11 @@ from .collapse import indicators, is_collapsed
 from .core import generator, kept_memory, listed, need, progress
 from .defenses import Defense
 from .evaluate import picked, queries_and_gallery, query_rows
-from .experiments import PAPER_224, Plan, Recipe, Setting, overrides, parameters, plan, query_count, training_config, _shareable
+from .experiments import PAPER_224, Plan, Recipe, Setting, check_weights, overrides, parameters, plan, query_count, training_config, _shareable
 from .locality import _cells
 from .models import build, checksum, embed_all, streamlined
 from .report import _cell, _figure, _grid, _line, _name, _origin, _picture, _setup, _spread, curves, look, png, theme
-from .store import Run, StoreError, append_line, find_run, open_run, read_lines
+from .store import Run, append_line, described, find_run, open_run, read_lines
 from .studies import _publish
 from .train import train
 from .tuples import fold_increase, mean_cosine, retrieved, tuples, under_attack
@@ -153,7 +153,7 @@ def measure(
     return dict(weights=weights, clean=clean, probes=[dict(probe._asdict(), **known[probe]) for probe in wanted], indicators=signs, collapsed=is_collapsed(signs), cosine=mean_cosine(emb).item(),
                 queries=clean['queries'], excluded=len(some.id) - clean['queries'], backend='exact', device=plan.device)
 
-# %% ../nbs/44_tuple_tables.ipynb #338d4bc1
+# %% ../nbs/44_tuple_tables.ipynb #81444f9b
 def record(plan:Plan, line:str, seed:int, *, show:bool=True)->dict:
     "Train and measure a model, as far as the store does not hold it, and gather what is known of it."
     trained = find_run(plan.reports, 'train', training_config(plan, defence(plan, line), seed, epochs=plan.recipe.epochs))
@@ -161,15 +161,11 @@ def record(plan:Plan, line:str, seed:int, *, show:bool=True)->dict:
     done = open_run(plan.reports, 'eval', dict(format=1, kind='tuples', train=trained.address, limit=plan.recipe.limit, batch=plan.recipe.eval_batch, probes=[*map(list, wanted)]))
     if not done.has('result.json') or not trained.has('result.json'):
         model = fit(plan, line, seed, show=show)
-        if done.has('result.json') and done.read('result.json', 'weights')['weights'] != checksum(model):
-            raise StoreError(f'expected the weights that {done.address} was measured on, found others after training again (another machine or version?); delete {done.folder} and run again')
-        done.write('result.json', measure(plan, model, wanted, done, show=show, desc=f'attack {LINES[line].label}, seed {seed}'))
-    def part(run, *keys):
-        card = run.read('card.json', 'config', 'provenance')
-        return dict(run.read('result.json', *keys), address=run.address, config=card['config'], provenance=card['provenance'])
+        if done.has('result.json'): check_weights(done, model)
+        else: done.write('result.json', measure(plan, model, wanted, done, show=show, desc=f'attack {LINES[line].label}, seed {seed}'))
     name = 'natural' if LINES[line].options.get('attack_rate') == 0 else f'tuples:{line}' # the report's looks go by this name
     return dict(line=line, defense=name, profile='', label=LINES[line].label, setting=plan.recipe.settings[0].name, seed=seed, place=[*LINES].index(line),
-                train=part(trained, 'log', 'seconds'), eval=part(done, 'clean', 'probes', 'indicators', 'collapsed'))
+                train=described(trained, 'log', 'seconds'), eval=described(done, 'clean', 'probes', 'indicators', 'collapsed'))
 
 @kept_memory()
 def results(
