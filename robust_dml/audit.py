@@ -7,7 +7,7 @@ __all__ = ['ATTACKS', 'RADII', 'CURVE_QUERIES', 'PARAMETERS', 'Listed', 'list_im
            'normalised', 'read_weights', 'Sealed', 'load_model', 'placed', 'find_channels', 'try_out', 'Task',
            'lost_first', 'exposed', 'sentence', 'half_point', 'advice', 'curve_figure', 'Audit', 'audit', 'prepared']
 
-# %% ../nbs/43_audit.ipynb #a3632ece
+# %% ../nbs/43_audit.ipynb #8a0c997f
 import copy, csv, importlib, io, json, math, os, sys
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .archives import _some, cache_folder, decoded, missing
 from .attacks import FIXED, SUITE, Gallery, Queries, picked, run_attack
 from .checks import sample_of_classes
-from .core import Stopwatch, check_between, check_choice, fingerprint, generator, listed as entries, load_safetensors, need, pick_device, progress, typed
+from .core import Stopwatch, check_between, check_choice, check_known, fingerprint, generator, listed as entries, load_safetensors, need, pick_device, progress, typed
 from .data import ImageSet, _class_files
 from .distances import paired_distance
 from .evaluate import Protocol, _thumbnails, check_size, evaluate, queries_and_gallery, query_rows
@@ -663,7 +663,7 @@ def audit(
     if show and not task.run.has('evaluation.json'): _announce(task, pace)
     return _report(task, name, notes + more, reports_root(out)/f'audit-{_slug(Path(images).resolve().name)}-{_slug(name)}')
 
-# %% ../nbs/43_audit.ipynb #0b8a4431
+# %% ../nbs/43_audit.ipynb #3c6bd6a9
 PARAMETERS = MappingProxyType(dict(model='torchvision:resnet18', weights='', images='', queries='', size=224, normalise='', eps=8, steps=16, limit=64, gallery=5000, attacks='', seed=0,
                                    device='auto', batch_size=32, name='', trust=False, skip_unreadable=False, out=''))
 
@@ -672,9 +672,7 @@ def prepared(
     known:Mapping[str, Any]=PARAMETERS, # parameters of that notebook with their defaults
 )->tuple[nn.Module, dict[str, Any]]: # the model on its device, and the arguments of `audit`
     "Check the parameters of a run notebook and load the model."
-    given = {k for k, v in namespace.items() if isinstance(v, (str, int, float, bool, type(None), list, tuple, dict)) and not k.startswith('_')}
-    unknown = sorted(given - known.keys() - {'In', 'Out', 'found', 'options'})
-    if unknown: raise ValueError(f'unknown parameter {", ".join(unknown)}; the valid ones are {", ".join(known)} (a variable of your own in the notebook: begin its name with _)')
+    check_known(namespace, known, ('found', 'options'))
     values = {k: typed(k, namespace.get(k, v), v) for k, v in known.items() if k != 'eps'}
     eps = check_between('eps, in 255ths,', namespace.get('eps', known['eps']), 0, 255)/255
     if not values['images']: raise ValueError('images must be the path of a folder of class folders or of a csv or txt list, found none; set it with -p images path/to/folder')

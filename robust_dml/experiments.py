@@ -10,7 +10,7 @@ __all__ = ['PAPER_28', 'PAPER_224', 'A', 'B', 'QUICK', 'SMALL', 'SMOKE', 'PRESET
            'natural', 'defense', 'training_config', 'weights_name', 'train_cell', 'evaluation_config', 'evaluate_cell',
            'record', 'check_weights', 'published', 'results', 'example_images']
 
-# %% ../nbs/33_experiments.ipynb #f1038f5d
+# %% ../nbs/33_experiments.ipynb #cf646719
 import hashlib, json, math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .archives import QueryGallery, is_archive, load
 from .baselines import BASELINES
-from .core import check_choice, kept_memory, listed, pick_device, typed
+from .core import check_choice, check_known, kept_memory, listed, pick_device, typed
 from .data import Split
 from .defenses import Defense
 from .eat import PROXY, ProxyDefense, Shared, make, network, valid_options
@@ -146,14 +146,12 @@ TABLE_DEFENSES = ('natural', 'act', 'hm', 'colo_tride')
 PARAMETERS = dict(dataset='glyphs', root='', preset='quick', defenses='', seeds='', profile='', device='auto', epochs=0, limit=0, weights='',
                   backend='auto', precision='', compiled=False, out='', skip_unreadable=False, backbone='')
 
-# %% ../nbs/33_experiments.ipynb #5183fb8a
+# %% ../nbs/33_experiments.ipynb #ff729e18
 def parameters(
     namespace:dict, # globals() of a run notebook, or a dict of parameters
 )->dict:            # every parameter, checked for name and type
     "The parameters of a run; ValueError names what is unknown and lists what is valid."
-    values = {k for k,v in namespace.items() if isinstance(v, (str, int, float, bool, type(None), list, tuple, dict)) and not k.startswith('_')}
-    unknown = sorted(values - PARAMETERS.keys() - {'In', 'Out', 'results'})
-    if unknown: raise ValueError(f'unknown parameter {", ".join(unknown)}; the valid ones are {", ".join(PARAMETERS)} (a variable of your own in the notebook: begin its name with _)')
+    check_known(namespace, PARAMETERS, ('results',))
     return {name: typed(name, namespace.get(name, default), default) for name,default in PARAMETERS.items()}
 
 # %% ../nbs/33_experiments.ipynb #7e66bb57
