@@ -6,15 +6,16 @@
 __all__ = ['SEEDS', 'BEYOND', 'PRESETS', 'STUDIES', 'PAGES', 'Evidence', 'R1', 'ERS', 'ARS', 'AFTER', 'COSINE', 'COSINE_LEFT',
            'COLLAPSED', 'QUERY', 'RESIST_RANK', 'RESIST_RECALL', 'RESIST_QUERY', 'NATURAL', 'ACT', 'HM', 'NAIVE',
            'MILD', 'LEVEL', 'CLEAN_R1', 'ADAPTED', 'BESIDE', 'COLO_TRIDE', 'OTHERS', 'CLAIMS', 'REPRODUCED',
-           'NOT_REPRODUCED', 'CANNOT', 'NOT_RUN', 'Comparison', 'evidence', 'seed_counts', 'chosen', 'Quantity',
-           'course', 'logged', 'Row', 'Scene', 'compare', 'above', 'beyond', 'show', 'scenes', 'average_gain',
-           'undefended', 'order', 'cost', 'weaker', 'naive_collapse', 'phases', 'anchors_beat_hm', 'course_of_collapse',
-           'hardness_and_collapse', 'embedding_shift', 'assist', 'fair_scores', 'anchors', 'fold_of_tuples',
-           'benign_of_tuples', 'nothing', 'whole_batch', 'clusters_fall', 'ensembles_win', 'splits_and_transfer',
-           'Cells', 'Claim', 'decide', 'printed_rows', 'readings', 'beaten', 'watched', 'claims_results',
-           'comparison_rows', 'limit_blocks', 'blocks', 'as_markdown', 'as_html', 'draw_watched', 'page']
+           'NOT_REPRODUCED', 'CANNOT', 'NOT_RUN', 'CONTRASTS', 'Comparison', 'evidence', 'seed_counts', 'chosen',
+           'Quantity', 'course', 'logged', 'Row', 'Scene', 'compare', 'above', 'beyond', 'show', 'scenes',
+           'average_gain', 'undefended', 'order', 'cost', 'weaker', 'naive_collapse', 'phases', 'anchors_beat_hm',
+           'course_of_collapse', 'hardness_and_collapse', 'embedding_shift', 'assist', 'fair_scores', 'anchors',
+           'fold_of_tuples', 'benign_of_tuples', 'nothing', 'whole_batch', 'clusters_fall', 'ensembles_win',
+           'splits_and_transfer', 'Cells', 'Claim', 'decide', 'printed_rows', 'readings', 'beaten', 'watched',
+           'contrasts', 'finding', 'claims_results', 'comparison_rows', 'limit_blocks', 'blocks', 'as_markdown',
+           'as_html', 'draw_watched', 'page']
 
-# %% ../nbs/38_claims.ipynb #7cbd7b23
+# %% ../nbs/38_claims.ipynb #6f995ad7
 import math, statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from .errata import ABOUT, NEAR_ZERO, NO_GAIN, RANK, RECALL, _document, _number as _digits, _table as _html_table
-from .experiments import DEFENSES
+from .experiments import DEFENSES, table_row
 from .report import _figure, _logged, _number, _picture, look, png, theme
 from .scores import HEADINGS, PAPER_MINUTES, paper_table
 from .store import Run, to_json, write_atomic
@@ -65,9 +66,9 @@ class Comparison(NamedTuple):
         if -lead > BEYOND*self.error: return 'reversed'
         return 'holds' if lead > BEYOND*self.error or not self.strict else 'noise'
 
-# %% ../nbs/38_claims.ipynb #3a0be125
+# %% ../nbs/38_claims.ipynb #a429f9ae
 PRESETS = ('paper', 'small', 'quick')
-STUDIES = ('table1', 'table2', 'table3', 'table4', 'figure3', 'figure4', 'timing', 'switches', 'fairness', 'early_disabling', 'tuples', 'eat')
+STUDIES = ('table1', 'table2', 'table3', 'table4', 'figure3', 'figure4', 'timing', 'switches', 'fairness', 'early_disabling', 'limits', 'tuples', 'eat')
 PAGES = ('errata', 'appendix_a') # reports without data set and preset
 _KEYS = dict(timing=('trainings',), fairness=('records', 'settings', 'redraws')) # what a results.json must hold
 
@@ -650,8 +651,8 @@ def _theory(results:Mapping[str, Any]|None)->list[dict[str, str]]:
     return [dict(reading='theory', verdict='holds' if line['R least'] >= 2 else 'contradicted',
                  text=f'At an equal gain in hardness of {line["h"]:g}, turns shift at least twice as far as all at once: on {results["triplets"]["triplets"]} real triplets {line["R exact"]:.2f} times on average, {line["R least"]:.2f} at least.')]
 
-# %% ../nbs/38_claims.ipynb #19b89f8c
-_LIMITS = ('table1', 'table3', 'table4', 'switches')
+# %% ../nbs/38_claims.ipynb #93d219a3
+_LIMITS = ('table1', 'table3', 'table4', 'switches', 'limits')
 
 def _unique(found:Evidence)->Iterator[tuple[str, Scene]]:
     for name in _LIMITS:
@@ -692,7 +693,47 @@ def _epochs(runs:Sequence[Mapping[str, Any]], key:str)->list[float]:
     "A logged quantity per epoch, mean over the seeds."
     return [_mean(values) for values in zip(*(course(r, key) for r in runs))]
 
-# %% ../nbs/38_claims.ipynb #f9972e4e
+# %% ../nbs/38_claims.ipynb #d923df07
+_COLO = 'colo_tride:profile=official'
+CONTRASTS = ( # of the experiment `limits`: what differs, and the lines of the table with it and without it
+    ('COLO on top of both schedules', _COLO, 'naive_tride:step_schedule=linear0+miner_margin=gradual'),
+    ('Both schedules without COLO', 'naive_tride:step_schedule=linear0+miner_margin=gradual', 'naive_tride'),
+    ('Both schedules under COLO', _COLO, f'{_COLO}+step_schedule=const+miner_margin=const'),
+    ('8 inner steps in place of 4, COLO-TRIDE', f'{_COLO}+steps=8', _COLO),
+    ('8 inner steps in place of 4, HM', 'hm:steps=8', 'hm'),
+    ('COLO-TRIDE in place of HM', _COLO, 'hm'))
+
+def contrasts(found:Evidence)->list[dict[str, Any]]: # a line per scene and contrast
+    "ARS, R@1 and collapsed seeds with a component and without it."
+    lines = []
+    for scene in scenes(found, 'limits'):
+        for what, *entries in CONTRASTS:
+            sides = [[r for r in scene.records if r['label'] == table_row(entry).label] for entry in entries]
+            if not all(sides): continue
+            def differs(q): return _plain(compare(scene, f'{q.name}: {what}', *(tuple(map(q.of, side)) for side in sides)))
+            lines.append(dict(what=what, dataset=scene.dataset, preset=scene.preset, setting=scene.setting, eps=round(255*found['limits'][scene.dataset, scene.preset]['settings'][scene.setting]['eps']),
+                              ars=differs(ARS), r1=differs(R1), collapsed=[sum(bool(r['eval']['collapsed']) for r in side) for side in sides], seeds=[*map(len, sides)]))
+    return lines
+
+def finding(results:Mapping[str, Any])->list[str]: # of `claims_results`
+    "What the figures of this section say, in sentences."
+    said = [_gate(results['watched'])] if results['watched'] else []
+    for what in dict.fromkeys(c['what'] for c in results['contrasts']):
+        lines = [c for c in results['contrasts'] if c['what'] == what]
+        def change(d): return f'{_digits(d["difference"], 1, "+")} ({_VERDICT[d["outcome"]]})'
+        said.append(f'{what}: ' + '; '.join(f'{c["dataset"]} {c["setting"]} (ε = {c["eps"]}/255) ARS {change(c["ars"])}, R@1 {change(c["r1"])}, collapsed {c["collapsed"][0]} of {c["seeds"][0]} seeds against {c["collapsed"][1]} of {c["seeds"][1]}' for c in lines) + '.')
+    return said
+
+_VERDICT = {'holds': 'more', 'reversed': 'less', 'noise': 'noise', 'points as claimed': 'few seeds', 'points otherwise': 'few seeds'}
+
+def _gate(watched:Sequence[Mapping[str, Any]])->str:
+    "Whether the collapseness of clean triplets ever opens the gate."
+    clean, perturbed = ([v for w in watched for v in w[key] if not math.isnan(v)] for key in ('clean', 'perturbed'))
+    share = max(v for w in watched for v in w['assisted'])
+    return (f'Collapseness of the clean triplets is at least 0 in {sum(v >= 0 for v in clean)} of {len(clean)} epochs, that of the perturbed ones in {sum(v >= 0 for v in perturbed)} of {len(perturbed)}; the run with most assistance assists {_digits(share, 1)} % of its batches. '
+            'Semihard mining takes triplets whose positive is nearer than their negative, so the hardness of each is negative before the perturbation, and a gate that looks at clean triplets stays open for the attack whether or not the model collapses.')
+
+# %% ../nbs/38_claims.ipynb #a96f03bf
 def claims_results(
     reports:Path,                             # folder of the reports
     claims:Sequence[Claim]=CLAIMS,        # of one paper or of several
@@ -706,7 +747,7 @@ def claims_results(
         verdict, reason = decide(claim, found, comparisons)
         lines.append(dict(number=claim.number, paper=claim.paper, text=claim.text, rule=' '.join((claim.judge.__doc__ or '').split()), verdict=verdict, reason=reason, lacks=claim.lacks, printed=printed_rows(claim), readings=readings(claim, found),
                           ran=_ran(claim, found), comparisons=[_plain(c) for c in comparisons]))
-    return dict(claims=lines, beaten=beaten(found), watched=watched(found))
+    return dict(claims=lines, beaten=beaten(found), watched=watched(found), contrasts=contrasts(found))
 
 def _plain(c:Comparison)->dict[str, Any]: return c._asdict() | dict(difference=c.difference, error=c.error, outcome=c.outcome if c.judged else 'shown')
 
@@ -717,7 +758,7 @@ def _ran(claim:Claim, found:Evidence)->str:
         return f'{key[0]} {key[1]}, {least if least == most else f"{least} to {most}"} seed{"s" if most > 1 else ""}'
     return '; '.join(f'{e}: ' + (' and '.join(one(e, key) for key in chosen(found, e)) or 'not run') for e in claim.uses)
 
-# %% ../nbs/38_claims.ipynb #b683d731
+# %% ../nbs/38_claims.ipynb #43d3b2dd
 def _shown(values:Sequence[float], digits:int)->str:
     "Mean ± standard deviation (number of seeds)."
     if not values: return '–'
@@ -738,11 +779,15 @@ def limit_blocks(results:Mapping[str, Any])->list[tuple]:
     body = [(f'{l["experiment"]}: {l["dataset"]} {l["preset"]} {l["setting"]}', l['version'], f'{len(l["winners"])} of {l["rows"]}', w['row'], *(_shown(v, 1) for v in (*w['ars'], *w['r1'])), w['outcome'])
             for l in results['beaten'] for w in l['winners'] or [dict(row='none', ars=((), ()), r1=((), ()), outcome='')]]
     runs = [(f'{w["dataset"]} {w["preset"]} {w["setting"]}', w['row'], _shown(w['assisted'], 1), *(cell for key in ('clean', 'perturbed') for cell in _signs(w[key]))) for w in results['watched']]
-    return [('h2', 'Where COLO-TRIDE does not hold'),
+    parts = [(f'{c["dataset"]} {c["preset"]} {c["setting"]}', str(c['eps']), c['what'], *(_shown(side, 1) for side in c['ars']['sides']), _digits(c['ars']['difference'], 1, '+'), _VERDICT[c['ars']['outcome']], _digits(c['r1']['difference'], 1, '+'), _VERDICT[c['r1']['outcome']],
+              ' and '.join(f'{k} of {n}' for k, n in zip(c['collapsed'], c['seeds']))) for c in results['contrasts']]
+    return [('h2', 'Where COLO-TRIDE does not hold'), *(('p', text) for text in finding(results)),
             ('p', f'Rows that have a higher ARS than COLO-TRIDE, an R@1 not more than {ABOUT:g} points lower, and no seed flagged as collapsed; from {", ".join(_LIMITS)}. Means ± standard deviation (number of seeds).'),
             ('table', [('Scene', 'Version', 'Rows ahead', 'Row', 'ARS', 'of COLO-TRIDE', 'R@1', 'of COLO-TRIDE', 'Lead'), *body]) if body else ('p', f'Not run yet: {_command("table3")}.'),
             ('p', 'Batches that were assisted (hardness lowered at one inner step at least), in percent, and collapseness C (near, λ = 10) per epoch, mean over the seeds: of the clean triplets that the paper watches, and of the perturbed ones. C ≥ 0 is a collapse that impends.'),
-            *([('table', [('Scene', 'Row', 'Assisted (%)', 'Clean C ≥ 0', 'Clean C, first to last', 'Perturbed C ≥ 0', 'Perturbed C, first to last'), *runs])] if runs else [])]
+            *([('table', [('Scene', 'Row', 'Assisted (%)', 'Clean C ≥ 0', 'Clean C, first to last', 'Perturbed C ≥ 0', 'Perturbed C, first to last'), *runs])] if runs else []),
+            *([('p', 'One component at a time: with it against without it.'),
+               ('table', [('Scene', 'ε (1/255)', 'Component', 'ARS with', 'ARS without', 'ARS', '', 'R@1', '', 'Collapsed, with and without'), *parts])] if parts else [('p', f'One component at a time is not run yet: {_command("limits")}.')])]
 
 def _signs(values:Sequence[float])->tuple[str, str]:
     "Epochs with C >= 0, and the course in at most six values."

@@ -62,7 +62,7 @@ _STATE = (
     Column('Mean distance', 'embedding', ('eval', 'indicators', 'mean_distance'), 3, 0, 'mean distance of two test images, at most about 1.41 when spread evenly; near 0 all images look alike to the model'),
     Column('Separability', 'embedding', ('eval', 'indicators', 'separability'), 3, 0, 'how much farther other classes are than the own class, relative to the mean distance; near 0 the classes are not told apart'))
 
-# %% ../nbs/34_report.ipynb #b1ac4837
+# %% ../nbs/34_report.ipynb #a8859932
 _TABLE1 = (*_BENIGN, *_RAW,
     Column('ERS', 'score', ('eval', 'ers'), 1, 1, 'mean of the ten results, each rescaled so that 100 means no effect and 0 that the attack succeeded'),
     Column('LTM fixed', 'sound form', ('eval', 'after', 'LTM fixed'), 1, 1, 'LTM without the slip of the official code that lets the query match itself'),
@@ -75,7 +75,7 @@ _SHORT = (_BENIGN[0], *(c for c in _RAW if c.name in ('ES:R', 'LTM')), Column('E
           Column('Averaged ARS', 'score', ('eval', 'ars'), 1, 1, 'mean of the eight resistances'), *_STATE, _ASSISTED)
 _TABLE3 = (_BENIGN[0], *_RESIST, *(c for c in _SHORT if c.group == 'score'), *_STATE, _ASSISTED)
 _TABLE4 = _SHORT
-COLUMNS = {'table1': _TABLE1, 'table2': _TABLE2, 'table3': _TABLE3, 'table4': _TABLE4, **dict.fromkeys(('figure3', 'figure4', 'switches', 'lambda', 'early_disabling', 'baselines'), _SHORT)}
+COLUMNS = {'table1': _TABLE1, 'table2': _TABLE2, 'table3': _TABLE3, 'table4': _TABLE4, **dict.fromkeys(('figure3', 'figure4', 'switches', 'lambda', 'early_disabling', 'limits', 'baselines'), _SHORT)}
 
 # %% ../nbs/34_report.ipynb #845a1075
 def _number(record:Mapping[str,Any], path:Sequence[str])->float:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from robust_dml import claims, errata
+from robust_dml.experiments import table_row
 from robust_dml.scores import ARS_HEADINGS, HEADINGS
 from robust_dml.store import StoreError, to_json
 
@@ -273,6 +274,28 @@ def test_where_the_method_does_not_hold(tmp_path):
     assert next(l for l in results['beaten'] if l['winners'])['winners'][0]['outcome'] == 'beyond the noise'
     text = claims.as_markdown(results)
     assert '| table1: glyphs small A | official | 1 of 4 | HM | 60.1 ± 0.1 (3) |' in text and '| glyphs small A | COLO-TRIDE (official) | 25.0 ± 0.0 (3) | 0 of 6 epochs |' in text
+
+
+def limits_study(values):
+    "A report of `limits` in setting B; `values` has ARS, R@1 and collapse of a line."
+    label = {entry: table_row(entry).label for _, *pair in claims.CONTRASTS for entry in pair}
+    records = [made_record(entry.partition(':')[0], label[entry], setting='B', seed=s, **dict(zip(('ars', 'r1', 'collapsed'), values.get(entry, (40., 60., False))))) for entry in label for s in range(3)]
+    return dict(settings=dict(B=dict(warm_epochs=7, eps=48/255)), records=records)
+
+
+def test_one_component_at_a_time(tmp_path):
+    "Schedules that do all the work are told from COLO, which then adds nothing."
+    alone = 'naive_tride:step_schedule=linear0+miner_margin=gradual'
+    results = claims.claims_results(saved(made_world() | {'limits-glyphs-small': limits_study({'naive_tride': (20., 50., True), 'hm:steps=8': (41., 62., False), alone: (40., 58., False)})}, tmp_path))
+    found = {c['what']: c for c in results['contrasts']}
+    assert [*found] == [what for what, *_ in claims.CONTRASTS]
+    alone, colo, strong = found['Both schedules without COLO'], found['COLO on top of both schedules'], found['8 inner steps in place of 4, HM']
+    assert alone['ars']['difference'] == pytest.approx(20) and alone['ars']['outcome'] == 'holds' and alone['collapsed'] == [0, 3] and alone['eps'] == 48
+    assert colo['ars']['outcome'] == 'noise' and colo['r1']['difference'] == pytest.approx(2) and strong['ars']['difference'] == pytest.approx(1)
+    said = claims.finding(results)
+    assert 'is at least 0 in 0 of' in said[0] and said[0].count('the run with most assistance assists 25.0 %') == 1
+    assert 'Both schedules without COLO: glyphs B (ε = 48/255) ARS +20.0 (more), R@1 +8.0 (more), collapsed 0 of 3 seeds against 3 of 3.' in said
+    assert '| glyphs small B | 48 | COLO on top of both schedules | 40.0 ± 0.0 (3) |' in claims.as_markdown(results)
 
 
 def test_clean_collapse_is_counted(tmp_path):
