@@ -795,15 +795,15 @@ def _signs(values:Sequence[float])->tuple[str, str]:
     some = [known[round(i*(len(known) - 1)/5)] for i in range(6)] if len(known) > 6 else known
     return f'{sum(v >= 0 for v in known)} of {len(known)} epochs', ', '.join(_digits(v, 3) for v in some) or '–'
 
-# %% ../nbs/38_claims.ipynb #6d91976f
-def blocks(results:Mapping[str, Any])->list[tuple]: # ('h2' or 'p', text) or ('table', rows)
+# %% ../nbs/38_claims.ipynb #6718fd29
+def blocks(results:Mapping[str, Any])->list[tuple]: # ('h2' or 'p', text), ('table', rows) or ('overview', rows): the table of all claims
     "The page as headings, paragraphs and tables."
     claims = results['claims']
     count = {v: sum(c['verdict'] == v for c in claims) for v in (REPRODUCED, NOT_REPRODUCED, CANNOT, NOT_RUN)}
     found = [('p', f'The rules were written before there was any result with {SEEDS} seeds; the verdicts are computed from finished reports: ' + ', '.join(f'{n} {v}' for v, n in count.items()) + '.'),
              ('p', f'A comparison holds when the difference exceeds {BEYOND:g} combined standard errors (SE) over the seeds, is reversed when it does so the other way, and is noise otherwise; one that needs only not to be contradicted says so in the rule. '
                    f'A data set counts with {SEEDS} seeds or more. "As printed" is the verdict of the paper\'s own tables, reading by reading.'),
-             ('table', [('Claim', 'In our words', 'As printed', 'In our runs'), *((f'{c["number"]}', c['text'], ', '.join(f'{r["reading"]} {r["verdict"]}' for r in c['readings']), c['verdict']) for c in claims)])]
+             ('overview', [('Claim', 'In our words', 'As printed', 'In our runs'), *((f'{c["number"]}', c['text'], ', '.join(f'{r["reading"]} {r["verdict"]}' for r in c['readings']), c['verdict']) for c in claims)])]
     for c in claims: found += _claim_blocks(c)
     return found + limit_blocks(results)
 
@@ -821,12 +821,15 @@ def as_markdown(results:Mapping[str, Any])->str:
     def table(rows):
         def line(cells): return '| ' + ' | '.join(str(c).replace('|', '\\|') for c in cells) + ' |'
         return '\n'.join([line(rows[0]), line(['---']*len(rows[0])), *map(line, rows[1:])])
-    written = {'h2': lambda text: f'## {text}', 'p': lambda text: text, 'table': table}
+    written = {'h2': lambda text: f'## {text}', 'p': lambda text: text, 'table': table, 'overview': table}
     return '\n\n'.join(['# Claims', *(written[kind](value) for kind, value in blocks(results))]) + '\n'
 
 def as_html(results:Mapping[str, Any])->str:
     "The page for a browser, with the course of collapseness as a figure."
-    written = {'h2': lambda text: f'<h2>{escape(text)}</h2>', 'p': lambda text: f'<p>{escape(text)}</p>', 'table': lambda rows: _html_table(rows[0], [[escape(str(c)) for c in row] for row in rows[1:]], 'text')}
+    def table(rows, first=escape): return _html_table(rows[0], [[first(str(row[0])), *(escape(str(c)) for c in row[1:])] for row in rows[1:]], 'text')
+    def linked(rows): return table(rows, lambda number: f'<a href="#claim-{escape(number)}">{escape(number)}</a>')
+    def section(text): return f'<h2 id="{escape("-".join(text.partition(":")[0].lower().split()))}">{escape(text)}</h2>'
+    written = dict(h2=section, p=lambda text: f'<p>{escape(text)}</p>', table=table, overview=linked)
     figure = _picture(png(draw_watched(results['watched'])), 'Collapseness of the clean (left) and of the perturbed triplets (right) over the training, mean over the seeds; above the line a collapse impends.') if results['watched'] else ''
     return _document('Claims', 'What the paper says, how it is judged, and what our runs show.', *(written[kind](value) for kind, value in blocks(results)), figure)
 

@@ -548,15 +548,15 @@ tbody tr+tr>*{border-top:1px solid #ebebeb}
 thead .group .who{text-align:left;z-index:2}
 '''
 
-# %% ../nbs/34_report.ipynb #ec54c978
+# %% ../nbs/34_report.ipynb #50d90401
 _STYLE += '''
 tbody .setting th{font-weight:600;background:#f5f5f5;text-align:left;padding-left:.2rem}
 tbody .setting th span{position:sticky;left:.2rem}
 .text{width:fit-content;max-width:100%}
 .text table{width:auto}
 .text td{padding-right:1rem}
-.text .who{padding-right:2.5rem}
-.text td,.text th{text-align:left;white-space:normal;overflow-wrap:anywhere}
+.text .who{min-width:0;padding-right:2.5rem}
+.text td,.text th{text-align:left;white-space:normal;overflow-wrap:break-word}
 .sd{display:block;color:#6b6b6b;font-size:.92em}
 .results table{font-size:.75rem}
 .results .who{min-width:7.6rem;padding-right:.3rem}
