@@ -7,13 +7,15 @@ INPUTS := settings.ini setup.py pyproject.toml constraints.txt
 export MPLBACKEND := agg
 export PYTHONUNBUFFERED := 1
 
-RUNS := data table1 table2 table3 table4 figure3 figure4 switches lambda early_disabling timing fairness baselines locality stress compare tuples eat all_defenses audit harden errata appendix_a claims tune all cost
-.PHONY: help venv demo $(RUNS) bench bench-full test sync lab clean
+RUNS := data table1 table2 table3 table4 figure3 figure4 switches lambda early_disabling limits timing fairness baselines locality stress compare tuples eat all_defenses audit harden errata appendix_a claims tune all cost scale
+.PHONY: help venv demo $(RUNS) bench bench-full test faults sync lab clean
 help:
 	@echo "make demo  train, attack, score and report on the embedded images"
 	@echo "make table1 P='-p dataset omniglot -p root path/to/archives'   a table with parameters; also $(filter-out table1 cost data,$(RUNS))"
 	@echo "make cost P='-p dataset cub -p preset paper'   time and memory that a table will take here"
+	@echo "make table3 N=2   the same by torchrun in two processes, which share every training and evaluation"
 	@echo "make test  sync check, notebook tests, pytest"
+	@echo "make faults   kills, full disks and damaged files, half an hour; writes reports/reliability.json"
 	@echo "make lab   JupyterLab on nbs/"
 	@echo "make bench speed against its lower bounds, under 10 minutes; bench-full: the sizes of the papers, within an hour"
 
@@ -47,7 +49,7 @@ demo: venv
 	echo "the work took $$((SECONDS-began)) s; open reports/demo/table1-glyphs-quick/index.html"
 
 $(RUNS): venv
-	@mkdir -p build; set -o pipefail; $(PAPERMILL) nbs/run_$@.ipynb build/$@.ipynb $(P) 2>&1 | cat
+	@mkdir -p build; set -o pipefail; $(if $(N),$(BIN)/torchrun --standalone --nproc_per_node $(N) --no-python sh -c '$(PAPERMILL) nbs/run_$@.ipynb build/$@.$$RANK.ipynb "$$@"' sh $(P),$(PAPERMILL) nbs/run_$@.ipynb build/$@.ipynb $(P)) 2>&1 | cat
 
 bench: venv
 	$(BIN)/python benchmarks/run.py
@@ -63,6 +65,9 @@ test: export OMP_NUM_THREADS := 1
 test: sync
 	$(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+faults: venv
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py
 
 lab: venv
 	$(BIN)/jupyter lab nbs

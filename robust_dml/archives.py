@@ -7,8 +7,8 @@ __all__ = ['SETS', 'FORMAT', 'PARAMETERS', 'Archive', 'instructions', 'locate', 
            'differences', 'decode', 'cache_folder', 'missing', 'decoded', 'QueryGallery', 'read', 'is_archive', 'load',
            'check', 'describe', 'parameters']
 
-# %% ../nbs/06_archives.ipynb #486090b3
-import gzip, hashlib, json, math, os, shutil, tarfile, time, warnings, zipfile, zlib
+# %% ../nbs/06_archives.ipynb #96e29e69
+import gzip, hashlib, json, math, os, shutil, stat, struct, time, warnings, zipfile, zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,11 +19,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from .core import check_between, check_choice, fingerprint, need, progress
-from .data import _BROKEN, ImageSet, Split, load as load_data, read_image
+from .core import check_between, check_choice, fingerprint, progress
+from .data import _why, ImageSet, Split, load as load_data, read_image
 
 # %% ../nbs/06_archives.ipynb #45ee1002
 @dataclass(frozen=True)
@@ -75,18 +75,25 @@ def instructions(
     return '\n'.join([f'{name}: download {", ".join(about.downloads)} from {about.page}', f'and {about.steps.format(root=root)}',
                       'In the end these files are there:', *(f'  {home}/{file}' for file in about.layout)])
 
-# %% ../nbs/06_archives.ipynb #c1a1bc8f
+# %% ../nbs/06_archives.ipynb #919b1fb7
+def _expanded(path:str|Path)->Path:
+    "A path with the home folder in place of ~; an unknown ~user stays as it is."
+    if '\0' in str(path): raise ValueError(f'a path must not hold the character NUL, found {str(path)!r}')
+    return Path(os.path.expanduser(path))
+
 def locate(
     name:str,      # one of `SETS`
     root:str|Path, # the set's folder or its parent
 )->Path|None:      # the set's folder; None where there is none
     "The folder of a set."
-    about, root = SETS[name], Path(root).expanduser()
+    about, root = SETS[name], _expanded(root)
     for folder in (root, *(root/sub for sub in about.folders)):
-        if any((folder/mark).exists() for mark in about.marks) and about.rival not in folder.resolve().parts[-2:]: return folder
+        if any(os.path.exists(folder/mark) for mark in about.marks) and about.rival not in folder.resolve().parts[-2:]: return folder
     return None
 
-# %% ../nbs/06_archives.ipynb #8a4b4db4
+# %% ../nbs/06_archives.ipynb #46d1bb12
+_PACKED = 32 # an archive is at most so many times smaller than what is in it
+
 def state(
     path:Path, # a downloaded archive
 )->str:        # 'whole', or what it is instead
@@ -94,14 +101,18 @@ def state(
     with open(path, 'rb') as file: head = file.read(512)
     if head.lstrip()[:1] == b'<': return 'an HTML page and no archive'
     try:
-        if head[:2] == b'\x1f\x8b':
-            with gzip.open(path) as file:
-                while file.read(2**22): pass
-        elif head[:2] == b'PK':
+        if head[:2] == b'PK':
             with zipfile.ZipFile(path) as archive: archive.namelist()
+        elif head[:2] == b'\x1f\x8b':
+            size, most = 0, 2**22 + _PACKED*path.stat().st_size
+            with gzip.open(path) as file:
+                while size <= most and (block := file.read(2**22)): size += len(block)
+            if size > most: return 'packed more tightly than images can be'
         else:
-            with tarfile.open(path) as archive: archive.getmembers()
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError): return 'cut or damaged'
+            with open(path, 'rb') as file:
+                file.seek(-1024, os.SEEK_END)
+                if head[257:262] != b'ustar' or any(file.read()): return 'cut or damaged'
+    except Exception: return 'cut or damaged' # whatever the file holds instead
     return 'whole'
 
 # %% ../nbs/06_archives.ipynb #d66a16e2
@@ -114,16 +125,16 @@ def _remedy(name:str, *folders:Path)->str:
         return f'unpack {path} again, all of it' if found == 'whole' else f'{path} is {found}: download it again from {about.page}'
     return f'download {", ".join(about.downloads)} from {about.page} and {about.steps.format(root=folders[0])}'
 
-# %% ../nbs/06_archives.ipynb #ac6c5cf6
+# %% ../nbs/06_archives.ipynb #616c3be3
 def find(
     name:str,      # one of `SETS`
     root:str|Path, # the set's folder or its parent
 )->Path:
     "The folder of a set; FileNotFoundError says what was found instead and what to do."
     if folder := locate(name, root): return folder
-    about, root = SETS[name], Path(root).expanduser()
+    about, root = SETS[name], _expanded(root)
     wanted = f'{name} needs {about.layout[0]} in {root/about.folders[0]} or in {root} itself'
-    if not root.is_dir(): raise FileNotFoundError(f'{wanted}, found no folder {root}; set root to the folder that holds {about.folders[0]}')
+    if not os.path.isdir(root): raise FileNotFoundError(f'{wanted}, found no folder {root}; set root to the folder that holds {about.folders[0]}')
     near = islice((d for pattern in ('*', '*/*') for d in root.glob(pattern) if d.is_dir()), 2000)
     elsewhere = next((f for d in (root.parent, *near) if (f := locate(name, d))), None)
     if elsewhere: raise FileNotFoundError(f'{wanted}, found the files in {elsewhere}; set root to {elsewhere}')
@@ -138,11 +149,21 @@ class Listing:
     names:dict[int|str, str]=field(default_factory=dict) # class names where there are any
     pixels:np.ndarray|None=None                      # (N, 28, 28) uint8 in the order of the sides, for sets that are one array
 
-# %% ../nbs/06_archives.ipynb #a1cf3424
+# %% ../nbs/06_archives.ipynb #80f31431
 def _some(values:Any, most:int=5)->str:
     "The first few of some values, in words."
     values = list(values)
-    return ', '.join(map(str, values[:most]))+(', ...' if len(values) > most else '')
+    return ', '.join(str(value)[:200] for value in values[:most])+(', ...' if len(values) > most else '')
+
+_MOST = 2**26 # bytes of a list, unpacked; the largest published one, the digits of MNIST, has 47 million
+
+def _content(path:Path)->bytes:
+    "The bytes of a file, unpacked where its name ends in .gz; no more than a list can have."
+    with (gzip.open if path.suffix == '.gz' else open)(path, 'rb') as file: data = file.read(_MOST+1)
+    if len(data) > _MOST: raise ValueError(f'{path} must have at most {_MOST} bytes (unpacked), found more; delete it and download it again')
+    return data
+
+def _lines(path:Path)->list[str]: return _content(path).decode('utf-8', errors='replace').splitlines()
 
 def _rows(
     path:Path,           # a list file
@@ -151,10 +172,10 @@ def _rows(
 )->list[tuple]:
     "The words of each line of a list file."
     if not path.is_file(): raise FileNotFoundError(f'{path.parent} must hold {path.name}, found no such file; unpack the archive again, all of it')
-    lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
+    lines = _lines(path)
     if lines and lines[0].lstrip()[:1] == '<': raise ValueError(f'{path} must be a list of images, found an HTML page; download it again')
     if len(lines) <= header: raise ValueError(f'{path} must list images, found an empty list; unpack the archive again')
-    if header and lines[header-1].lstrip()[:1].isdigit(): raise ValueError(f'line {header} of {path} must name the columns, found {lines[header-1]!r}; copy the list again without changes')
+    if header and lines[header-1].lstrip()[:1].isdigit(): raise ValueError(f'line {header} of {path} must name the columns, found {lines[header-1][:80]!r}; copy the list again without changes')
     return [_typed(line, kinds, path) for line in lines[header:] if line.strip()]
 
 def _typed(line:str, kinds:tuple[type, ...], path:Path)->tuple:
@@ -180,26 +201,76 @@ def _cub(folder:Path)->Listing:
     items = [(labels[k], f'images/{files[k]}') for k in sorted(files)]
     return Listing(lists, _halves(items, 100), {labels[k]: files[k].split('/')[0] for k in files})
 
-# %% ../nbs/06_archives.ipynb #3d44c867
+# %% ../nbs/06_archives.ipynb #e1798379
+_NUMBERS = {1: 'i1', 2: 'u1', 3: '<i2', 4: '<u2', 5: '<i4', 6: '<u4', 7: '<f4', 9: '<f8', 12: '<i8', 13: '<u8'} # types of an element
+_TEXT = {2: 'utf-8', 4: 'utf-16-le', 16: 'utf-8', 17: 'utf-16-le', 18: 'utf-32-le'}
+
+def _elements(data:memoryview)->Iterator[tuple[int, memoryview]]:
+    "Type and content of each element of a MATLAB file, in order."
+    at = 0
+    while at < len(data):
+        kind, size = struct.unpack_from('<II', data, at)
+        small = kind >> 16 # up to four bytes stand in the place of the length
+        if small: kind, size = kind & 0xffff, small
+        start = at+4 if small else at+8
+        if small > 4 or start+size > len(data): raise ValueError('an element is cut')
+        yield kind, data[start:start+size]
+        at = at+8 if small else start+size+(0 if kind == 15 else -size%8)
+
+# %% ../nbs/06_archives.ipynb #76697537
+def _matrix(
+    data:memoryview,
+    depth:int=0, # matrices around this one
+)->tuple[str, Any]:
+    "Name and value: text, an array, a list of cells, or for a struct array a dict of lists; None for other kinds."
+    if not len(data): return '', None
+    parts = _elements(data)
+    (_, flags), (_, sizes), (_, name) = islice(parts, 3)
+    kind, count = flags[0], math.prod(np.frombuffer(sizes, '<i4').tolist())
+    if kind == 4: value = ''.join(str(text, _TEXT[k], 'replace') for k, text in islice(parts, 1))
+    elif 6 <= kind <= 15: value = next((np.frombuffer(content, _NUMBERS[k]) for k, content in parts), None)
+    elif kind in (1, 2):
+        (_, length), (_, names) = islice(parts, 2) if kind == 2 else ((5, b'\1\0\0\0'), (1, b'-'))
+        step = int.from_bytes(length, 'little')
+        fields = [str(names[k:k+step], 'latin-1').split('\0')[0] for k in range(0, len(names), step)]
+        if depth > 3: raise ValueError('it is nested too deeply')
+        values = [_matrix(content, depth+1)[1] for _, content in parts]
+        if len(values) != count*len(fields): raise ValueError(f'{count*len(fields)} entries are announced and {len(values)} are there')
+        value = values if kind == 1 else {field: values[k::len(fields)] for k, field in enumerate(fields)}
+    else: value = None
+    return str(name, 'latin-1'), value
+
+# %% ../nbs/06_archives.ipynb #44f05728
 def _mat(path:Path)->dict[str, Any]:
     "The variables of a MATLAB file."
     if not path.is_file(): raise FileNotFoundError(f'{path.parent} must hold {path.name}, found no such file; download it from {SETS["cars"].page}')
-    try: return need('scipy.io', 'the data set cars').loadmat(path, squeeze_me=True)
-    except ImportError: raise
-    except Exception as err: raise ValueError(f'{path} must be a MATLAB file, found one that cannot be read ({str(err).splitlines()[0]}); download it again') from err
+    found, left = {}, _MOST
+    try:
+        data = memoryview(_content(path))
+        if data[124:128] != b'\0\1IM': raise ValueError('version 5 is needed')
+        for kind, content in _elements(data[128:]):
+            if kind == 15: [(_, content)] = _elements(memoryview(zlib.decompressobj().decompress(content, left)))
+            left -= len(content)
+            if left <= 0: raise ValueError(f'it has more than {_MOST} bytes')
+            found.update([_matrix(content)])
+    except Exception as err: # whatever the file holds instead
+        raise ValueError(f'{path} must be a MATLAB file, found one that cannot be read ({_some(str(err).splitlines(), 1)}); download it again') from err
+    return found
 
 def _cars(folder:Path)->Listing:
     "The list of Cars-196, sorted by path."
     path = folder/'cars_annos.mat'
     mat = _mat(path)
-    records = np.atleast_1d(mat.get('annotations', ()))
-    if not {'relative_im_path', 'class'} <= set(records.dtype.names or ()):
-        raise ValueError(f'{path} must hold annotations with relative_im_path and class, found {_some(records.dtype.names or [k for k in mat if k[0] != "_"], 9) or "nothing"}; '
-                         'take cars_annos.mat, not a file of the development kit')
-    if not len(records): raise ValueError(f'{path} must list images, found an empty list; download it again')
-    items = sorted((str(file), int(number)) for file, number in zip(records['relative_im_path'], records['class']))
-    names = {k: f'{k:03d} {name}' for k, name in enumerate(np.atleast_1d(mat.get('class_names', ())), 1)}
-    return Listing((path,), _halves([(number, file) for file, number in items], 98), names)
+    records, names = (mat.get(key) for key in ('annotations', 'class_names'))
+    fields = list(records if isinstance(records, dict) else mat)
+    if not {'relative_im_path', 'class'} <= set(fields):
+        raise ValueError(f'{path} must hold annotations with relative_im_path and class, found {_some(fields, 9)[:200] or "nothing"}; take cars_annos.mat, not a file of the development kit')
+    rows = list(zip(records['relative_im_path'], records['class']))
+    if not rows: raise ValueError(f'{path} must list images, found an empty list; download it again')
+    astray = [str(row)[:80] for row in rows if not (isinstance(row[0], str) and isinstance(row[1], np.ndarray) and row[1].size == 1 and row[1][0]%1 == 0)]
+    if astray: raise ValueError(f'{path} must give each image a path and the number of its class, found {_some(astray, 1)}; download it again')
+    items = sorted((file, int(number[0])) for file, number in rows)
+    return Listing((path,), _halves([(number, file) for file, number in items], 98), {k: f'{k:03d} {name}' for k, name in enumerate(names if isinstance(names, list) else (), 1)})
 
 # %% ../nbs/06_archives.ipynb #662f3e93
 def _sop(folder:Path)->Listing:
@@ -207,12 +278,12 @@ def _sop(folder:Path)->Listing:
     lists = dict(train=folder/'Ebay_train.txt', test=folder/'Ebay_test.txt')
     return Listing(tuple(lists.values()), {side: [(number, file) for _, number, _, file in _rows(path, int, int, int, str, header=1)] for side, path in lists.items()})
 
-# %% ../nbs/06_archives.ipynb #7f0913a6
+# %% ../nbs/06_archives.ipynb #eb408a84
 def _inshop(folder:Path)->Listing:
     "The list of In-Shop Clothes Retrieval, in its own order."
     path = next((folder/mark for mark in SETS['inshop'].marks if (folder/mark).is_file()))
     rows = _rows(path, str, str, str, header=2)
-    said = path.read_text(encoding='utf-8', errors='replace').split(maxsplit=1)[0]
+    said = _lines(path)[0].strip()[:80]
     if said != str(len(rows)): raise ValueError(f'{path} must list as many images as its first line says, {said}, found {len(rows)}; copy it again')
     sides, base = dict(train=[], query=[], gallery=[]), 'Img/' if (folder/'Img').is_dir() else ''
     for file, item, status in rows:
@@ -220,7 +291,7 @@ def _inshop(folder:Path)->Listing:
         sides[status].append((item, base+file))
     return Listing((path,), sides)
 
-# %% ../nbs/06_archives.ipynb #6579ba38
+# %% ../nbs/06_archives.ipynb #d66d4931
 def _idx(
     folder:Path,
     stem:str,   # name of the file without .gz
@@ -229,7 +300,7 @@ def _idx(
     "One IDX file; the compressed one where there are both."
     path = next((p for p in (folder/f'{stem}.gz', folder/stem) if p.is_file()), None)
     if path is None: raise FileNotFoundError(f'{folder} must hold {stem}.gz, found no such file; download it again')
-    try: data = gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
+    try: data = _content(path)
     except (OSError, EOFError, zlib.error): raise ValueError(f'{path} must be a whole gzip file, found one that is {state(path)}; delete it and download it again') from None
     start = 4+4*ndim
     shape = tuple(int.from_bytes(data[k:k+4], 'big') for k in range(4, start, 4))
@@ -251,7 +322,7 @@ def _ten(folder:Path, names:dict[int, str])->Listing:
         raise ValueError(f'{folder} must hold {"Fashion-MNIST, which has 6000" if names else "MNIST, which does not have equally many"} training images of each class, found the other set of the two; download the right one')
     return Listing(tuple(folder/f'{stem}' for stem in _IDX), sides, names, np.concatenate(pixels))
 
-# %% ../nbs/06_archives.ipynb #8f82f496
+# %% ../nbs/06_archives.ipynb #a117966a
 _FASHION = dict(enumerate(('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')))
 _LISTS = dict(cub=_cub, cars=_cars, sop=_sop, inshop=_inshop, mnist=lambda folder: _ten(folder, {}), fashion=lambda folder: _ten(folder, _FASHION))
 
@@ -261,6 +332,8 @@ def listing(
 )->Listing:
     "What the list files of a set say; ValueError where that cannot be the set."
     about, found = SETS[name], _LISTS[name](folder)
+    outside = [file for items in found.sides.values() for _, file in items if '\0' in file or Path(file).is_absolute() or '..' in Path(file).parts]
+    if outside: raise ValueError(f'{_some(path.name for path in found.lists)} in {folder} must list images inside of this folder, found {_some(outside, 1)[:200]!r}; unpack or download the set again')
     where = _some(path.name for path in found.lists)
     for side, items in found.sides.items():
         low, high = about.ranges.get(side, (None, None))
@@ -288,7 +361,7 @@ def differences(
     if alone: out.append(f'{len(alone)} items have a query and nothing in the gallery: {_some(alone)}')
     return out
 
-# %% ../nbs/06_archives.ipynb #82ae24a7
+# %% ../nbs/06_archives.ipynb #b6d6b4c7
 FORMAT = 1 # of the cache
 
 def decode(
@@ -304,22 +377,22 @@ def decode(
 def _attempt(path:str, size:int, channels:int)->np.ndarray|str:
     "A decoded image, or why there is none."
     try: return decode(path, size=size, channels=channels)
-    except _BROKEN as err: return 'not an image' if isinstance(err, UnidentifiedImageError) else str(err) or type(err).__name__
+    except Exception as err: return _why(err)
 
-# %% ../nbs/06_archives.ipynb #d53e3702
+# %% ../nbs/06_archives.ipynb #eb174dac
 def cache_folder(
     name:str,                 # data set
     folder:Path,              # of the data set
     cache:str|Path|None=None, # where the user wants it
 )->Path:
     "Where decoded images go: into the set's folder, or the user's cache where that is read-only."
-    if cache is not None: return Path(cache).expanduser()
+    if cache is not None: return _expanded(cache)
     own = folder/'.robust_dml-cache'
     if os.access(own if own.is_dir() else folder, os.W_OK): return own
     home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')
     return home/'robust_dml'/f'{name}-{fingerprint(str(folder.resolve()))[:12]}'
 
-# %% ../nbs/06_archives.ipynb #0fdc16ae
+# %% ../nbs/06_archives.ipynb #dc12d9fe
 def missing(
     folder:Path,
     files:list[str], # relative to `folder`
@@ -327,12 +400,13 @@ def missing(
     "Look for files without opening them."
     there, absent = [], []
     for file in files:
-        try: stat = os.stat(os.path.join(folder, file))
-        except OSError: absent.append(file)
-        else: there.append([file, stat.st_size, stat.st_mtime_ns])
+        try: found = os.stat(os.path.join(folder, file))
+        except (OSError, ValueError): found = None # ValueError: NUL in a name
+        if found is None or not stat.S_ISREG(found.st_mode): absent.append(file) # a pipe or a device would never end
+        else: there.append([file, found.st_size, found.st_mtime_ns])
     return there, absent
 
-# %% ../nbs/06_archives.ipynb #4b4b4296
+# %% ../nbs/06_archives.ipynb #d56a2640
 @contextmanager
 def _replacing(path:Path)->Iterator[BinaryIO]:
     "A file that takes the place of `path` when the block ends well, and is gone otherwise."
@@ -343,13 +417,14 @@ def _replacing(path:Path)->Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error: raise OSError(f'expected to write {path}, found: {error.strerror}; free space or set cache to another folder') from error
     finally: part.unlink(missing_ok=True)
 
 def _header(file:BinaryIO, count:int, shape:tuple[int, int, int])->None:
     "The header of a .npy file of `count` images; its length does not depend on `count`."
     np.lib.format.write_array_header_1_0(file, dict(descr='|u1', fortran_order=False, shape=(count, *shape)))
 
-# %% ../nbs/06_archives.ipynb #a93e7970
+# %% ../nbs/06_archives.ipynb #5df92c1a
 def _decode_into(
     path:Path,
     folder:Path,
@@ -358,7 +433,7 @@ def _decode_into(
     key:str, size:int, channels:int, show:bool,
 )->None:
     "Decode files and write a cache."
-    shape, broken = (channels, size, size), {}
+    shape, broken, digest = (channels, size, size), {}, hashlib.sha256()
     needed, free = len(files)*math.prod(shape), shutil.disk_usage(path.parent).free
     if free < needed: raise OSError(f'decoded images take {needed/2**30:.1f} GiB in {path.parent}, found {free/2**30:.1f} GiB free; make room or set cache to another folder')
     def attempt(file): return _attempt(os.path.join(folder, file), size, channels)
@@ -370,29 +445,37 @@ def _decode_into(
             block = files[start:start+256]
             for file, found in zip(block, pool.map(attempt, block)):
                 if isinstance(found, str): broken[file] = found
-                else: out.write(found)
+                else: out.write(found), digest.update(found)
                 bar.update()
-        out.write(json.dumps(dict(format=FORMAT, key=key, broken=broken)).encode())
+        out.write(json.dumps(dict(format=FORMAT, key=key, broken=broken, sha256=digest.hexdigest())).encode())
         out.seek(0)
         _header(out, len(files)-len(broken), shape)
 
-# %% ../nbs/06_archives.ipynb #b4122a0f
-def _open_cache(path:Path, key:str)->tuple[Tensor|None, dict[str, str], str]: # images, broken files, why not
+# %% ../nbs/06_archives.ipynb #7f8da915
+def _open_cache(
+    path:Path,
+    key:str,
+    files:set[str], # that it was made of
+    *shape:int,     # of an image
+)->tuple[Tensor|None, dict[str, str], str]: # images, broken files, why not
     "The images of a cache, or why it cannot be used ('' where there is none)."
     if not path.is_file(): return None, {}, ''
     try:
-        array = np.load(path, mmap_mode='r')
+        array = np.load(path, mmap_mode='r', allow_pickle=False)
         with open(path, 'rb') as file:
             file.seek(array.offset+array.nbytes)
-            end = dict(json.load(file))
-    except (OSError, ValueError, EOFError, TypeError, AttributeError): return None, {}, 'is cut or damaged'
+            end = dict(json.loads(file.read(_MOST)))
+    except Exception: return None, {}, 'is cut or damaged' # whatever the file holds instead
     if end.get('format') != FORMAT: return None, {}, 'was written by another version'
     if end.get('key') != key: return None, {}, 'was made of other files'
+    broken = end.get('broken')
+    if not isinstance(broken, dict) or not broken.keys() <= files or array.dtype != np.uint8 or array.shape != (len(files)-len(broken), *shape): return None, {}, 'is cut or damaged'
+    if end.get('sha256') not in (None, hashlib.sha256(array).hexdigest()): return None, {}, 'is cut or damaged' # caches of before have no hash
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'The given NumPy array is not writable') # nobody writes to images
-        return torch.from_numpy(array), end['broken'], ''
+        return torch.from_numpy(array), broken, ''
 
-# %% ../nbs/06_archives.ipynb #67d728c4
+# %% ../nbs/06_archives.ipynb #f893661b
 def decoded(
     path:Path,         # the cache
     folder:Path,       # of the data set
@@ -407,12 +490,13 @@ def decoded(
     path.parent.mkdir(parents=True, exist_ok=True)
     for part in path.parent.glob(f'{path.name}.*.part'): # of killed runs
         if time.time()-part.stat().st_mtime > 3600: part.unlink(missing_ok=True)
-    images, broken, why = _open_cache(path, key)
+    asked = key, {file for file, *_ in there}, channels, size, size
+    images, broken, why = _open_cache(path, *asked)
     if any(not isinstance(_attempt(os.path.join(folder, file), size, channels), str) for file in broken): images, why = None, 'lacks images that can be read now'
     if why: print(f'The cache {path.name} {why} and is made anew.')
     if images is None:
         _decode_into(path, folder, [file for file, *_ in there], key=key, size=size, channels=channels, show=show)
-        images, broken, _ = _open_cache(path, key)
+        images, broken, _ = _open_cache(path, *asked)
     return images, broken
 
 # %% ../nbs/06_archives.ipynb #bb67f5af
@@ -489,15 +573,15 @@ def read(
     both = dict(train=_image_set(train, images[:n], found.names, crop), test=_image_set(sum(test, []), images[n:], found.names, crop), skipped=tuple(broken))
     return Split(name, **both) if len(test) == 1 else QueryGallery(name, **both, queries=len(test[0]))
 
-# %% ../nbs/06_archives.ipynb #ff020800
+# %% ../nbs/06_archives.ipynb #6e293ead
 def is_archive(
     dataset:str,
     root:str|Path|None=None,
 )->bool:
     "Whether `load` takes a name for one of `SETS`."
     if dataset not in SETS: return False
-    folder = Path(root or '.').expanduser()/dataset
-    classes = folder.is_dir() and sum(d.is_dir() and not d.name.startswith('.') for d in folder.iterdir()) > 1
+    folder = _expanded(root or '.')/dataset
+    classes = os.path.isdir(folder) and sum(d.is_dir() and not d.name.startswith('.') for d in folder.iterdir()) > 1
     return not classes or locate(dataset, root or '.') is not None
 
 # %% ../nbs/06_archives.ipynb #a9291f99
@@ -517,7 +601,7 @@ def load(
     if held: raise ValueError(f'{path} must be a folder of class folders, found the files of {" or ".join(held)}; set dataset to {held[0]} and root to {path}')
     return load_data(dataset, root=root, **options)
 
-# %% ../nbs/06_archives.ipynb #fc9531f8
+# %% ../nbs/06_archives.ipynb #7d2d14c0
 def check(
     name:str,             # one of `SETS`
     root:str|Path,        # the set's folder or its parent
@@ -528,7 +612,7 @@ def check(
     show:bool=True,       # a progress bar while decoding
 )->dict:                  # JSON-able
     "What is there of a set, and what is wrong with it."
-    about, root = SETS[check_choice('dataset', name, SETS)], Path(root).expanduser().resolve()
+    about, root = SETS[check_choice('dataset', name, SETS)], Path(os.path.realpath(_expanded(root)))
     check_choice('full', full, (True, False))
     report = dict(dataset=name, root=str(root), folder=None, expected={side: list(pair) for side, pair in about.counts.items()}, sides={},
                   differences=[], missing=[], unreadable=None, problem='', complete=False)

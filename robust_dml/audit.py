@@ -36,7 +36,7 @@ from .strong import GOALS, LTM_NEAREST, R_AT_1, WorstCase, curve, curve_line, ou
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
-# %% ../nbs/43_audit.ipynb #6c61f53c
+# %% ../nbs/43_audit.ipynb #d6ecf7f7
 class Listed(NamedTuple):
     "Which files show what."
     base:Path             # what the files are relative to
@@ -48,7 +48,8 @@ def _list_lines(path:Path)->list[tuple[str, Path, str]]:
     "Label, file and split of each line of a list file."
     lines = path.read_text(encoding='utf-8-sig', errors='replace').splitlines()
     mark = next((d for d in ',;\t' if lines and d in lines[0]), ' ')
-    rows = [[word.strip() for word in row] for row in csv.reader(lines, delimiter=mark, skipinitialspace=True) if row]
+    try: rows = [[word.strip() for word in row] for row in csv.reader(lines, delimiter=mark, skipinitialspace=True) if row]
+    except csv.Error as error: raise ValueError(f'{path} must list images, one path,label a line, found a line that cannot be read ({error})') from error
     if rows and [word.lower() for word in rows[0][:2]] == ['path', 'label']: rows = rows[1:]
     if not rows: raise ValueError(f'{path} must list images, one path,label a line, found none')
     for row in rows:
@@ -558,12 +559,12 @@ def _page(results:Mapping[str, Any], figures:Mapping[str, tuple[bytes, str]])->s
         f'<h2>Classes that lose most</h2>{_class_table(results["classes"])}<h2>What it means, and what next</h2><ul>{"".join(f"<li>{escape(text)}</li>" for text in advice(results))}</ul>'
         f'<h2>Cost</h2>{_time_table(results)}<h2>Provenance</h2>{_origin(results)}')
 
-# %% ../nbs/43_audit.ipynb #ee4b3937
+# %% ../nbs/43_audit.ipynb #319b2720
 def _csv(rows:Sequence[Sequence[Any]])->bytes:
     "Rows as a csv file; undefined numbers are empty."
     file = io.StringIO()
     csv.writer(file, lineterminator='\n').writerows([['' if v is None or v != v else v for v in row] for row in rows])
-    return file.getvalue().encode()
+    return file.getvalue().encode(errors='backslashreplace')
 
 def _query_rows(records:Sequence[dict], rows:Tensor, pictures:Pictures)->list[list]:
     "File, class, row, and every outcome before and after."

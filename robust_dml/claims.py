@@ -693,9 +693,9 @@ def _epochs(runs:Sequence[Mapping[str, Any]], key:str)->list[float]:
     "A logged quantity per epoch, mean over the seeds."
     return [_mean(values) for values in zip(*(course(r, key) for r in runs))]
 
-# %% ../nbs/38_claims.ipynb #d923df07
+# %% ../nbs/38_claims.ipynb #658ffd61
 _COLO = 'colo_tride:profile=official'
-CONTRASTS = ( # of the experiment `limits`: what differs, and the lines of the table with it and without it
+CONTRASTS = ( # what differs, and the lines of a table with it and without it
     ('COLO on top of both schedules', _COLO, 'naive_tride:step_schedule=linear0+miner_margin=gradual'),
     ('Both schedules without COLO', 'naive_tride:step_schedule=linear0+miner_margin=gradual', 'naive_tride'),
     ('Both schedules under COLO', _COLO, f'{_COLO}+step_schedule=const+miner_margin=const'),
@@ -705,15 +705,16 @@ CONTRASTS = ( # of the experiment `limits`: what differs, and the lines of the t
 
 def contrasts(found:Evidence)->list[dict[str, Any]]: # a line per scene and contrast
     "ARS, R@1 and collapsed seeds with a component and without it."
-    lines = []
-    for scene in scenes(found, 'limits'):
+    lines = {}
+    for experiment, scene in _unique(found):
         for what, *entries in CONTRASTS:
             sides = [[r for r in scene.records if r['label'] == table_row(entry).label] for entry in entries]
             if not all(sides): continue
             def differs(q): return _plain(compare(scene, f'{q.name}: {what}', *(tuple(map(q.of, side)) for side in sides)))
-            lines.append(dict(what=what, dataset=scene.dataset, preset=scene.preset, setting=scene.setting, eps=round(255*found['limits'][scene.dataset, scene.preset]['settings'][scene.setting]['eps']),
-                              ars=differs(ARS), r1=differs(R1), collapsed=[sum(bool(r['eval']['collapsed']) for r in side) for side in sides], seeds=[*map(len, sides)]))
-    return lines
+            eps = found[experiment][scene.dataset, scene.preset]['settings'][scene.setting]['eps']
+            lines.setdefault((what, scene.dataset, scene.setting), dict(what=what, dataset=scene.dataset, preset=scene.preset, setting=scene.setting, eps=round(255*eps),
+                                                                        ars=differs(ARS), r1=differs(R1), collapsed=[sum(bool(r['eval']['collapsed']) for r in side) for side in sides], seeds=[*map(len, sides)]))
+    return sorted(lines.values(), key=lambda c: [what for what, *_ in CONTRASTS].index(c['what']))
 
 def finding(results:Mapping[str, Any])->list[str]: # of `claims_results`
     "What the figures of this section say, in sentences."

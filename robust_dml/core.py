@@ -97,13 +97,14 @@ def check_images(
         raise ValueError(f'images must lie in [0, 1] (normalisation belongs inside the model), found range [{low:.4g}, {high:.4g}]')
     return x
 
-# %% ../nbs/00_core.ipynb #41f7183f
+# %% ../nbs/00_core.ipynb #8cbd7601
 def typed(
     name:str,
     value:Any,
     default:str|bool|int|float, # gives the type; whole numbers are 0 or more
 )->Any:
     "The value as the type of the default; papermill turns `0` into an int where a list of seeds is meant."
+    if isinstance(value, int) and value.bit_length() > 63: raise ValueError(f'parameter {name} must be a number below 2**63, found one of {value.bit_length()} bits')
     if isinstance(default, str) and isinstance(value, (str, int, float)) and not isinstance(value, bool): return str(value).strip()
     if isinstance(default, float) and isinstance(value, (int, float)) and not isinstance(value, bool): return float(value)
     if type(value) is type(default) and not (isinstance(value, int) and value < 0): return value
@@ -225,7 +226,7 @@ def kept_memory()->Iterator[None]:
             set_all({_MMAPS: 65536, _MMAP: 2**25, _TRIM: 2**26, _TOP: 2**17}) # where glibc's own adaptation ends in a process that uses large blocks
             libc.malloc_trim(0)
 
-# %% ../nbs/00_core.ipynb #69f1a83d
+# %% ../nbs/00_core.ipynb #d6bc65d9
 def load_safetensors(
     path:str|Path,        # file to read
     *,
@@ -235,7 +236,7 @@ def load_safetensors(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'expected a safetensors file at {path}, found none; check the path')
     data = path.read_bytes()
-    if data[:2] in (b'PK', b'\x80\x02') or data[:1] == b'\x80':
+    if data[8:9] != b'{' and data.startswith((b'PK', b'\x80')): # behind the length of its header, which may begin with any byte, a safetensors file has a {
         raise ValueError(f'expected a safetensors file, found a pickle: {path}; a pickle can run code, so convert it where you trust it: '
                          "safetensors.torch.save_file(torch.load(path, weights_only=True), 'weights.safetensors')")
     if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:

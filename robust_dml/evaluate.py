@@ -6,8 +6,8 @@
 __all__ = ['Protocol', 'queries_and_gallery', 'query_rows', 'attack_batches', 'mean_outcomes', 'resampled', 'intervals',
            'Evaluation', 'check_size', 'evaluate', 'examples']
 
-# %% ../nbs/31_evaluate.ipynb #37716e08
-import math
+# %% ../nbs/31_evaluate.ipynb #7a7c8e98
+import math, warnings
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -21,6 +21,7 @@ from .core import Stopwatch, check_between, check_choice, generator, kept_memory
 from .data import ImageSet
 from .metrics import benign
 from .models import checksum, dtype_of, embed, embed_all, frozen, streamlined
+from .ranks import agreed, check_same, embed_split, everyone, leads, process_count, process_index
 from .scores import HEADINGS, ars, ars_cells, constant_before, ers, ers_cells
 from .search import knn, resolve_backend
 from .store import Run, append_line, read_lines
@@ -70,7 +71,7 @@ def query_rows(
     if not limit or limit >= total: return torch.arange(total)
     return torch.randperm(total, generator=generator(seed, 'queries'))[:limit].sort().values
 
-# %% ../nbs/31_evaluate.ipynb #d31e4ece
+# %% ../nbs/31_evaluate.ipynb #d10c5a20
 def attack_batches(
     model:nn.Module,
     dataset:ImageSet,
@@ -87,24 +88,38 @@ def attack_batches(
 )->list[dict]:            # one record per attack and batch
     "Attack all queries with all attacks, one batch after the other, going on from what the run folder holds."
     weights, fast = checksum(model), streamlined(model, compiled=compiled)
-    found = read_lines(run, 'queries.jsonl') if run else []
+    check_same('attacked weights', weights)
+    found, together = agreed(read_lines(run, 'queries.jsonl') if run and leads() else []), process_count()
     done = {(r['attack'], r['start']): r for r in found if r.get('weights') == weights and r['attack'] in attacks}
     if queries is None: queries, _ = queries_and_gallery(gallery.emb, gallery.label)
     rows = query_rows(len(queries.id), limit=protocol.limit, seed=protocol.seed)
+    def attacked(attack, start):
+        batch = rows[start:start+protocol.batch_size]
+        return dict(attack=attack.name, start=start, queries=len(batch), weights=weights, **_attack_rows(fast, dataset, picked(queries, batch), gallery, attack, protocol, device))
     for name,attack in attacks.items():
         missing = [i for i in range(0, len(rows), protocol.batch_size) if (name, i) not in done]
         before = sum(r['queries'] for r in done.values() if r['attack'] == name)
-        with progress(desc=f'{desc} {name}', total=len(rows), initial=before, show=show and bool(missing)) as bar:
-            for start in missing:
-                batch = rows[start:start+protocol.batch_size]
-                record = dict(attack=name, start=start, queries=len(batch), weights=weights, **_attack_rows(fast, dataset, picked(queries, batch), gallery, attack, protocol, device))
-                if run: append_line(run, 'queries.jsonl', record)
-                done[name, start] = record
-                bar.update(len(batch))
+        with progress(desc=f'{desc} {name}', total=len(rows), initial=before, show=show and leads() and bool(missing)) as bar:
+            for turn in range(0, len(missing), together):
+                mine = missing[turn:turn+together][process_index():][:1] # the last turn may have none for this process
+                for record in (r for part in everyone([attacked(attack, start) for start in mine]) for r in part):
+                    if run and leads(): append_line(run, 'queries.jsonl', record)
+                    done[name, record['start']] = record
+                    bar.update(record['queries'])
     return sorted(done.values(), key=lambda r: (list(attacks).index(r['attack']), r['start']))
 
 def _attack_rows(model, dataset, queries, gallery, attack, protocol, device)->dict:
-    "Outcome of one attack on a batch of queries: per query before and after, and the seconds it took."
+    "Outcome of one attack on a batch of queries: per query before and after, and the seconds it took; in halves where the device has no room for all."
+    try: return _attack_at_once(model, dataset, queries, gallery, attack, protocol, device)
+    except torch.OutOfMemoryError:
+        count = len(queries.id)
+        if count == 1: raise
+        warnings.warn(f'expected room for {count} attacked images on {device}, found too little; they are attacked in halves, which changes no number beyond rounding (a smaller batch_size saves the attempt)')
+    parts = [_attack_rows(model, dataset, picked(queries, slice(*half)), gallery, attack, protocol, device) for half in ((0, count//2), (count//2, count))]
+    def joined(moment): return {h: parts[0][moment][h] + parts[1][moment][h] for h in parts[0][moment]}
+    return dict(before=joined('before'), after=joined('after'), seconds=math.fsum(p['seconds'] for p in parts))
+
+def _attack_at_once(model, dataset, queries, gallery, attack, protocol, device)->dict:
     watch = Stopwatch(device)
     with watch('attack'):
         x = dataset.batch(queries.id, device=device, dtype=dtype_of(model))
@@ -166,7 +181,7 @@ def intervals(
         found |= {'ERS': torch.tensor([ers(after) for _,after in rows]), 'ARS': torch.tensor([ars(*row) for row in rows])}
     return {name: torch.nanquantile(value.double(), torch.tensor([.025, .975], dtype=torch.float64)).tolist() for name,value in found.items()}
 
-# %% ../nbs/31_evaluate.ipynb #9e086a21
+# %% ../nbs/31_evaluate.ipynb #9b5d8739
 @dataclass(frozen=True)
 class Evaluation:
     "Everything measured on one model under one protocol; table units (percent, TMA as cosine, ES:D as distance)."
@@ -181,7 +196,7 @@ class Evaluation:
     excluded:int               # queries without another image of their class in the gallery: R@1 undefined, left out
     backend:str                # library that clustered for NMI: 'faiss' or 'torch'
     protocol:dict
-    seconds:float              # spent attacking
+    seconds:float              # spent attacking, added up over processes
     parts:dict[str,float]      # seconds: 'gallery' (embedding the set), each attack by its name, 'metrics' (with the intervals), 'indicators' and 'checks'
     image_steps:int            # images times gradient steps
     device:str
@@ -200,7 +215,7 @@ class Evaluation:
         for name in ('ers', 'ars', 'ars_constant'): object.__setattr__(self, name, scores.get(name, math.nan))
         for name in ('ers_cells', 'ars_cells', 'ars_cells_constant'): object.__setattr__(self, name, scores.get(name, {}))
 
-# %% ../nbs/31_evaluate.ipynb #64844a53
+# %% ../nbs/31_evaluate.ipynb #7ce4d9fe
 def check_size(
     queries:int, # attacked queries
 )->int:
@@ -236,7 +251,7 @@ def evaluate(
                         aggregation=aggregation, precision=precision)
     attacks = {**suite(self_exclusion=self_exclusion), **FIXED} if attacks is None else attacks
     backend, watch = resolve_backend(backend), Stopwatch(device)
-    with watch('gallery'): emb, label = embed_all(streamlined(model), dataset, batch_size=batch_size, device=device), dataset.labels.to(device)
+    with watch('gallery'): emb, label = embed_split(streamlined(model), dataset, batch_size=batch_size, device=device), dataset.labels.to(device)
     asked, gallery = queries_and_gallery(emb, label, queries)
     records = attack_batches(model, dataset, gallery, attacks, protocol, queries=asked, device=device, compiled=compiled, run=run, show=show, desc=desc)
     with watch('metrics'): clean = benign(asked.emb, asked.label, *((gallery.emb, gallery.label) if queries else ()), backend=backend, self_exclusion=self_exclusion)

@@ -7,13 +7,16 @@ __all__ = ['PAPER_28', 'PAPER_224', 'A', 'B', 'QUICK', 'SMALL', 'SMOKE', 'PRESET
            'PARAMETERS', 'TUNABLE', 'SCALED', 'EXPERIMENTS', 'Setting', 'Recipe', 'recipe', 'overrides', 'describe',
            'Row', 'parameters', 'table_lines', 'table_row', 'seed_list', 'resolve', 'tuned', 'Experiment', 'Plan',
            'plan', 'with_backbone', 'replan', 'folder_name', 'check_split', 'query_count', 'announce', 'Cell', 'cells',
-           'natural', 'defense', 'training_config', 'weights_name', 'train_cell', 'evaluation_config', 'evaluate_cell',
-           'record', 'check_weights', 'published', 'results', 'example_images']
+           'natural', 'defense', 'training_config', 'weights_name', 'train_cell', 'alone', 'evaluation_config',
+           'evaluate_cell', 'missing_cells', 'compute_cell', 'compute_elsewhere', 'record', 'check_weights',
+           'published', 'results', 'example_images']
 
-# %% ../nbs/33_experiments.ipynb #cf646719
-import hashlib, json, math
+# %% ../nbs/33_experiments.ipynb #5c452ee8
+import hashlib, json, math, os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +31,12 @@ from .data import Split
 from .defenses import Defense
 from .eat import PROXY, ProxyDefense, Shared, make, network, valid_options
 from .evaluate import Protocol, evaluate, examples
+from .jobs import executor, run_jobs, stoppable
 from .models import MODELS, checksum
+from .ranks import joined, leads, wait
 from .scores import paper_table
 from .search import resolve_backend
-from .store import Run, StoreError, described, find_run, load_tensors, open_run, reports_root, save_tensors
+from .store import Run, StoreError, described, find_run, load_tensors, locked, open_run, reports_root, save_tensors
 from .train import load_trained, train
 from .tride import OFFICIAL, PAPER, Switches
 
@@ -118,7 +123,7 @@ def describe(setting:Setting)->str:
     warm = f' after {setting.warm_epochs} natural epochs' if setting.warm_epochs else ''
     return f'{setting.name} (ε {255*setting.eps:g}/255, steps of {255*setting.step_size:g}/255, {setting.steps} for ACT and HM, {setting.colo_steps} for COLO-TRIDE{warm})'
 
-# %% ../nbs/33_experiments.ipynb #1aafd914
+# %% ../nbs/33_experiments.ipynb #acdc4a38
 class Row(NamedTuple):
     "A line of a table."
     label:str
@@ -144,7 +149,7 @@ DEFENSES = dict(
     topweighted=Row('Top-weighted', 'topweighted', dict(top=.5)), library_loss=Row('Contrastive', 'library_loss', dict(loss='ContrastiveLoss')))
 TABLE_DEFENSES = ('natural', 'act', 'hm', 'colo_tride')
 PARAMETERS = dict(dataset='glyphs', root='', preset='quick', defenses='', seeds='', profile='', device='auto', epochs=0, limit=0, weights='',
-                  backend='auto', precision='', compiled=False, out='', skip_unreadable=False, backbone='')
+                  backend='auto', precision='', compiled=False, out='', skip_unreadable=False, backbone='', executor='inline')
 
 # %% ../nbs/33_experiments.ipynb #ff729e18
 def parameters(
@@ -154,7 +159,7 @@ def parameters(
     check_known(namespace, PARAMETERS, ('results',))
     return {name: typed(name, namespace.get(name, default), default) for name,default in PARAMETERS.items()}
 
-# %% ../nbs/33_experiments.ipynb #7e66bb57
+# %% ../nbs/33_experiments.ipynb #c1b1b425
 _FLOATS = {f.name for kind in (Switches, Shared) for f in fields(kind) if f.type is float} | {'attack_rate', 'apart', 'cutoff', 'far', 'w_clean', 'w_transfer', 'relation', 'entropy', 'diversity', 'feature_eps', 'feature_step', 'weight', 'alpha', 'beta', 'base', 'clean_weight', 'ics', 'pseudo', 'top'}
 
 def table_lines(
@@ -181,7 +186,7 @@ def table_row(entry:str)->Row:
 def _value(key:str, text:str):
     "A switch's value: a number, true, false or text; as a float where the switch is one, so that 2 and 2.0 are the same run."
     try: value = json.loads(text)
-    except json.JSONDecodeError: return text
+    except (ValueError, RecursionError): return text
     return float(value) if type(value) is int and key in _FLOATS else value
 
 def seed_list(text:str)->tuple[int,...]:
@@ -189,7 +194,7 @@ def seed_list(text:str)->tuple[int,...]:
     try: return tuple(dict.fromkeys(int(e) for e in text.split(',') if e.strip()))
     except ValueError: raise ValueError(f"parameter seeds must be whole numbers separated by commas, as in '0,1,2', found {text!r}") from None
 
-# %% ../nbs/33_experiments.ipynb #002ffa40
+# %% ../nbs/33_experiments.ipynb #fd0e9605
 TUNABLE = ('act', 'hm', 'colo_tride', 'naive_tride', 'naive_sip')
 SCALED = ('eps', 'step_size', 'steps', 'margin')                            # given as factors of the method's default
 
@@ -208,10 +213,11 @@ def tuned(
     "The tuned setting of a method."
     file = path or resources.files('robust_dml')/'tuned.json'
     if not file.is_file(): raise FileNotFoundError("tuned settings must lie in robust_dml/tuned.json, found no such file; make it with: make tune && python -c \"from robust_dml import tuning; tuning.keep('reports/tune-glyphs-quick')\"")
-    methods = json.loads(file.read_text(encoding='utf-8'))['methods']
-    return methods[check_choice('method', method, tuple(methods))]['candidate']
+    try: methods = {name: chosen['candidate'] for name,chosen in json.loads(file.read_text(encoding='utf-8'))['methods'].items()}
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error: raise ValueError(f'expected tuned settings in {file}, found another file ({error!r}); make it again with make tune and tuning.keep') from error
+    return methods[check_choice('method', method, tuple(methods))]
 
-# %% ../nbs/33_experiments.ipynb #d2ab27a6
+# %% ../nbs/33_experiments.ipynb #812b3146
 class Experiment(NamedTuple):
     "What a run notebook shows."
     title:str
@@ -235,11 +241,13 @@ EXPERIMENTS = dict(
     fairness=Experiment('Are the scores fair?', (*TABLE_DEFENSES, 'colo_tride:profile=official+weighting=uniform')),
     baselines=Experiment('Further baselines', ('natural', 'est', 'ses', 'minmax', 'free', 'multi_similarity', 'act', 'hm', 'hm:source=random', 'hm:source=semihard', 'hm:pseudo=0'), (A,)),
     locality=Experiment('Local against global resistance, over the weight of the nearest negative', tuple(f'topweighted:top={w}' for w in (0, .25, .5, .75, 1)), (replace(A, name='L', warm_epochs=B.warm_epochs),)),
+    limits=Experiment('Where COLO-TRIDE does not hold: schedules and inner steps', ('hm', 'hm:steps=8', 'naive_tride', 'naive_tride:step_schedule=linear0+miner_margin=gradual', 'colo_tride:profile=official',
+                                                                                  'colo_tride:profile=official+step_schedule=const+miner_margin=const', 'colo_tride:profile=official+steps=8'), (B,)),
     stress=Experiment('Stress: stronger, blind and borrowed attacks', TABLE_DEFENSES),
-    all_defenses=Experiment('Every defence of the three papers side by side', ('natural', 'est', 'ses', 'act', 'minmax', 'hm', 'colo_tride', 'natural_triplet', 'tuples_triplet', 'tuples_contrastive', 'pal_natural', 'pal_at', 'ensemble_at', 'eat')),
+    all_defenses=Experiment('Every defence of the three papers side by side', ('natural', 'est', 'ses', 'act', 'minmax', 'hm', 'colo_tride', 'natural_triplet', 'natural_contrastive', 'tuples_triplet', 'tuples_contrastive', 'pal_natural', 'pal_at', 'ensemble_at', 'eat')),
     cost=Experiment('What the tables cost', TABLE_DEFENSES))
 
-# %% ../nbs/33_experiments.ipynb #5bd140b1
+# %% ../nbs/33_experiments.ipynb #3b17c2d9
 @dataclass(frozen=True)
 class Plan:
     "A table's recipe for one data set, and where to compute it."
@@ -264,15 +272,25 @@ def plan(
 )->Plan:
     "Resolve the parameters of a run: recipe, data, device and folder."
     p = parameters
-    source, root = (str(Path(p[key]).expanduser()) if p[key] else '' for key in ('dataset', 'root'))
+    executor(p['executor']) # refuses what it does not know, before anything is read
+    source, root = _place(p)
     name = source if source in BUILT_IN or is_archive(source, root) else folder_name(Path(root)/source)
     r = _recipe(experiment, p, name)
-    data = load(source, root=root or None, size=r.size, channels=r.channels, crop=r.crop or None, train_classes=r.train_classes or None,
-                test_classes=r.test_classes or None, skip_unreadable=p['skip_unreadable'])
+    data = _data(p, r)
     check_split(data)
     if experiment == 'cost' and isinstance(data, QueryGallery): raise ValueError(f'cost needs test images that are queries and gallery at once, found {data.name} with a gallery of its own; run its table without a forecast')
     return Plan(experiment, p['preset'], r, table_lines(p['defenses']) or EXPERIMENTS[experiment].defenses, p, name, data, data.card(), pick_device(p['device']),
                 resolve_backend(p['backend']), reports_root(p['out']))
+
+def _place(p:dict)->tuple[str, str]:
+    "The data set and the folder of its files."
+    return tuple(str(Path(p[key]).expanduser()) if p[key] else '' for key in ('dataset', 'root'))
+
+def _data(p:dict, r:Recipe)->Split:
+    "The images of a run."
+    source, root = _place(p)
+    return load(source, root=root or None, size=r.size, channels=r.channels, crop=r.crop or None, train_classes=r.train_classes or None,
+                test_classes=r.test_classes or None, skip_unreadable=p['skip_unreadable'])
 
 def with_backbone(
     recipe:Recipe,
@@ -395,7 +413,7 @@ def weights_name(weights:str)->str:
     path = Path(weights)
     return f'file:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}' if weights and path.is_file() else weights
 
-# %% ../nbs/33_experiments.ipynb #0a37f4d9
+# %% ../nbs/33_experiments.ipynb #050780fb
 def train_cell(
     plan:Plan,
     cell:Cell,
@@ -406,10 +424,23 @@ def train_cell(
     r = plan.recipe
     model = network(defense(cell, r), r.model, classes=len(plan.data.train.classes), dim=r.dim, size=r.crop or r.size, channels=r.channels, seed=cell.seed, weights=r.weights or None)
     for chosen,config,label in _trainings(plan, cell):
-        run = open_run(plan.reports, 'train', config)
-        train(model, plan.data.train, chosen, epochs=config['epochs'], pairs=r.pairs, lr=r.lr, weight_decay=r.weight_decay, seed=cell.seed, allow_self=r.allow_self,
-              precision=r.precision, device=plan.device, run=run, show=show, desc=f'train {cell.setting.name} {label}, seed {cell.seed}')
+        with alone(find_run(plan.reports, 'train', config), 'result.json', 'model.safetensors'):
+            run = open_run(plan.reports, 'train', config)
+            train(model, plan.data.train, chosen, epochs=config['epochs'], pairs=r.pairs, lr=r.lr, weight_decay=r.weight_decay, seed=cell.seed, allow_self=r.allow_self,
+                  precision=r.precision, device=plan.device, run=run, show=show, desc=f'train {cell.setting.name} {label}, seed {cell.seed}')
     return model, run
+
+@contextmanager
+def alone(
+    run:Run,
+    *files:str, # that a finished run has
+)->Iterator[None]:
+    "Hold a run while it is computed; a finished one needs no lock. Of several processes of one training the first holds it for all."
+    finished = all(run.has(name) for name in files)
+    with locked(run) if leads() and not finished else nullcontext():
+        wait()
+        yield
+        wait()
 
 def _trainings(plan, cell)->Iterator[tuple[Defense, dict, str]]:
     "Defence, configuration and label of the trainings behind a cell, in order: the warm-up, if its setting has one, and the cell's own."
@@ -420,7 +451,7 @@ def _trainings(plan, cell)->Iterator[tuple[Defense, dict, str]]:
         yield warm, config, 'warm-up'
     yield chosen, training_config(plan, chosen, cell.seed, epochs=plan.recipe.epochs, start=start), cell.label
 
-# %% ../nbs/33_experiments.ipynb #baee0d84
+# %% ../nbs/33_experiments.ipynb #b6581119
 def evaluation_config(
     plan:Plan,
     cell:Cell,
@@ -440,18 +471,53 @@ def evaluate_cell(
     show:bool=True,
 )->Run: # folder with the finished evaluation in result.json
     "Evaluate a cell, training it first if need be."
+    config = _evaluation(plan, cell, seed)
+    with alone(run := find_run(plan.reports, 'eval', config), 'result.json'):
+        if not run.has('result.json'): _measure(plan, cell, config, show)
+    return open_run(plan.reports, 'eval', config)
+
+def _evaluation(plan, cell, seed=0)->dict:
+    "Configuration of a cell's evaluation."
     *_, (_, training, _) = _trainings(plan, cell)
-    config = evaluation_config(plan, cell, find_run(plan.reports, 'train', training).address, seed)
-    if (run := find_run(plan.reports, 'eval', config)).has('result.json'): return open_run(plan.reports, 'eval', config)
+    return evaluation_config(plan, cell, find_run(plan.reports, 'train', training).address, seed)
+
+def _measure(plan, cell, config, show)->None:
+    "Evaluate a cell into its run folder."
     model,_ = train_cell(plan, cell, show=show)
     run, protocol = open_run(plan.reports, 'eval', config), config['protocol']
     result = evaluate(model, plan.data.test, **protocol, queries=query_count(plan.data), backend=plan.backend, compiled=plan.parameters['compiled'], device=plan.device, run=run, show=show,
                       desc=f'attack {cell.setting.name} {cell.label}, seed {cell.seed}:')
     shown = examples(model, plan.data.test, protocol=Protocol(**protocol), queries=query_count(plan.data), device=plan.device) if cell.seed == plan.recipe.seeds[0] else {} # a report shows one seed
-    run.write('result.json', dict(asdict(result), weights=checksum(model), example_attack='ES', examples=save_tensors(run, 'examples.safetensors', shown) if shown else ''))
-    return run
+    if leads(): run.write('result.json', dict(asdict(result), weights=checksum(model), example_attack='ES', examples=save_tensors(run, 'examples.safetensors', shown) if shown else ''))
 
-# %% ../nbs/33_experiments.ipynb #57d13fc7
+# %% ../nbs/33_experiments.ipynb #c76c7522
+def missing_cells(plan:Plan)->list[Cell]:
+    "Cells whose training or evaluation the store does not hold."
+    def is_there(config): return find_run(plan.reports, 'eval', config).has('result.json') and (plan.reports/'store'/config['train']/'result.json').is_file()
+    return [cell for cell in cells(plan) if not is_there(_evaluation(plan, cell))]
+
+def compute_cell(
+    plan:Plan, # without data
+    cell:Cell,
+)->None:
+    "Train and evaluate a cell in a process of its own."
+    data = _data(plan.parameters, plan.recipe)
+    if (found := data.card()['checksum']) != plan.card['checksum']: raise ValueError(f'expected the images of the plan ({plan.card["checksum"][:12]}), found others on this machine ({found[:12]}); give all machines the same files')
+    with kept_memory(): record(replace(plan, data=data, device=pick_device(plan.parameters['device'])), cell, show=False)
+
+def compute_elsewhere(
+    plan:Plan,
+    *,
+    show:bool=True, # a progress bar
+)->None:
+    "Compute the missing cells as jobs, if the plan's executor says so."
+    how = executor(plan.parameters['executor'])
+    if how.kind != 'inline' and int(os.environ.get('WORLD_SIZE', 1)) > 1: raise ValueError(f'executor must be inline where several processes share a training, found {how.kind}; start one process to give cells away as jobs')
+    if how.kind == 'inline' or not (todo := missing_cells(plan)): return
+    bare = replace(plan, data=None)
+    run_jobs({f'{cell.setting.name} {cell.label}, seed {cell.seed}': partial(compute_cell, bare, cell) for cell in todo}, how, plan.reports/'store', show=show)
+
+# %% ../nbs/33_experiments.ipynb #ca288ccb
 def record(
     plan:Plan,
     cell:Cell,
@@ -486,6 +552,7 @@ def published(dataset:str)->list[dict]:
     return [dict(cell, table=n) for n in (1, 2, 3, 4) for cell in paper_table(n) if cell['dataset'].lower() == dataset.lower()]
 
 @kept_memory()
+@stoppable()
 def results(
     plan:Plan,
     *,
@@ -494,15 +561,17 @@ def results(
     "Run every cell of a plan that the store does not hold, and return all of them."
     r = plan.recipe
     for cell in cells(plan): defense(cell, r) # refuses values that a switch does not have, before anything is trained
+    compute_elsewhere(plan, show=show)
+    with joined(plan.device, only_first=True): records = [record(plan, cell, show=show) for cell in cells(plan)]
     paper = recipe('paper', plan.dataset)
     return dict(experiment=plan.experiment, title=f'{EXPERIMENTS[plan.experiment].title}, {plan.dataset}', dataset=plan.dataset, preset=plan.preset, parameters=_shareable(plan.parameters), overrides=overrides(r, paper),
                 data=plan.card, device=plan.device, settings={s.name: asdict(s) for s in r.settings},
                 attack=dict(step_size=r.eval_step_size, steps=r.eval_steps, limit=r.limit),
-                records=[record(plan, cell, show=show) for cell in cells(plan)], published=published(plan.dataset))
+                records=records, published=published(plan.dataset))
 
 def _shareable(parameters:dict)->dict:
-    "Parameters without the folders of this machine."
-    return {k: Path(v).name if k in ('dataset', 'root', 'out') or '/' in str(v) else v for k,v in parameters.items()}
+    "Parameters without the folders and the cluster of this machine."
+    return {k: Path(v).name if k in ('dataset', 'root', 'out') or '/' in str(v) else v for k,v in parameters.items() if k != 'executor'}
 
 def example_images(
     plan:Plan,

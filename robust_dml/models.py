@@ -108,14 +108,14 @@ def _zoo_backbone(name:str, size:int, channels:int)->tuple[nn.Module, int]:
     _replace(net, last, nn.Identity())
     return net, linear.in_features
 
-# %% ../nbs/03_models.ipynb #3b7bbea1
+# %% ../nbs/03_models.ipynb #b7ad63c1
 _CLASSIFIER = ('fc.', 'classifier.1.', 'classifier.2.', 'aux1.', 'aux2.')
 
 def _read_weights(name:str, weights:str|Path)->dict[str, Tensor]:
     "Parameters of a backbone, by torchvision's name of the weights or from a local file."
     known = _zoo().get_model_weights(name).__members__ if name in _ZOO else {}
     if weights in known:
-        try: return known[weights].get_state_dict(progress=False, check_hash=True)
+        try: return known[weights].get_state_dict(progress=False, check_hash=True, weights_only=True)
         except (OSError, RuntimeError) as err:
             raise OSError(f'weights {weights} of {name} must be downloaded by torchvision, found no way ({err}); pass the path of a .safetensors file') from err
     if not Path(weights).suffix and not Path(weights).exists():

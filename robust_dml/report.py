@@ -161,7 +161,7 @@ def as_text(
         shown[column.name] = ['0/0' if math.isnan(v) else _fixed(v, column.digits) + ('' if math.isnan(s) else f' ± {_fixed(s, column.digits)}') for v,s in pairs]
     return shown.assign(Collapsed=[_flag(c, n) for c,n in zip(table['Collapsed'], table['Seeds'])], Seeds=table['Seeds'].astype(str))
 
-# %% ../nbs/34_report.ipynb #88555a6a
+# %% ../nbs/34_report.ipynb #5e051009
 def to_csv(table:'DataFrame', experiment:str)->bytes:
     "Numbers for other programs; equal records give equal bytes."
     plain = table.astype(object)
@@ -169,13 +169,13 @@ def to_csv(table:'DataFrame', experiment:str)->bytes:
         digits = max(2, column.digits)
         plain[column.name] = ['NaN' if math.isnan(v) else _fixed(v, digits) for v in table[column.name]]
         plain[column.name + ' sd'] = ['' if math.isnan(v) else _fixed(v, digits) for v in table[column.name + ' sd']]
-    return plain.to_csv(index=False, lineterminator='\n').encode()
+    return plain.to_csv(index=False, lineterminator='\n').encode(errors='backslashreplace')
 
 def to_markdown(table:'DataFrame', experiment:str)->str:
     "A table for a README, best values bold where they exceed the spread."
     shown, bold = as_text(table, experiment), leaders(table, COLUMNS[experiment])
     def cell(row:int, name:str)->str:
-        text = shown[name][row].replace('|', '\\|')
+        text = ' '.join(shown[name][row].replace('|', '\\|').splitlines())
         return f'**{text}**' if (row, name) in bold else text
     lines = [list(shown), ['---' if name in ('Setting', 'Defense') else '--:' for name in shown], *([cell(row, name) for name in shown] for row in shown.index)]
     return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines)

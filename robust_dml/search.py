@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['faiss_gpus', 'resolve_backend', 'block_rows', 'distances', 'cache_rows', 'tally', 'check_embeddings', 'check_rows',
-           'mask_rows_', 'smallest', 'knn', 'kmeans']
+           'mask_rows_', 'smallest', 'knn', 'knn_shards', 'knn_together', 'kmeans']
 
-# %% ../nbs/11_search.ipynb #bd9beea7
+# %% ../nbs/11_search.ipynb #fd879789
 import importlib.util, math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from .core import check_between, check_choice, check_finite, generator, need
 from .distances import Prepared, pairwise_distance, prepare
+from .ranks import everyone, gathered, process_index
 
 # %% ../nbs/11_search.ipynb #060c8ce8
 def faiss_gpus(
@@ -186,6 +187,47 @@ def knn(
     size = block or block_rows(entries)
     parts = [search(q, r) for q, r in zip(query.split(size), own.split(size))]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+# %% ../nbs/11_search.ipynb #f2c60238
+def _merged(dist:Tensor, row:Tensor, k:int)->tuple[Tensor,Tensor]:
+    "The `k` nearest of candidates (B, M) whose equal distances are in the order of their rows."
+    value, column = smallest(dist, min(k, dist.shape[1]))
+    return value, row.gather(1, column)
+
+@torch.no_grad()
+def knn_shards(
+    query:Tensor,            # (B, D) float
+    shards:Iterable[Tensor], # (n, D) float each: the gallery cut in order; only one at a time is on the device of the query
+    *,
+    k:int,                   # neighbours
+    rows:Tensor|None=None,   # (B,) long: own row of each query in the whole gallery, as for `knn`
+    first:int=0,             # row of the first item of the first shard in the whole gallery
+    backend:Literal['auto','torch','faiss']='torch',
+)->tuple[Tensor,Tensor]:     # of `knn`; infinite where the shards have fewer than `k` items
+    "The `k` nearest items of a gallery in shards."
+    dist = query.new_full((len(query), k), math.inf)
+    row = torch.full_like(dist, -1, dtype=torch.long)
+    for shard in shards:
+        value, found = knn(query, shard.to(query), k=min(len(shard), k + (rows is not None)), backend=backend)
+        found, first = found + first, first + len(shard)
+        if rows is not None: value = value.masked_fill(found == rows.to(found)[:,None], math.inf)
+        dist, row = _merged(torch.cat([dist, value], 1), torch.cat([row, found], 1), k)
+    return dist, row
+
+def knn_together(
+    query:Tensor,          # (B, D) float: the same in all processes
+    shard:Tensor,          # (n, D) float, n >= 1: this process' part of the gallery, in the order of the processes
+    *,
+    k:int,                 # neighbours, 1 to N (N-1 if rows are given)
+    rows:Tensor|None=None, # (B,) long: own row of each query in the whole gallery
+    backend:Literal['auto','torch','faiss']='torch',
+)->tuple[Tensor,Tensor]:   # of `knn`, in every process
+    "The `k` nearest items of a gallery whose parts are in several processes."
+    sizes = everyone(len(shard))
+    check_between('k', k, 1, sum(sizes) - int(rows is not None and bool((rows >= 0).any())))
+    found = knn_shards(query, [shard], k=k, rows=rows, first=sum(sizes[:process_index()]), backend=backend)
+    dist, row = (torch.cat(gathered(part, [len(query)]*len(sizes)).split(len(query)), 1) for part in found)
+    return _merged(dist, row, k)
 
 # %% ../nbs/11_search.ipynb #306cda76
 def _assign(emb:Tensor, centroids:Tensor)->tuple[Tensor,Tensor]:

@@ -4,14 +4,18 @@
 
 # %% auto #0
 __all__ = ['reports_root', 'StoreError', 'write_atomic', 'to_json', 'Run', 'append_line', 'read_lines', 'save_tensors',
-           'load_tensors', 'provenance', 'find_run', 'open_run', 'described']
+           'load_tensors', 'provenance', 'find_run', 'open_run', 'described', 'locked']
 
-# %% ../nbs/30_store.ipynb #3652edbe
-import hashlib, json, os, platform, subprocess
+# %% ../nbs/30_store.ipynb #0ca1b287
+import errno, hashlib, json, os, platform, subprocess, threading, time
+from _thread import interrupt_main
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from shutil import which
+from uuid import uuid4
 
 from safetensors.torch import save
 from torch import Tensor
@@ -29,7 +33,7 @@ def reports_root(
     homes = [folder for folder in (here, *here.parents) if (folder/'settings.ini').is_file()]
     return (homes[0] if homes else here)/'reports'
 
-# %% ../nbs/30_store.ipynb #c8785722
+# %% ../nbs/30_store.ipynb #f5356030
 class StoreError(RuntimeError): "A run folder cannot be written, or holds something that must not be used."
 
 def write_atomic(
@@ -37,7 +41,7 @@ def write_atomic(
     data:bytes, # whole content
 )->None:
     "Write a file completely or not at all; StoreError when the disk is full or the folder cannot be written."
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+    part = path.with_name(f'{path.name}.{uuid4().hex[:12]}.part') # no other process or machine takes the same name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, 'wb') as file:
@@ -47,8 +51,11 @@ def write_atomic(
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True) if part.parent.is_dir() else None
-        raise StoreError(f'expected to write {path}, found: {error.strerror}; free space or choose another folder with -p out FOLDER '
-                         '(what was finished before is kept)') from error
+        raise _unwritable(path, error) from error
+
+def _unwritable(path:Path, error:OSError)->StoreError:
+    return StoreError(f'expected to write {path}, found: {error.strerror}; free space or choose another folder with -p out FOLDER '
+                      '(what was finished before is kept)')
 
 # %% ../nbs/30_store.ipynb #a72165e1
 def to_json(
@@ -62,7 +69,18 @@ def to_json(
         return v
     return (json.dumps(plain(value), sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + '\n').encode(errors='backslashreplace')
 
-# %% ../nbs/30_store.ipynb #f99766e3
+# %% ../nbs/30_store.ipynb #0eb7113e
+def _signed(value:dict)->dict:
+    "The same with a hash of its content."
+    return dict(value, content=hashlib.sha256(to_json(value)).hexdigest())
+
+def _verified(value:dict, path:Path, line:str='')->dict:
+    "The content of what `_signed` returned; StoreError when it is another one."
+    if not isinstance(value, dict) or 'content' not in value: return value
+    plain = {key: v for key,v in value.items() if key != 'content'}
+    if _signed(plain)['content'] != value['content']: raise StoreError(f'expected {line or "content"} with the hash {str(value["content"])[:12]} in {path}, found a damaged file; delete it and run again')
+    return plain
+
 @dataclass(frozen=True)
 class Run:
     "One run folder of the store."
@@ -73,25 +91,26 @@ class Run:
 
     def has(self, name:str)->bool: return (self.folder/name).is_file()
 
-    def write(self, name:str, value)->None: write_atomic(self.folder/name, to_json(value))
+    def write(self, name:str, value:dict)->None: write_atomic(self.folder/name, to_json(_signed(value)))
 
     def read(self, name:str, *keys:str)->dict:
         "Value of a JSON file that must hold `keys`; StoreError when it is broken."
         path = self.folder/name
-        try: value = json.loads(path.read_text(encoding='utf-8'))
-        except ValueError as error: raise StoreError(f'expected JSON in {path}, found a damaged file ({error}); delete it and run again') from error
+        try: value = _verified(json.loads(path.read_text(encoding='utf-8')), path)
+        except FileNotFoundError as error: raise StoreError(f'expected {path}, found no such file; run again') from error
+        except (ValueError, RecursionError) as error: raise StoreError(f'expected JSON in {path}, found a damaged file ({error}); delete it and run again') from error
         absent = [key for key in keys if not isinstance(value, dict) or key not in value]
         if absent: raise StoreError(f'expected {", ".join(absent)} in {path}, found a file without; it was edited or damaged: delete it and run again')
         return value
 
-# %% ../nbs/30_store.ipynb #9fb36751
+# %% ../nbs/30_store.ipynb #4fe9624e
 def append_line(
     run:Run,
     name:str,   # file of JSON lines
     value:dict, # one record
 )->None:
     "Append one record and flush it to the disk."
-    line = json.dumps(value, sort_keys=True, separators=(',', ':')) + '\n'
+    line = json.dumps(_signed(value), sort_keys=True, separators=(',', ':')) + '\n'
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
         with open(run.folder/name, 'a', encoding='utf-8') as file:
@@ -110,8 +129,8 @@ def read_lines(
     path = run.folder/name
     whole, cut, tail = path.read_bytes().rpartition(b'\n')
     if tail: write_atomic(path, whole + cut)
-    try: return [json.loads(line) for line in whole.split(b'\n') if line]
-    except ValueError as error:
+    try: return [_verified(json.loads(line), path, 'a line') for line in whole.split(b'\n') if line]
+    except (ValueError, RecursionError) as error:
         raise StoreError(f'expected JSON lines in {path}, found a damaged line ({error}); delete the file and run again') from error
 
 # %% ../nbs/30_store.ipynb #e588ae38
@@ -177,3 +196,112 @@ def described(
     "A finished run as reports quote it."
     card = run.read('card.json', 'config', 'provenance')
     return dict(run.read('result.json', *keys), address=run.address, config=card['config'], provenance=card['provenance'])
+
+# %% ../nbs/30_store.ipynb #071f7d35
+_BEAT, _EXPIRY = 10., 120. # seconds between two signs of life, and without one until a holder counts as dead
+
+def _machine()->str:
+    "Where a process id has a meaning: the machine since its last start, and the container."
+    def first(path, read):
+        try: return read(path)
+        except OSError: return ''
+    return '/'.join([platform.node(), first('/proc/sys/kernel/random/boot_id', lambda p: Path(p).read_text().strip()), first('/proc/self/ns/pid', os.readlink)])
+
+def _claim(path:Path, owner:dict)->bool:
+    "Make a lock file that is not there; False when it is."
+    own = path.with_name(f'lock.{uuid4().hex[:12]}')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own.write_bytes(to_json(owner))
+        return _linked(own, path)
+    except OSError as error: raise _unwritable(path, error) from error
+    finally: own.unlink(missing_ok=True) if path.parent.is_dir() else None
+
+def _linked(own:Path, path:Path)->bool:
+    "Give a file a second name that no other file has; a file system without links makes a copy."
+    try: os.link(own, path)
+    except FileExistsError: return own.stat().st_nlink == 2 # a network file system may do the link, lose the answer and ask again
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS): raise
+        try:
+            with open(path, 'xb') as file: file.write(own.read_bytes())
+        except FileExistsError: return False
+    return True
+
+def _holder(path:Path)->tuple[dict, float]|None:
+    "What a lock says and when it was last touched; None when it is free."
+    try:
+        with open(path, 'rb') as file: text, touched = file.read(), os.fstat(file.fileno()).st_mtime # opening asks the server, where a stat may be answered from a cache
+    except FileNotFoundError: return None
+    try: said = json.loads(text)
+    except (ValueError, RecursionError): said = {}
+    return (said if isinstance(said, dict) else {}), touched # just being written, or damaged: counts as dead when it stays so
+
+def _dead(path:Path, owner:dict, touched:float, expiry:float)->bool:
+    "Whether the holder of a lock is gone: its process, or its sign of life by the clock of the file system."
+    if owner.get('machine') == _machine() and os.name == 'posix':
+        try: os.kill(owner['pid'], 0)
+        except ProcessLookupError: return True
+        except PermissionError: pass
+    probe = path.with_name(f'lock.{uuid4().hex[:12]}')
+    try:
+        probe.touch()
+        return probe.stat().st_mtime - touched > expiry
+    except OSError as error: raise _unwritable(path, error) from error
+    finally: probe.unlink(missing_ok=True)
+
+def _break(path:Path, owner:dict, expiry:float)->None:
+    "Remove the lock of a dead holder and what it was writing, unless another process did."
+    guard = path.with_name('lock.break')
+    if not _claim(guard, dict(pid=os.getpid(), machine=_machine())):
+        if (found := _holder(guard)) and _dead(guard, *found, expiry): guard.unlink(missing_ok=True)
+        return
+    try:
+        if (found := _holder(path)) is None or found[0] != owner: return
+        for part in path.parent.glob('*.part'): part.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    finally: guard.unlink(missing_ok=True)
+
+# %% ../nbs/30_store.ipynb #4fe50599
+def _beating(path:Path, owner:dict, beat:float, stop:threading.Event, lost:threading.Event)->None:
+    "Touch a lock until it is given back; interrupt the process when somebody else has it."
+    while not stop.wait(beat):
+        try:
+            if (found := _holder(path)) and found[0] != owner:
+                lost.set()
+                return interrupt_main()
+            os.utime(path)
+        except OSError: pass # a server that is away, a folder that was deleted
+
+@contextmanager
+def locked(
+    run:Run,
+    *,
+    beat:float=10.,    # seconds between two signs of life
+    expiry:float=120., # seconds without one until a holder counts as dead
+)->Iterator[None]:
+    "Hold a run alone; waits, with one sentence, while another process has it."
+    path, said, stop, lost = run.folder/'lock', False, threading.Event(), threading.Event()
+    owner = dict(pid=os.getpid(), host=platform.node(), machine=_machine(), job=os.environ.get('SLURM_JOB_ID', ''), since=time.strftime('%Y-%m-%d %H:%M:%S'), token=uuid4().hex)
+    while not _claim(path, owner):
+        if (found := _holder(path)) is None: continue
+        if _dead(path, *found, expiry):
+            _break(path, found[0], expiry)
+            continue
+        if not said: print(_waiting(run, found[0]), flush=True)
+        said = True
+        time.sleep(min(1., expiry/10))
+    thread = threading.Thread(target=_beating, args=(path, owner, beat, stop, lost), daemon=True)
+    thread.start()
+    try: yield
+    except KeyboardInterrupt:
+        if not lost.is_set(): raise
+        raise StoreError(f'expected to hold {run.address} alone, found that another process took it over after {expiry:g} s without a sign of life of this one; run again to wait for its result') from None
+    finally:
+        stop.set()
+        thread.join()
+        if (found := _holder(path)) and found[0] == owner: path.unlink(missing_ok=True)
+
+def _waiting(run:Run, owner:dict)->str:
+    job = f', job {owner["job"]}' if owner.get('job') else ''
+    return f'{run.address} is computed by process {owner.get("pid")} on {owner.get("host")}{job} since {owner.get("since")}; waiting for it'

@@ -6,7 +6,7 @@
 __all__ = ['EFFORTS', 'METHODS', 'Effort', 'Scene', 'Method', 'made_on', 'stress_cell', 'r_at_1', 'of_kind', 'stress_results',
            'exceptions', 'by_label', 'beyond_es', 'words', 'stress_curves', 'stress_table', 'write_stress']
 
-# %% ../nbs/45_stress.ipynb #c81697ad
+# %% ../nbs/45_stress.ipynb #aacb814a
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +23,7 @@ from .attacks import SUITE, AttackOutcome, Gallery, Queries, picked, run_attack
 from .blackbox import Subject, nes, random_noise, square, topk, transfer, universal
 from .core import kept_memory, progress
 from .evaluate import query_rows, queries_and_gallery
-from .experiments import Cell, Plan, cells, evaluate_cell, query_count, results, train_cell
+from .experiments import Cell, Plan, alone, cells, evaluate_cell, query_count, results, train_cell
 from .models import dtype_of, embed_all, streamlined
 from .report import _figure, _grid, _legend, _line, _name, _origin, _picture, _setup, _spread, look, png, theme
 from .store import Run, append_line, open_run, read_lines
@@ -126,7 +126,7 @@ def _scenes(plan, cell, effort, subject)->Iterator[tuple[int, Scene]]:
         some = picked(subject.queries, chosen[start:start+step])
         yield start, Scene(subject.model, images(some), some, subject.gallery, budget, effort, images(learn), learn)
 
-# %% ../nbs/45_stress.ipynb #7bd94c80
+# %% ../nbs/45_stress.ipynb #8476383a
 def _plain(values)->list[float|None]: return [None if math.isnan(v) else v for v in values.tolist()]
 
 def _tried(method:Method, scene:Scene)->dict:
@@ -157,15 +157,16 @@ def stress_cell(
     budget = dict(eps=cell.setting.eps, step_size=plan.recipe.eval_step_size, steps=plan.recipe.eval_steps)
     config = dict(format=1, train=trained.address, budget=budget, effort=asdict(effort), surrogates={name: train_cell(plan, c, show=show)[1].address for name,c in others.items()})
     run = open_run(plan.reports, 'stress', config)
-    if run.has('result.json'): return run
-    subject = _subject(plan, cell)
-    methods = {**METHODS, **{name: made_on(name, _subject(plan, c)) for name,c in others.items()}}
-    jobs = {name: partial(_tried, m) for name,m in methods.items()} | {'over eps': _over_eps, 'over steps': _over_steps}
-    done = {(r['job'], r['start']) for r in read_lines(run, 'queries.jsonl')}
-    for name,job in progress(jobs.items(), desc=f'stress {cell.setting.name} {cell.label}, seed {cell.seed}', show=show):
-        for start,scene in _scenes(plan, cell, effort, subject):
-            if (name, start) not in done: append_line(run, 'queries.jsonl', dict(job=name, start=start, queries=len(scene.x), **job(scene)))
-    run.write('result.json', _gathered(read_lines(run, 'queries.jsonl'), {name: m.kind for name,m in methods.items()}, _before(plan, cell, effort, subject)))
+    with alone(run, 'result.json'):
+        if run.has('result.json'): return run
+        subject = _subject(plan, cell)
+        methods = {**METHODS, **{name: made_on(name, _subject(plan, c)) for name,c in others.items()}}
+        jobs = {name: partial(_tried, m) for name,m in methods.items()} | {'over eps': _over_eps, 'over steps': _over_steps}
+        done = {(r['job'], r['start']) for r in read_lines(run, 'queries.jsonl')}
+        for name,job in progress(jobs.items(), desc=f'stress {cell.setting.name} {cell.label}, seed {cell.seed}', show=show):
+            for start,scene in _scenes(plan, cell, effort, subject):
+                if (name, start) not in done: append_line(run, 'queries.jsonl', dict(job=name, start=start, queries=len(scene.x), **job(scene)))
+        run.write('result.json', _gathered(read_lines(run, 'queries.jsonl'), {name: m.kind for name,m in methods.items()}, _before(plan, cell, effort, subject)))
     return run
 
 def _before(plan, cell, effort, subject)->list[float|None]:

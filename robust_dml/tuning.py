@@ -8,7 +8,7 @@ __all__ = ['IMAGES', 'SLACK', 'RULE', 'CANDIDATES', 'QUERIES', 'OWN', 'Rows', 'o
            'measure', 'search', 'confirm', 'tune', 'fronts', 'moves', 'summary', 'table', 'to_csv', 'write_tuning',
            'keep']
 
-# %% ../nbs/40_tuning.ipynb #b27222c0
+# %% ../nbs/40_tuning.ipynb #2b215652
 import csv, io, itertools, json, math, statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,8 +23,9 @@ from torch import Tensor
 from .core import check_between, check_choice, fingerprint, generator, kept_memory, listed, typed
 from .data import ImageSet, Split
 from .experiments import DEFENSES, SCALED, Cell, Plan, Setting, check_split, defense, describe, parameters, plan, record, resolve, tuned, _shareable
+from .jobs import only_inline
 from .report import _facts, _figure, _grid, _legend, _line, _name, _picture, look, png, theme
-from .store import provenance, to_json, write_atomic
+from .store import Run, provenance, to_json, write_atomic
 from .studies import _publish
 
 # %% ../nbs/40_tuning.ipynb #ffe7f6a3
@@ -167,7 +168,7 @@ class Tuning:
         "Image steps that a training on the remaining classes may make."
         return round(IMAGES['hm']*self.held.recipe.settings[0].steps*len(self.held.data.train)*self.held.recipe.epochs)
 
-# %% ../nbs/40_tuning.ipynb #78e11d7c
+# %% ../nbs/40_tuning.ipynb #e99b01e5
 def held_out_plan(
     plan:Plan,
     *,
@@ -190,6 +191,7 @@ def prepare(
     own = {name: typed(name, namespace.get(name, default), default) for name,default in OWN.items()}
     try: asked = parameters({k: v for k,v in namespace.items() if k not in OWN})
     except ValueError as error: raise ValueError(f'{error}; and for tuning {", ".join(OWN)}') from None
+    only_inline(asked['executor'])
     listed('profile', asked['profile'], ('official', 'paper')) # a tuned setting is no default to tune from
     whole = plan('table1', asked)
     whole = replace(whole, experiment='tune', defenses=listed('defenses', asked['defenses'], IMAGES) or tuple(IMAGES), recipe=replace(whole.recipe, settings=whole.recipe.settings[:1]), parameters=asked | own)
@@ -402,13 +404,13 @@ def write_tuning(
     write_atomic(Path(folder)/'table.csv', to_csv(table(results)))
     return _publish(folder, results, page)
 
-# %% ../nbs/40_tuning.ipynb #ce0c5b49
+# %% ../nbs/40_tuning.ipynb #7ec75701
 def keep(
     folder:str|Path,         # of a report of `write_tuning`
     path:Path|None=None,     # file to write; None: the package's
 )->Path:
     "Make the chosen settings of a report the package's tuned ones."
-    found = json.loads((Path(folder)/'results.json').read_text(encoding='utf-8'))
+    found = Run(Path(folder)).read('results.json', 'dataset', 'preset', 'rule', 'confirmation', 'provenance', 'chosen')
     if found.get('experiment') != 'tune' or found['preset'] == 'smoke': raise ValueError(f'tuned settings come from a report of run_tune whose preset is not smoke, found {found.get("experiment")} with preset {found.get("preset")} in {folder}')
     path = path or Path(str(resources.files('robust_dml')))/'tuned.json'
     source = {key: found[key] for key in ('dataset', 'preset', 'rule')} | dict(checksum=found['confirmation']['data']['checksum'], commit=found['provenance']['commit'])

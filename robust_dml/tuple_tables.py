@@ -7,7 +7,7 @@ __all__ = ['LINES', 'PAPER_B', 'BUDGETS', 'CURVED', 'TABLES', 'Line', 'Budget', 
            'Probe', 'probes', 'fit', 'measure', 'record', 'results', 'outcome', 'Table', 'by_line', 'pooled', 'fold_of',
            'table', 'along', 'curve', 'both_curves', 'curve_table', 'words', 'write_tuples']
 
-# %% ../nbs/44_tuple_tables.ipynb #be32b19b
+# %% ../nbs/44_tuple_tables.ipynb #0d63c56d
 import json, math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -23,7 +23,8 @@ from .collapse import indicators, is_collapsed
 from .core import generator, kept_memory, listed, need, progress
 from .defenses import Defense
 from .evaluate import picked, queries_and_gallery, query_rows
-from .experiments import PAPER_224, Plan, Recipe, Setting, check_weights, overrides, parameters, plan, query_count, training_config, _shareable
+from .experiments import PAPER_224, Plan, Recipe, Setting, alone, check_weights, overrides, parameters, plan, query_count, training_config, _shareable
+from .jobs import only_inline
 from .locality import _cells
 from .models import build, checksum, embed_all, streamlined
 from .report import _cell, _figure, _grid, _line, _name, _origin, _picture, _setup, _spread, curves, look, png, theme
@@ -70,12 +71,13 @@ def budget(
     "The budget of a preset."
     return BUDGETS['photographs' if preset == 'paper' and size > 28 else preset]
 
-# %% ../nbs/44_tuple_tables.ipynb #f4967f88
+# %% ../nbs/44_tuple_tables.ipynb #5fcb5424
 def prepare(
     namespace:dict, # globals() of a run notebook, or a dict of parameters
 )->Plan:            # its `defenses` are keys of LINES
     "Check the parameters and resolve them; ValueError names what is unknown."
     p = parameters(namespace)
+    only_inline(p['executor'])
     lines = listed('defenses', p['defenses'], LINES) or tuple(LINES)
     asked = plan('table1', p | dict(defenses=''))
     r = replace(asked.recipe, settings=(budget(p['preset'], asked.recipe.size).setting,))
@@ -153,16 +155,17 @@ def measure(
     return dict(weights=weights, clean=clean, probes=[dict(probe._asdict(), **known[probe]) for probe in wanted], indicators=signs, collapsed=is_collapsed(signs), cosine=mean_cosine(emb).item(),
                 queries=clean['queries'], excluded=len(some.id) - clean['queries'], backend='exact', device=plan.device)
 
-# %% ../nbs/44_tuple_tables.ipynb #81444f9b
+# %% ../nbs/44_tuple_tables.ipynb #e9a97431
 def record(plan:Plan, line:str, seed:int, *, show:bool=True)->dict:
     "Train and measure a model, as far as the store does not hold it, and gather what is known of it."
     trained = find_run(plan.reports, 'train', training_config(plan, defence(plan, line), seed, epochs=plan.recipe.epochs))
     wanted = probes(plan, line)
     done = open_run(plan.reports, 'eval', dict(format=1, kind='tuples', train=trained.address, limit=plan.recipe.limit, batch=plan.recipe.eval_batch, probes=[*map(list, wanted)]))
-    if not done.has('result.json') or not trained.has('result.json'):
-        model = fit(plan, line, seed, show=show)
-        if done.has('result.json'): check_weights(done, model)
-        else: done.write('result.json', measure(plan, model, wanted, done, show=show, desc=f'attack {LINES[line].label}, seed {seed}'))
+    with alone(done, 'result.json'):
+        if not done.has('result.json') or not trained.has('result.json'):
+            model = fit(plan, line, seed, show=show)
+            if done.has('result.json'): check_weights(done, model)
+            else: done.write('result.json', measure(plan, model, wanted, done, show=show, desc=f'attack {LINES[line].label}, seed {seed}'))
     name = 'natural' if LINES[line].options.get('attack_rate') == 0 else f'tuples:{line}' # the report's looks go by this name
     return dict(line=line, defense=name, profile='', label=LINES[line].label, setting=plan.recipe.settings[0].name, seed=seed, place=[*LINES].index(line),
                 train=described(trained, 'log', 'seconds'), eval=described(done, 'clean', 'probes', 'indicators', 'collapsed'))
@@ -258,7 +261,7 @@ def table(
         rows.append(row)
     return need('pandas', 'a table').DataFrame(rows)
 
-# %% ../nbs/44_tuple_tables.ipynb #881623ea
+# %% ../nbs/44_tuple_tables.ipynb #49d716d3
 def along(
     record:Mapping[str,Any],
     what:str, # 'eps' or 'steps'
@@ -281,7 +284,7 @@ def curve(
                 colour, marker = look(r)
                 x, y = zip(*([(0., r['eval']['clean']['R@1'])] if what == 'eps' else []), *along(r, what))
                 ax.plot(x, y, '--' if 'contrastive' in line else '-', color=colour, marker=marker, markersize=4, linewidth=1.2, label='' if n else r['label'])
-        if what == 'steps': ax.set_xscale('log')
+        if what == 'steps' and ax.lines: ax.set_xscale('log'), ax.set_xticks(x, map(str, x)), ax.minorticks_off()
         ax.set(xlabel='ε (fraction of the pixel range)' if what == 'eps' else 'steps K', ylabel='R@1 under gap (%)')
         ax.set_ylim(bottom=-2)
     return ax
@@ -306,7 +309,7 @@ def curve_table(
         rows.append({'Model': seeds[0]['label'], **{f"{'ε' if what == 'eps' else 'K'} = {x:g}": _cells([v[x] for v in values], 1) for x in values[0]}})
     return need('pandas', 'a table').DataFrame(rows)
 
-# %% ../nbs/44_tuple_tables.ipynb #35ee54ec
+# %% ../nbs/44_tuple_tables.ipynb #4c4f8180
 def words(records:Sequence[Mapping[str,Any]])->list[str]:
     "What the tables say."
     of, said = by_line(records, LINES), []
@@ -314,6 +317,8 @@ def words(records:Sequence[Mapping[str,Any]])->list[str]:
         if line not in of or (fold := fold_of(records, line, 'gap')) == '–': continue
         clean = [_spread([r['eval']['clean']['R@1'] for r in of[name]])[0] for name in (line, f"natural_{line.removeprefix('tuples_')}")]
         said.append(f"{LINES[line].label}: under gap it answers {fold} times as many queries as natural training; without an attack R@1 is {clean[0]:.1f} against {clean[1]:.1f}.")
+    together = {line: _cells([outcome(r)['R@1'] for r in of[line]], 1) for line in ('tuples_triplet', 'per_image', 'jointly') if line in of}
+    if len(together) == 3: said.append('R@1 under gap after training with one element of each tuple moved: {}; with one perturbation per image: {}; with all images moved jointly: {}.'.format(*together.values()))
     last = [(seeds[0]['label'], *(y for _,y in along(r, 'steps')[-2:])) for seeds in by_line(records, CURVED).values() for r in seeds if len(along(r, 'steps')) > 1]
     if last:
         label, worst = max(((label, a - b) for label,a,b in last), key=lambda pair: pair[1])
@@ -323,11 +328,17 @@ def words(records:Sequence[Mapping[str,Any]])->list[str]:
     if len({r['seed'] for r in records}) < 2: said.append('One seed has no spread, so no effect is claimed.')
     return said
 
-# %% ../nbs/44_tuple_tables.ipynb #e1570827
+# %% ../nbs/44_tuple_tables.ipynb #3c8dbde1
+_WIDEST, _PART = 10, 8 # columns of numbers that fit on a page, and those of a part of what does not
+
 def _html(shown:'DataFrame', seeds:Sequence[Sequence[Mapping[str,Any]]])->str:
-    "A table of texts, each line with the mark of its model."
-    body = [_line([_name(records[0]), *(_cell(escape(text), False) for text in row[1:])]) for records,row in zip(seeds, shown.values.tolist())]
-    return _grid(_line([escape(c) for c in shown], head=True), body, 'results')
+    "A table of texts, each line with the mark of its model; a wide one in several parts."
+    def part(columns):
+        body = [_line([_name(records[0]), *(_cell(escape(text), False) for text in row)]) for records,row in zip(seeds, shown[columns].values.tolist())]
+        return _grid(_line([escape(c) for c in (shown.columns[0], *columns)], head=True), body, 'results')
+    numbers = list(shown)[1:]
+    size = _WIDEST if len(numbers) <= _WIDEST else _PART
+    return ''.join(part(numbers[i:i + size]) for i in range(0, len(numbers), size))
 
 def _section(records:Sequence[Mapping[str,Any]], name:str)->str:
     "Heading and tables of one of the five."
@@ -347,7 +358,7 @@ def write_tuples(
     note = ('R@1 under attack counts queries that were right before it (gated); mAP@R counts all. Fold increase: R@1 under PGD over that of natural training with the same loss, in brackets numerator and denominator; '
             '≥ where natural training has no hit and one hit stands in for none. The paper was read without its result tables: it speaks of gains of 5 to 76 times, on data, networks and budgets of its own.')
     smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
-    page = ''.join(f'<p class="lead">{escape(text)}</p>' for text in words(records)) + ''.join(_section(records, name) for name in TABLES)
+    lead, page = ''.join(f'<p class="lead">{escape(text)}</p>' for text in words(records)), ''.join(_section(records, name) for name in TABLES)
     page += '<h2>Training</h2>' + _picture(png(curves(records)), 'Training, one thin line per seed. Distances that shrink together announce a collapse.')
-    return _publish(folder, results, f'<h1>{escape(results["title"])}</h1><p class="sub">Data {escape(results["dataset"])}, preset {escape(results["preset"])}.{smoke}</p><p class="note">{escape(note)}</p>{page}'
+    return _publish(folder, results, f'<h1>{escape(results["title"])}</h1><p class="sub">Data {escape(results["dataset"])}, preset {escape(results["preset"])}.{smoke}</p>{lead}<p class="note">{escape(note)}</p>{page}'
                     f'<h2>Configuration</h2>{_setup(results)}<h2>Provenance</h2>{_origin(results)}')

@@ -44,10 +44,13 @@ def test_nothing_depends_on_the_batch(asked, found, tmp_path):
 
 
 def test_no_order_without_a_spread_and_none_of_collapsed_models():
-    def record(label, ars, collapsed=False): return dict(label=label, setting='A', eval=dict(benign={'R@1': 50.}, ers=ars, ars=ars, collapsed=collapsed, indicators=dict(mean_distance=1.)),
+    def record(label, ars, collapsed=False, seed=0, defense='act'): return dict(label=label, setting='A', seed=seed, defense=defense, eval=dict(benign={'R@1': 50.}, ers=ars, ars=ars, collapsed=collapsed, indicators=dict(mean_distance=1.)),
                                                          cluster=dict(clean=dict.fromkeys(all_defenses.SHOWN, 50.), worst={s: dict.fromkeys(all_defenses.SHOWN, ars/2) for s in ('query', 'all')}))
-    assert 'no order is claimed' in all_defenses.words([record('a', 40.), record('b', 30.)])[0]
-    said = all_defenses.words([record('a', 40.), record('a', 41.), record('b', 30.), record('b', 31.), record('c', 99., True)])
+    assert 'no order is claimed' in all_defenses.words([record('a', 40.), record('b', 30.)])[-1]
+    said = all_defenses.words([record('a', 40.), record('a', 41., seed=1), record('b', 30.), record('b', 31., seed=1), record('c', 99., True)])
+    assert not any('no order' in text for text in said)
     assert 'ARS a (40.5);' in said[0] and said[-1].endswith('left out of these sentences: c.')
+    both = [record('a', 40.), record('a', 42., seed=1), record('b', 60., defense='eat:members=2'), record('b', 62., seed=1, defense='eat:members=2'), record('c', 99., True, defense='pal_at')]
+    assert all_defenses.words(both)[1].startswith('Made for retrieval against made for clustering: ARS at most a (41.0) against b (61.0); centre accuracy with attacked queries at most a (20.5) against b (30.5)')
     rank = all_defenses.words([record(label, ars) for label, ars in (('a', 1.), ('b', 2.), ('c', 3.), ('d', 4.))])[1]
     assert 'correlation of ARS and centre accuracy under attack is 1.00' in rank

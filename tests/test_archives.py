@@ -507,10 +507,18 @@ def test_a_cut_zip(tmp_path):
     with pytest.raises(FileNotFoundError, match='Stanford_Online_Products.zip is cut or damaged: download it again'): small('sop', tmp_path)
 
 
-def test_no_scipy(tmp_path, monkeypatch):
+@pytest.mark.parametrize('compress', (False, True))
+def test_the_matlab_reader_against_scipy(tmp_path, compress):
     cars(tmp_path)
-    monkeypatch.setitem(sys.modules, 'scipy.io', None)
-    with pytest.raises(ImportError, match='the data set cars needs scipy'): small('cars', tmp_path)
+    path = tmp_path/'cars'/'cars_annos.mat'
+    whole = scipy.io.loadmat(path)
+    scipy.io.savemat(path, {key: whole[key] for key in ('class_names', 'annotations')} | dict(more=np.arange(6.).reshape(2, 3), empty=np.zeros((0, 0)), text='größer', flag=np.array([True])), do_compression=compress)
+    found, plain = archives._mat(path), scipy.io.loadmat(path, squeeze_me=True)
+    assert {*found} == {key for key in plain if key[0] != '_'}
+    assert found['annotations']['relative_im_path'] == plain['annotations']['relative_im_path'].tolist()
+    for field in ('class', 'bbox_x1', 'test'): assert [v.item() for v in found['annotations'][field]] == plain['annotations'][field].tolist()
+    assert found['class_names'] == plain['class_names'].tolist() and found['text'] == plain['text']
+    assert found['more'].tolist() == plain['more'].flatten(order='F').tolist() and found['empty'].size == 0 and found['flag'] == [1]
 
 
 # checks

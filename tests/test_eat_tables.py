@@ -14,18 +14,19 @@ from robust_dml import eat_tables
 from robust_dml.clustering import class_rows, clustered
 from robust_dml.data import ImageSet
 from robust_dml.eat import transfer_matrix
-from robust_dml.eat_tables import (CLAIMS, CURVED, LINES, MAIN, TABLES, along, beside, both_curves, cell_of, claim_table, claim_text, class_map, curve_table, flattened, judged, matrices,
-                                   paired, part_of, pictures, plan_of, points, prepare, protocol, record, results, switch, table, to_csv, verdict, words, write_eat)
-from robust_dml.experiments import _trainings, cells, defense, parameters, plan, train_cell
-from robust_dml.store import Run, StoreError, find_run
+from robust_dml.eat_tables import (CLAIMS, CURVED, LINES, MAIN, TABLES, along, beside, borrowed, both_curves, cell_of, claim_table, claim_text, class_map, curve_table, flattened, from_outside, gradient_of,
+                                   growth, headline, judged, matrices, measured_apart, memory, paired, part_of, pictures, plan_of, points, prepare, protocol, record, results, switch, table, task_of, to_csv,
+                                   trained_as, verdict, words, write_eat)
+from robust_dml.experiments import cells, defense, parameters, plan, train_cell
+from robust_dml.store import Run, StoreError
 
 EPS, STEPS = .1, 10
 SCORES = ('R@1', 'centre', 'NMI', 'AMI', 'F1', 'Hungarian')
 
 
-def made(line, seed=0, attacked=40., clean=90., collapsed=False, matrix=((40., 60.), (70., 50.)), steps=(50., 42., 40.), **options):
+def made(line, seed=0, attacked=40., clean=90., collapsed=False, matrix=((40., 60.), (70., 50.)), steps=(50., 42., 40.), outside=((1., 55.), (60., 45.)), **options):
     "A record whose scores under attack are all the same."
-    ensemble = line in TABLES['A5'].lines
+    ensemble = line not in ('pal_natural', 'at_long', 'tuples', 'colo_tride', *eat_tables.ADAPTED)
     options = dict(dict(eps=EPS, members=3 if ensemble else 1, combine='full'), **options)
     at = [dict(eps=e, steps=k, worst={scope: dict.fromkeys(SCORES, v if scope == 'query' else v + 1) for scope in ('query', 'all')}) for e,k,v in ((.05, STEPS, 60.), (.2, STEPS, 5.), (EPS, STEPS, steps[-1]), (EPS, 1, steps[0]), (EPS, 5, steps[1]))]
     log = [dict(epoch=e, loss=.2, dist_ap=.4, dist_an=1., separability=.8, collapseness=-.5, assisted=0., cosine=.1) for e in range(2)]
@@ -34,7 +35,7 @@ def made(line, seed=0, attacked=40., clean=90., collapsed=False, matrix=((40., 6
                 protocol=dict(eps=EPS, steps=STEPS), matrix=[*map(list, matrix)] if ensemble else None, indicators=dict(mean_distance=1.), collapsed=collapsed, seconds=2., image_steps=70, members=options['members'],
                 length=32*options['members'], examples='', queries=100, excluded=0, backend='torch')
     name = {'pal_natural': 'natural', 'colo_tride': 'colo_tride'}.get(line, f'eat:{line}')
-    return dict(line=line, defense=name, profile='', label=LINES[line].label, setting='A', seed=seed, place=[*LINES].index(line), train=train, eval=test)
+    return dict(line=line, defense=name, profile='', label=LINES[line].label, setting='A', seed=seed, place=[*LINES].index(line), outside=None if line == 'pal_natural' else outside, memory=dict(training=250_000_000, attack=120_000_000), train=train, eval=test)
 
 
 def seeds(line, *attacked, **kw): return [made(line, s, attacked=v, **kw) for s,v in enumerate(attacked)]
@@ -57,10 +58,11 @@ def test_claims_compare_models_that_differ_in_what_they_are_about(quick):
 
 
 def test_trainings_are_those_of_the_experiments(quick):
-    "A model that another table has trained is found; only the longer and the narrower one are this table's own."
-    def address(plan, cell): return find_run(plan.reports, 'train', [*_trainings(plan, cell)][-1][1]).address
-    known = {c.defense: address(other, c) for other in [plan('baselines', parameters(dict(preset='quick', defenses='eat,pal_at,ensemble_at,eat_none,colo_tride', profile='official')))] for c in cells(other)}
-    mine = {line: address(own := plan_of(quick, line), cell_of(own, line, 0)) for line in LINES}
+    "A model that another table has trained with this budget is found; only the longer and the narrower one are this table's own."
+    other = plan('baselines', parameters(dict(preset='quick', defenses='eat,pal_at,ensemble_at,eat_none,colo_tride', profile='official')))
+    other = replace(other, recipe=replace(other.recipe, settings=quick.recipe.settings))
+    known = {c.defense: trained_as(other, c).address for c in cells(other)}
+    mine = {line: trained_as(own := plan_of(quick, line), cell_of(own, line, 0)).address for line in LINES}
     assert {line: mine[line] for line in known} == known and len(set(mine.values())) == len(LINES)
     assert (plan_of(quick, 'at_long').recipe.epochs, plan_of(quick, 'eat_narrow').recipe.dim) == (3*quick.recipe.epochs, quick.recipe.dim//3)
 
@@ -80,9 +82,16 @@ def test_the_recipe_for_photographs(tmp_path):
 
 def test_curves_share_their_point_to_the_last_bit(quick):
     wanted, p = points(quick, 'eat'), protocol(quick)
-    assert [(round(q['eps']/p['eps'], 6), q['steps']) for q in wanted] == [(f, 32) for f in (.25, .5, 1, 2, 4)] + [(1, k) for k in (1, 5, 10, 20)]
-    assert {key: wanted[2][key] for key in p} == p and all(q['step_size']*q['steps']/q['eps'] == pytest.approx(p['step_size']*p['steps']/p['eps']) for q in wanted)
-    assert points(quick, 'adp') == [] and points(prepare(dict(preset='paper')), 'eat')[4]['eps'] == 1.             # a radius ends at the whole pixel range
+    assert [(round(q['eps']/p['eps'], 6), q['steps']) for q in wanted] == [(f, 32) for f in (.5, 1, 2)] + [(1, 1), (1, 10)]
+    assert {key: wanted[1][key] for key in p} == p and all(q['step_size']*q['steps']/q['eps'] == pytest.approx(p['step_size']*p['steps']/p['eps']) for q in wanted)
+    assert len(points(prepare(dict(preset='small')), 'eat')) == 5 + 5 and points(quick, 'adp') == [] and points(prepare(dict(preset='paper')), 'eat')[4]['eps'] == 1.             # a radius ends at the whole pixel range
+
+
+def test_quick_has_the_controls_and_little_work(quick):
+    "Nine models: what the first paragraph and the figures need."
+    assert {c for claim in CLAIMS[:3] for c in (claim.line, *claim.controls)} <= set(quick.defenses) and len(quick.defenses) == 9
+    assert (quick.recipe.limit, quick.recipe.settings[0].steps, quick.recipe.settings[0].step_size) == (400, 4, .05) and prepare(dict(preset='quick', limit=80)).recipe.limit == 80
+    assert prepare(dict(preset='small')).recipe.limit == 0
 
 
 def test_part_of_a_set():
@@ -97,8 +106,9 @@ def test_tables_have_every_number():
     assert one['Model'] == 'Natural' and one['R@1, clean'] == '90.0' and one['F1, all'] == '30.0' and one['R@1, query'] == '20.0' and one['Centre, query'] == '30.0'
     assert one['Collapsed (% of seeds)'] == '0' and table([made('eat', s, collapsed=c) for s,c in ((0, True), (1, False))], 'A1')['Collapsed (% of seeds)'][0].startswith('50 ±')
     assert table(seeds('eat', 10., 20.), 'A1')['NMI, all'][0] == f'15.0 ± {math.sqrt(50):.1f}'
-    assert table([made('eat')], 'A5').iloc[0].tolist() == ['EAT (our reconstruction)', '45.0', '65.0', '20.0']
-    assert table([made('eat')], 'A8').iloc[0].tolist() == ['EAT (our reconstruction)', '1.0', '2.0', '600', '70', '3', '96']
+    assert table([made('eat')], 'A5').iloc[0].tolist() == ['EAT (our reconstruction)', '45.0', '65.0', '20.0', '55.0', '45.0']
+    assert table([made('colo_tride')], 'A5').iloc[0].tolist() == ['COLO-TRIDE', '–', '–', '–', '55.0', '45.0'] and table([made('eat', outside=None)], 'A5').iloc[0].tolist()[4:] == ['–', '–']
+    assert table([made('eat')], 'A8').iloc[0].tolist() == ['EAT (our reconstruction)', '1.0', '2.0', '600', '70', '250', '120', '3', '96']
     assert table([made('pal_at')], 'A2').empty
 
 
@@ -141,15 +151,33 @@ def test_claim_table():
 
 def test_words():
     low = [made('pal_natural', attacked=2.), made('eat', collapsed=True)]
-    said = words(low)
-    assert said[0] == 'Natural training: AMI, which is 0 for random clusters, falls from 90.0 to 2.0 when all images are attacked.' and 'EAT has R@1 90.0' in said[1]
-    assert 'falls by 2.0 points at most' in said[2] and 'at the largest radius, ε = 0.200, at most 5.0 are left' in said[2] and said[3] == 'Flagged as collapsed: EAT (our reconstruction).' and 'no effect is claimed' in said[4] and len(said) == 5
+    first,*said = words(low)
+    assert first == headline(low) and said[0] == 'Natural training: AMI, which is 0 for random clusters, falls from 90.0 to 2.0 when all images are attacked.' and 'EAT has R@1 90.0' in said[1]
+    assert 'falls by 2.0 points at most' in said[2] and 'at the largest radius, ε = 0.200, at most 5.0 are left' in said[2] and said[3].startswith('Images made against natural training hurt no model') and said[4] == 'Flagged as collapsed: EAT (our reconstruction).' and 'no effect is claimed' in said[5] and len(said) == 6
     assert 'gallery falls by 0.0 points at most' in words([made('pal_at', steps=(50., 40., 42.))])[0]
     assert any('1 step does more than 10 steps, by over a point of R@1, to AT' in text for text in words([made('pal_at', steps=(30., 42., 40.))]))
     three = seeds('eat_none', 50., 50., 50., matrix=((40., 70.), (70., 50.))) + seeds('ensemble_at', 40., 40.1, 39.9)
     said = ' '.join(words(three))
     assert 'The split (EAT, split only against Ensemble-AT, mean difference in brackets): held for NMI (10.0 points)' in said and 'Self-transfer is not judged' in said and 'no effect' not in said
     assert 'made against another differs by 5.0 points between the split only and Ensemble-AT; that the split makes these images transfer less: held.' in said
+
+
+def test_the_first_paragraph_names_the_controls_that_match():
+    "Whatever else is on the page: a control of the same cost that does as well comes first."
+    eat, near = seeds('eat', 50., 52., 54.), seeds('joint_at', 49., 52., 55.)
+    first = words(eat + seeds('ensemble_at', 40.1, 42., 43.9) + near + seeds('pal_natural', 1., 2., 3.))[0]
+    assert 'EAT is ahead of Ensemble-AT in NMI (10.0), F1 (10.0), Centre (10.0) and R@1 (10.0). Joint ensemble AT matches EAT in NMI (0.0)' in first
+    assert 'Ensemble-AT is ahead of EAT in NMI (-5.0)' in words(eat + seeds('ensemble_at', 55., 57.1, 59.) + near)[0].replace('−', '-')
+    few = words([made('eat', attacked=50.), made('ensemble_at')])[0]
+    assert few.startswith('Whether EAT is better than a control of the same cost is not judged: that needs 3 seeds') and 'NMI 50.0 for EAT and 40.0 for Ensemble-AT' in few
+    assert headline([made('pal_at')]) == ''
+
+
+def test_a_white_box_that_is_weaker_than_borrowed_images_is_suspicious():
+    assert borrowed(made('eat')) == 55 and borrowed(made('eat'), white=True) == 45 and math.isnan(borrowed(made('pal_natural')))
+    said = ' '.join(words([made('eat', outside=((1., 40.), (60., 45.))), made('pal_at')]))
+    assert 'Suspicious: images made against natural training hurt more than the own white box, by over a point of R@1: EAT (our reconstruction). A sign' in said
+    assert 'hurt no model' in ' '.join(words([made('eat', outside=((1., 44.5), (60., 45.)))])) and 'from natural' not in ' '.join(words([made('pal_natural')]))
 
 
 def test_csv():
@@ -189,7 +217,7 @@ def test_page(tmp_path, monkeypatch):
     records = seeds('pal_natural', 1., 2., 3.) + seeds('eat', 50., 50., 50.) + seeds('eat_none', 40., 40., 40.)
     shown = dict(eat=dict(clean=torch.eye(12), attacked=torch.eye(12), label=torch.arange(12) % 3))
     page = write_eat(tmp_path, whole(records), shown).read_text()
-    assert '<EAT>' not in page and '&lt;EAT&gt;' in page and page.count('<img') == 4 and 'its numbers mean nothing' in page and all(f'<h2>{name}: ' in page for name in TABLES)
+    assert page.index('Whether EAT is better') < page.index('Natural training: AMI') and '<EAT>' not in page and '&lt;EAT&gt;' in page and page.count('<img') == 4 and 'its numbers mean nothing' in page and all(f'<h2>{name}: ' in page for name in TABLES)
     assert 'our reconstruction' in page and '<h2>Attribution</h2>' in page and '10.0 [10.0, 10.0]' in page and 'held for' in page and 'nothing on this page is compared with printed numbers' in page
     assert len(json.loads((tmp_path/'results.json').read_text())['records']) == 9 and (tmp_path/'table.csv').read_bytes() == to_csv(records)
     monkeypatch.setitem(sys.modules, 'sklearn', None)                                              # not installed
@@ -218,6 +246,43 @@ def test_the_smallest_run(small):
         assert set(scores) == {'selfshift', 'nnpos', 'gap', 'centre'} and r['eval']['worst']['all']['F1'] == min(s['F1'] for s in scores.values()) and r['eval']['worst']['query']['R@1'] <= r['eval']['clean']['R@1']
         assert all(t['worst']['query']['R@1'] <= r['eval']['clean']['R@1'] for t in r['eval']['curves']) and len(r['eval']['curves']) == 3
     assert any('epochs: 1 (paper: 8)' in text for text in found['overrides'])
+    assert natural['outside'] is None and eat['memory']['training'] > natural['memory']['training'] > 10**6 and eat['memory']['attack'] > 10**6
+
+
+def test_the_model_from_outside_is_natural_training(small):
+    plan,found = small
+    models = [train_cell(own := plan_of(plan, line), cell_of(own, line, 0), show=False)[0] for line in plan.defenses]
+    part = part_of(plan.data.test, class_rows(plan.data.test.labels, limit=40, seed=0))
+    budget = {k: protocol(plan)[k] for k in ('eps', 'step_size', 'steps', 'batch_size')}
+    kept = found['records'][1]['outside']
+    assert torch.tensor(kept) == pytest.approx(transfer_matrix(models, part, **budget), abs=1e-4) and kept[0][1] != kept[1][1]
+    assert from_outside(replace(plan, defenses=('eat',)), 'eat', 0) is None and from_outside(plan, 'pal_natural', 0) is None
+
+
+def test_the_peak_is_that_of_what_is_held(small):
+    "A batch four times as large needs more than three times the memory; members that are attacked one after the other need little more than one alone."
+    plan, base = small[0], dict(images=256, gallery=512, model='small', dim=32, shape=[1, 28, 28])
+    tasks = [task_of(plan, line, what) | base | more for line,what,more in (('pal_natural', 'attack', {}), ('pal_natural', 'attack', dict(images=1024, gallery=1024)), ('eat', 'attack', dict(preset='smoke')), ('eat', 'attack', dict(preset='paper')))]
+    one, large, joint, apart = (found for _,found in measured_apart(tasks))
+    assert large > 3*one and apart < 1.4*one < joint, (one, large, joint, apart)
+
+
+def test_a_failed_measurement_leaves_a_gap(small, tmp_path):
+    plan = replace(small[0], reports=tmp_path)
+    good, bad = task_of(plan, 'pal_natural', 'attack'), dict(task_of(plan, 'eat', 'attack'), model='none')
+    with pytest.warns(UserWarning, match='measurement that failed: .*none.*the table of the cost has gaps'): found = [*measured_apart([good, bad, good])]
+    assert [task for task,_ in found] == [good]
+    assert set(memory(replace(plan, defenses=('eat_five',)))) == set()                             # a line without a place in A8
+
+
+def test_deep_ensembles_are_attacked_member_by_member(small):
+    own = plan_of(small[0], 'eat')
+    model,_ = train_cell(own, cell_of(own, 'eat', 0), show=False)
+    ways = [gradient_of(preset, net) for preset,net in (('quick', model), ('paper', model), ('paper', model.members[0]))]
+    assert ways[0] is ways[2] is eat_tables.autograd_gradient is not ways[1]
+    data, p = small[0].data.test, dict(protocol(small[0]), modes=('retrieval',), scopes=('query',), limit=40)
+    joint, apart = (clustered(model, data, show=False, gradient=way, **p).attacked['query'] for way in ways[:2])
+    assert {k: v['R@1'] for k,v in apart.items()} == pytest.approx({k: v['R@1'] for k,v in joint.items()}, abs=2.6)
 
 
 def test_what_is_kept_is_what_is_measured(small):

@@ -13,7 +13,7 @@ from robust_dml.distances import normalise
 from robust_dml.evaluate import evaluate
 from robust_dml.metrics import nmi
 from robust_dml.models import build
-from robust_dml.store import Run, read_lines
+from robust_dml.store import Run, append_line, read_lines
 from robust_dml.train import train
 from robust_dml.tride import make
 
@@ -130,16 +130,15 @@ def test_collapsed_embedding_keeps_its_ranks(images, scale):
 
 def test_parts_add_up_over_a_kill(model, images, tmp_path):
     "Seconds of every part; those of the attacks are the sums of the stored records, also after a kill."
-    import json
-    from robust_dml.store import Run
     attacks = {name: SUITE[name] for name in ('ES', 'CA+')}
     run, few = Run(tmp_path), dict(ATTACK, attacks=attacks, batch_size=60)
     first = evaluate(model, images.test, run=run, **few)
     assert list(first.parts) == ['gallery', 'metrics', 'indicators', 'checks', 'ES', 'CA+'] and all(v > 0 for v in first.parts.values())
-    records = [json.loads(line) for line in (tmp_path/'queries.jsonl').read_text().splitlines()]
+    records = read_lines(run, 'queries.jsonl')
     assert [(r['attack'], r['start']) for r in records] == [(a, i) for a in attacks for i in (0, 60, 120)]
     for r, seconds in zip(records, (1., 2., 4., 8., 16., 32.)): r['seconds'] = seconds
-    (tmp_path/'queries.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in records[:5]))  # the last batch is lost
+    (tmp_path/'queries.jsonl').unlink()
+    for r in records[:5]: append_line(run, 'queries.jsonl', r)  # the last batch is lost
     again = evaluate(model, images.test, run=run, **few)
     assert again.parts['ES'] == 7 and 24 < again.parts['CA+'] < 56
     assert again.seconds == pytest.approx(again.parts['ES'] + again.parts['CA+']) and again.after == first.after
@@ -291,3 +290,18 @@ def test_parts_that_cannot_be_searched(apart, linear, queries, message):
 def test_a_gallery_without_any_class_of_the_queries(apart, linear):
     strangers = data.ImageSet(apart.images[16:], torch.cat([torch.tensor([7, 8]), apart.labels[18:]]), apart.classes)
     with pytest.raises(ValueError, match='the class of at least one query, found none of those of 2 queries'): evaluate(linear, strangers, queries=2, **ATTACK)
+
+
+def test_a_batch_that_has_no_room_is_halved(model, images, monkeypatch):
+    "The outcomes are those of the whole batch, and a warning says so."
+    few = data.ImageSet(images.test.images[:40], images.test.labels[:40], images.test.classes)
+    options = ATTACK | dict(attacks={name: SUITE[name] for name in ('ES', 'QA+')}, batch_size=40)
+    whole, real = evaluate(model, few, **options), module.run_attack
+    def small(net, attack, x, *args, **kw):
+        if len(x) > 10: raise torch.OutOfMemoryError('full')
+        return real(net, attack, x, *args, **kw)
+    monkeypatch.setattr(module, 'run_attack', small)
+    with pytest.warns(UserWarning, match='expected room for 40 attacked images on cpu, found too little; they are attacked in halves'): halved = evaluate(model, few, **options)
+    assert halved.queries == whole.queries and all(halved.after[h] == pytest.approx(whole.after[h], abs=.5) for h in whole.after)
+    monkeypatch.setattr(module, 'run_attack', lambda *args, **kw: (_ for _ in ()).throw(torch.OutOfMemoryError('full')))
+    with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError): evaluate(model, few, **options)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from robust_dml import attacks, guide, scores
+from robust_dml import attacks, clustering, eat, guide, scores, tuples
 
 NBS = Path(__file__).resolve().parent.parent/'nbs'
-ROWS = guide.equations() + guide.attacks() + guide.scores()
+OTHERS = guide.robust_tuples() + guide.ensembles()
+ROWS = guide.equations() + guide.attacks() + guide.scores() + OTHERS
 NUMBERS = [f'({n})' for n in range(1, 33) if n != 29] # the paper has no (29)
 
 
@@ -55,6 +56,14 @@ def test_links_lead_to_the_cell_that_defines():
         assert re.search(rf'^(def |class |){code.partition(".")[2]}\b(\(|:| =)', book[cell], re.M), code
     assert all((NBS/row.notebook).exists() and (NBS/row.run).exists() for row in ROWS)
     assert {row.run for row in guide.equations() if row.label.startswith('Table')} == {f'run_table{n}.ipynb' for n in range(1, 5)}
+
+
+def test_the_other_papers_are_complete():
+    "Every defence, attack, role, self-transfer and score that is theirs has a line, whose function is there."
+    labels, codes = [row.label for row in OTHERS], {row.code for row in OTHERS}
+    assert len(set(labels)) == len(labels) and {*clustering.ATTACKS, 'proxy', 'F1', 'AMI', 'Hungarian accuracy', 'A1 to A9', 'B1 to B5'} <= {*labels}
+    assert {f'eat.{name}' for name in eat.PROXY} | {f'tuples.{f.__name__}' for f in tuples.GRANULARITIES.values()} <= codes
+    assert {row.run for row in OTHERS} - {''} == {'run_tuples.ipynb', 'run_eat.ipynb'} and all(row.notebook and row.says for row in OTHERS)
 
 
 @pytest.mark.parametrize('text, found', [

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from robust_dml import experiments, report
+from robust_dml.store import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT/'README.md'
@@ -51,7 +52,7 @@ def test_committed_reports_rest_on_committed_runs(report_folder):
     for record in json.loads((report_folder/'results.json').read_text(encoding='utf-8')).get('records', ()):
         for part in ('train', 'eval'):
             folder = ROOT/'reports'/'store'/record[part]['address']
-            stored = json.loads((folder/'result.json').read_text(encoding='utf-8'))
+            stored = Run(folder).read('result.json')
             assert stored == {k: record[part][k] for k in stored} and (folder/'card.json').is_file()
 
 

@@ -1,5 +1,5 @@
 "Training: seconds and their parts, resuming, failures that leave nothing running."
-import itertools, threading
+import itertools, math, threading
 
 import numpy as np
 import pytest
@@ -10,8 +10,8 @@ from robust_dml import train as module
 from robust_dml.core import generator
 from robust_dml.defenses import Defense
 from robust_dml.models import build
-from robust_dml.store import Run
-from robust_dml.train import train
+from robust_dml.store import Run, StoreError, save_tensors
+from robust_dml.train import replay, train
 from robust_dml.tride import make
 
 OPTIONS = dict(epochs=3, pairs=12, lr=1e-3, seed=0, show=False)  # 36 images: three batches in an epoch
@@ -169,3 +169,36 @@ def test_half_precision_trains_and_an_unknown_one_is_refused(images):
     full, half = (train(fresh(), images, robust(), precision=p, **OPTIONS)['log'][-1]['loss'] for p in ('float32', 'bfloat16'))
     assert full != half and half == pytest.approx(full, rel=.1)
     with pytest.raises(ValueError, match="'float32', 'bfloat16', found 'half'"): train(fresh(), images, robust(), precision='half', **OPTIONS)
+
+
+@pytest.mark.parametrize('what', ['loss', 'gradient'])
+def test_the_update_that_broke_is_kept_and_repeats(images, tmp_path, what):
+    "The batch, the weights and the random numbers of the failure are stored; the epochs before it stay."
+    def step(model, x, label, *, state, clock, gen):
+        out = robust().step(model, x, label, state=state, clock=clock, gen=gen)
+        lucky = torch.rand((), generator=gen)
+        if clock.update < 4: return out
+        return out._replace(loss=out.loss*math.nan if what == 'loss' else out.loss*0 + (out.loss - out.loss.detach()).abs().sqrt()*lucky)
+    broken, run, net = Defense('broken', {}, robust().init, step), Run(tmp_path), fresh()
+    with pytest.raises(FloatingPointError, match=f'expected a finite {what}, found'): train(net, images, broken, run=run, **OPTIONS)
+    fault = run.read('fault.json', 'rows', 'clock', 'message')
+    assert fault['clock']['update'] == 4 and f'finite {what}' in fault['message'] and all(0 <= r < len(images) for r in torch.tensor(fault['rows']).flatten().tolist())
+    loss, norm = replay(run, fresh(), broken)
+    assert math.isnan(loss) if what == 'loss' else math.isfinite(loss) and not math.isfinite(norm)
+    assert run.read('checkpoint.json')['epoch'] == 4//math.ceil(len(images)/OPTIONS['pairs'])
+    assert math.isfinite(train(fresh(), images, robust(), run=run, **OPTIONS)['log'][-1]['loss']) and not run.has('fault.json') # the next training goes on from the whole epoch, and clears up
+
+
+def test_weights_of_another_model_are_refused(images, tmp_path):
+    "A file with a valid hash and other names."
+    run = Run(tmp_path)
+    done = train(fresh(), images, robust(), run=run, **OPTIONS)
+    run.write('result.json', dict(run.read('result.json'), sha256=save_tensors(run, 'model.safetensors', {'other': torch.zeros(2)})))
+    with pytest.raises(StoreError, match='expected the weights of this model in .*found other names or shapes'): train(fresh(), images, robust(), run=run, **OPTIONS)
+    assert done['log']
+
+
+def test_too_little_memory_says_what_to_do(images, tmp_path):
+    run = Run(tmp_path)
+    with pytest.raises(RuntimeError, match='expected room for 12 pairs of images on cpu, found too little; take fewer pairs'): train(fresh(), images, failing(robust(), 4, torch.OutOfMemoryError('full')), run=run, **OPTIONS)
+    assert run.read('checkpoint.json')['epoch'] == 1

@@ -98,6 +98,8 @@ def test_words():
     said = words(four() + [made('jointly', collapsed=True)])
     assert said[0] == 'Robust, triplet: under gap it answers 5.0 (40.0/8.0) times as many queries as natural training; without an attack R@1 is 90.0 against 90.0.'
     assert '≥ 30.0 (30.0/0.0)' in said[1] and 'falls by 1.0 points at most' in said[2] and said[3] == 'Flagged as collapsed: All images jointly.' and 'no effect is claimed' in said[4]
+    three = ' '.join(words([made('tuples_triplet', hits=40), made('per_image', hits=20), made('jointly', hits=10)]))
+    assert 'one element of each tuple moved: 40.0; with one perturbation per image: 20.0; with all images moved jointly: 10.0.' in three and 'jointly: ' not in ' '.join(said)
     steep = [made('tuples_triplet', 0, steps=(50., 42., 41.)), made('natural_triplet', 1, steps=(50., 42., 30.))]
     assert 'falls by 12.0 points at most (Natural, triplet)' in words(steep)[-1]
     assert not any('no effect' in text for text in words(steep))
@@ -108,6 +110,7 @@ def test_page(tmp_path):
     page = write_tuples(tmp_path, whole).read_text()
     assert '<Tuples>' not in page and '&lt;Tuples&gt;' in page and page.count('<img') == 2 and 'its numbers mean nothing' in page and all(f'<h2>{name}: ' in page for name in TABLES)
     assert '≥ 30.0 (30.0/0.0)' in page and json.loads((tmp_path/'results.json').read_text())['records'][0]['line'] == 'natural_triplet'
+    assert page.index('class="lead"') < page.index('class="note"') and [part.count('<table') for part in page.split('<h2>')[1:3]] == [2, 1]  # the wide table in two parts
     alone = write_tuples(tmp_path, dict(whole, records=[made('moved_neg')])).read_text()
     assert alone.count('None of its models was asked for.') == 4
 

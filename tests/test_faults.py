@@ -1,0 +1,34 @@
+"""Five kills of the fault campaign (`make faults` runs all of it), and what its table counts."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from faults import campaign
+
+
+def test_five_kills(tmp_path):
+    "Each ends, started again, in the table of an undisturbed run."
+    done = subprocess.run([sys.executable, campaign.__file__, '--kills', '5', '--full', '0', '--damage', '0', '--out', tmp_path/'r.json'], capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    found = json.loads((tmp_path/'r.json').read_text())
+    assert found['faults'][-1] == dict(fault='all', injected=5, survived=5, lost=0, wrong=0, unclear=0) and found['other'] == []
+
+
+def test_another_table_is_wrong_and_work_done_twice_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(campaign, 'run', lambda home: [])
+    (tmp_path/'out'/'table1-cub-smoke').mkdir(parents=True)
+    (tmp_path/'out'/'table1-cub-smoke'/'table.csv').write_bytes(b'1')
+    assert campaign.verdict(tmp_path, b'2', {}).startswith('wrong') and campaign.verdict(tmp_path, b'1', {}) == 'survived'
+    assert campaign.verdict(tmp_path, b'1', {'out/store/eval-0/result.json': b'x'}).startswith('lost')
+    (tmp_path/'out'/'store'/'eval-0').mkdir(parents=True)
+    (tmp_path/'out'/'store'/'eval-0'/'lock').touch()
+    assert campaign.verdict(tmp_path, b'1', {}).startswith('lost')
+    monkeypatch.setattr(campaign, 'run', lambda home: ['StoreError', 'expected'])
+    assert campaign.verdict(tmp_path, b'1', {}).startswith('lost')
+
+
+def test_rows_add_up():
+    rows = campaign.summary([['disk full', 'survived'], ['kill', 'wrong: another table'], ['disk full', 'unclear: write 3']])
+    assert rows[-1] == dict(fault='all', injected=3, survived=1, lost=0, wrong=1, unclear=1) and [r['fault'] for r in rows] == ['disk full', 'kill', 'all']
