@@ -406,7 +406,7 @@ def missing(
         else: there.append([file, found.st_size, found.st_mtime_ns])
     return there, absent
 
-# %% ../nbs/06_archives.ipynb #d56a2640
+# %% ../nbs/06_archives.ipynb #199223bd
 @contextmanager
 def _replacing(path:Path)->Iterator[BinaryIO]:
     "A file that takes the place of `path` when the block ends well, and is gone otherwise."
@@ -417,7 +417,7 @@ def _replacing(path:Path)->Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error: raise OSError(f'expected to write {path}, found: {error.strerror}; free space or set cache to another folder') from error
+    except OSError as error: raise OSError(f'expected to write {path}, found: {error.strerror or error}; free space or set cache to another folder') from error
     finally: part.unlink(missing_ok=True)
 
 def _header(file:BinaryIO, count:int, shape:tuple[int, int, int])->None:

@@ -262,7 +262,7 @@ def _break(path:Path, owner:dict, expiry:float)->None:
         path.unlink(missing_ok=True)
     finally: guard.unlink(missing_ok=True)
 
-# %% ../nbs/30_store.ipynb #4fe50599
+# %% ../nbs/30_store.ipynb #9652d589
 def _beating(path:Path, owner:dict, beat:float, stop:threading.Event, lost:threading.Event)->None:
     "Touch a lock until it is given back; interrupt the process when somebody else has it."
     while not stop.wait(beat):
@@ -294,13 +294,13 @@ def locked(
     thread = threading.Thread(target=_beating, args=(path, owner, beat, stop, lost), daemon=True)
     thread.start()
     try: yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt: # of `_beating`, or of the user; a process in the background may ignore both
         if not lost.is_set(): raise
-        raise StoreError(f'expected to hold {run.address} alone, found that another process took it over after {expiry:g} s without a sign of life of this one; run again to wait for its result') from None
     finally:
         stop.set()
         thread.join()
         if (found := _holder(path)) and found[0] == owner: path.unlink(missing_ok=True)
+    if lost.is_set(): raise StoreError(f'expected to hold {run.address} alone, found that another process took it over after {expiry:g} s without a sign of life of this one; run again to wait for its result')
 
 def _waiting(run:Run, owner:dict)->str:
     job = f', job {owner["job"]}' if owner.get('job') else ''

@@ -25,7 +25,7 @@ from .models import channels_last, checksum, dtype_of
 from .ranks import agreed, check_same, leads, process_count, spread
 from .store import Run, StoreError, load_tensors, save_tensors
 
-# %% ../nbs/32_train.ipynb #f048bf79
+# %% ../nbs/32_train.ipynb #500438d5
 def save_checkpoint(
     run:Run,
     model:nn.Module,
@@ -57,6 +57,10 @@ def load_checkpoint(
             moments.setdefault(int(i), {})[name] = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
     optimizer.load_state_dict(dict(optimizer.state_dict(), state=moments))
     return progress
+
+def _fill(model:nn.Module, weights:dict[str, Tensor], path:Path)->None:
+    try: model.load_state_dict(weights)
+    except RuntimeError as error: raise StoreError(f'expected the weights of this model in {path}, found other names or shapes; delete the folder {path.parent.name} and run again') from error
 
 def _drop_checkpoints(run:Run, keep:str='')->None:
     for path in run.folder.glob('checkpoint-*.safetensors'):
@@ -215,7 +219,7 @@ def _check(dataset:ImageSet, epochs:int, pairs:int)->None:
     if epochs < 1 or pairs < 2: raise ValueError(f'expected at least 1 epoch and 2 pairs per batch, found {epochs} and {pairs}')
     if len(dataset.labels.unique()) < 2: raise ValueError(f'expected at least 2 training classes, found {len(dataset.labels.unique())}; a triplet needs a negative')
 
-# %% ../nbs/32_train.ipynb #91ef403f
+# %% ../nbs/32_train.ipynb #f59e9a30
 def finish(
     run:Run,
     result:dict, # progress after the last epoch, with the hash of the stored weights
@@ -234,7 +238,3 @@ def load_trained(
     result = run.read('result.json', 'sha256', 'log')
     _fill(model, load_tensors(run, 'model.safetensors', result['sha256']), run.folder/'model.safetensors')
     return result
-
-def _fill(model:nn.Module, weights:dict[str, Tensor], path:Path)->None:
-    try: model.load_state_dict(weights)
-    except RuntimeError as error: raise StoreError(f'expected the weights of this model in {path}, found other names or shapes; delete the folder {path.parent.name} and run again') from error

@@ -294,14 +294,14 @@ def test_a_gallery_without_any_class_of_the_queries(apart, linear):
 
 def test_a_batch_that_has_no_room_is_halved(model, images, monkeypatch):
     "The outcomes are those of the whole batch, and a warning says so."
-    few = data.ImageSet(images.test.images[:40], images.test.labels[:40], images.test.classes)
-    options = ATTACK | dict(attacks={name: SUITE[name] for name in ('ES', 'QA+')}, batch_size=40)
+    few = data.ImageSet(images.test.images[:48], images.test.labels[:48], images.test.classes[:4])
+    options = ATTACK | dict(attacks={name: SUITE[name] for name in ('ES', 'QA+')}, batch_size=48)
     whole, real = evaluate(model, few, **options), module.run_attack
     def small(net, attack, x, *args, **kw):
         if len(x) > 10: raise torch.OutOfMemoryError('full')
         return real(net, attack, x, *args, **kw)
     monkeypatch.setattr(module, 'run_attack', small)
-    with pytest.warns(UserWarning, match='expected room for 40 attacked images on cpu, found too little; they are attacked in halves'): halved = evaluate(model, few, **options)
+    with pytest.warns(UserWarning, match='expected room for 48 attacked images on cpu, found too little; they are attacked in halves'): halved = evaluate(model, few, **options)
     assert halved.queries == whole.queries and all(halved.after[h] == pytest.approx(whole.after[h], abs=.5) for h in whole.after)
     monkeypatch.setattr(module, 'run_attack', lambda *args, **kw: (_ for _ in ()).throw(torch.OutOfMemoryError('full')))
     with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError): evaluate(model, few, **options)

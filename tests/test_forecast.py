@@ -1,5 +1,4 @@
 """The forecast: its counts against real runs, its lines beside finished ones."""
-import json
 
 import pytest
 import torch
@@ -41,9 +40,9 @@ def test_runs_of_other_machines_are_left_out(finished):
     plan, results, workload, rates = finished
     path = plan.reports/'store'/results['records'][0]['train']['address']/'card.json'
     whole = path.read_text()
-    card = json.loads(whole)
+    card = Run(path.parent).read('card.json')
     card['provenance']['cores'] += 1
-    path.write_text(json.dumps(card))
+    Run(path.parent).write('card.json', card)
     try: assert len(forecast.recorded(rates, plan, workload)) == 1
     finally: path.write_text(whole)
 
