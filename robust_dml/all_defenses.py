@@ -27,14 +27,14 @@ from .studies import _publish, spearman
 
 # %% ../nbs/48_all_defenses.ipynb #3740ac13
 LIMITS = MappingProxyType(dict(smoke=12, quick=300, small=500, paper=0)) # attacked images at most; 0: all
-QUERIES = 500 # of the ten attacks, in `quick`
+QUERIES = 500 # of the ten attacks, in `quick` and `small`
 
 def prepare(
     namespace:dict, # globals() of a run notebook, or a dict of parameters
 )->Plan:
-    "Check the parameters and resolve them; `quick` attacks a part of the queries, to end within a quarter of an hour on two cores."
+    "Check the parameters and resolve them; `quick` and `small` attack a part of the queries: the first ends within a quarter of an hour on two cores, the second within some hours."
     asked = plan('all_defenses', parameters(namespace))
-    return replace(asked, recipe=replace(asked.recipe, limit=asked.recipe.limit or QUERIES)) if asked.preset == 'quick' else asked
+    return replace(asked, recipe=replace(asked.recipe, limit=asked.recipe.limit or QUERIES)) if asked.preset in ('quick', 'small') else asked
 SHOWN = MappingProxyType({'R@1': 'nearest neighbour', 'centre': 'nearest class centre', 'NMI': 'k-means, NMI', 'F1': 'k-means, pairs', 'Hungarian': 'k-means, matched with the classes'})
 
 def cluster_cell(

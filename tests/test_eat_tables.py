@@ -91,7 +91,8 @@ def test_quick_has_the_controls_and_little_work(quick):
     "Nine models: what the first paragraph and the figures need."
     assert {c for claim in CLAIMS[:3] for c in (claim.line, *claim.controls)} <= set(quick.defenses) and len(quick.defenses) == 9
     assert (quick.recipe.limit, quick.recipe.settings[0].steps, quick.recipe.settings[0].step_size) == (400, 4, .05) and prepare(dict(preset='quick', limit=80)).recipe.limit == 80
-    assert prepare(dict(preset='small')).recipe.limit == 0
+    small = prepare(dict(preset='small'))
+    assert small.recipe.limit == 500 and len(small.defenses) == 14 and {line for claim in CLAIMS for line in (claim.line, *claim.controls)} <= set(small.defenses)
 
 
 def test_part_of_a_set():
