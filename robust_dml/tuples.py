@@ -8,7 +8,7 @@ __all__ = ['LOSSES', 'ROLES', 'GRANULARITIES', 'mine', 'tuple_terms', 'tuple_los
            'under_attack', 'Fold', 'fold_increase']
 
 # %% ../nbs/24_tuples.ipynb #7935eb79
-import inspect, math
+import inspect, math, warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
@@ -30,9 +30,9 @@ from .strong import BALLS, random_start
 
 # %% ../nbs/24_tuples.ipynb #c04bdd99
 def _check_batch(label:Tensor)->None:
-    "Refuse a batch in which an image can have no tuple."
+    "Refuse a batch in which an image has no positive; speak of one without negatives, as the last batch of an epoch may be, which has no tuple."
     classes, count = label.unique(return_counts=True)
-    if len(classes) < 2: raise ValueError(f'a batch must hold at least 2 classes to have a tuple, found {len(classes)}: there is no negative; draw larger batches or add classes')
+    if len(classes) < 2: warnings.warn(f'expected at least 2 classes in a batch, found {len(classes)} in one of {len(label)} images: it has no negative, so no tuple, and changes nothing; more pairs per batch leave no such rest')
     if (lone := classes[count < 2]).numel():
         raise ValueError(f'every class of a batch must have at least 2 images, found 1 of class {lone[0].item()}: it has no positive; draw batches with data.pair_batches')
 

@@ -14,6 +14,7 @@ from robust_dml.core import generator
 from robust_dml.data import ImageSet
 from robust_dml.defenses import Clock, Defense, clean_embedding
 from robust_dml.distances import paired_distance
+from robust_dml.forecast import noise_set
 from robust_dml.mining import Triplets
 from robust_dml.models import build, embed, embed_all
 from robust_dml.store import Run, to_json
@@ -103,8 +104,17 @@ def test_an_anchor_without_a_near_negative_has_no_tuple():
 
 def test_mining_refuses_batches_without_tuples():
     emb = F.normalize(torch.randn(4, 3, generator=generator(0)))
-    with pytest.raises(ValueError, match='at least 2 classes to have a tuple, found 1: there is no negative'): mine(emb, torch.zeros(4).long(), gen=generator(0))
+    with pytest.warns(UserWarning, match='at least 2 classes in a batch, found 1 in one of 4 images'): assert len(mine(emb, torch.zeros(4).long(), gen=generator(0)).a) == 0
     with pytest.raises(ValueError, match='found 1 of class 9: it has no positive; draw batches with data.pair_batches'): mine(emb, torch.tensor([3, 3, 3, 9]), gen=generator(0))
+
+
+@pytest.mark.parametrize('options', [dict(attack_rate=0.), dict(loss='contrastive', attack_rate=0.), {}, dict(loss='contrastive'), dict(granularity='image'), dict(granularity='batch')], ids=str)
+def test_a_last_batch_of_one_class_does_not_end_the_training(options):
+    "Seventeen images in batches of 16 pairs: the rest is one pair, which teaches nothing."
+    images = noise_set(17, 4, (1, 28, 28))
+    net, defence = build('small', dim=8, size=28, channels=1, seed=0), tuples(eps=.1, step_size=.05, steps=1, margin=.2, **options)
+    with pytest.warns(UserWarning, match='it has no negative, so no tuple'): train(net, images, defence, epochs=1, pairs=16, lr=1e-3, weight_decay=0., seed=0, allow_self=False, show=False)
+    assert all(p.isfinite().all() for p in net.parameters())
 
 
 # ---- losses
