@@ -67,7 +67,7 @@ class Comparison(NamedTuple):
         return 'holds' if lead > BEYOND*self.error or not self.strict else 'noise'
 
 # %% ../nbs/38_claims.ipynb #a429f9ae
-PRESETS = ('paper', 'small', 'quick')
+PRESETS = ('paper', 'medium', 'small', 'quick')
 STUDIES = ('table1', 'table2', 'table3', 'table4', 'figure3', 'figure4', 'timing', 'switches', 'fairness', 'early_disabling', 'limits', 'tuples', 'eat')
 PAGES = ('errata', 'appendix_a') # reports without data set and preset
 _KEYS = dict(timing=('trainings',), fairness=('records', 'settings', 'redraws')) # what a results.json must hold

@@ -137,11 +137,11 @@ def training_log(
     steps:int=0,           # PGD updates done
     assisted:float=0.,     # 1: the perturbation lowered the hardness
 )->dict[str, float]:
-    "Hardness, distances, separability and collapseness (near, λ = 10) of the batch before and after the perturbation."
+    "Hardness, share of hard triplets, distances, separability and collapseness (near, λ = 10) of the batch before and after the perturbation."
     clean = take(emb, triplets)
     after = tuple(e.detach() for e in after) if after else tuple(e*torch.nan for e in clean)
     d,d_adv = triplet_distances(*clean),triplet_distances(*after)
-    values = dict(hardness=hardness(*d).mean(), dist_ap=d[0].mean(), dist_an=d[1].mean(), separability=separability(*d),
+    values = dict(hardness=hardness(*d).mean(), hard_share=(hardness(*d) > 0).float().mean(), dist_ap=d[0].mean(), dist_an=d[1].mean(), separability=separability(*d),
         collapseness=collapseness(*d, lam=10.), adv_hardness=hardness(*d_adv).mean(),
         adv_collapseness=collapseness(*d_adv, lam=10.), shift=mean_shift(clean, after, parts if steps else ''))
     floats = torch.stack(list(values.values())).tolist() # one transfer from the device

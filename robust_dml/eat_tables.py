@@ -78,9 +78,9 @@ class Budget(NamedTuple):
     restarts:int             # searches of each attack
 
 _SMALL = Budget((.25, .5, 1., 2., 4.), (1, 5, 10, 20, 32, 100), 1)
-BUDGETS = dict(smoke=Budget((1., 2.), (1, 3), 1), quick=Budget((.5, 1., 2.), (1, 10, 32), 1), small=_SMALL, paper=_SMALL._replace(restarts=5))
-STEPS = dict(smoke=2, quick=4, small=10) # of the training
-LIMITS = dict(quick=400, small=500)      # attacked images at most, whole classes
+BUDGETS = dict(smoke=Budget((1., 2.), (1, 3), 1), quick=Budget((.5, 1., 2.), (1, 10, 32), 1), small=_SMALL, medium=_SMALL, paper=_SMALL._replace(restarts=5))
+STEPS = dict(smoke=2, quick=4, small=10, medium=10) # of the training
+LIMITS = dict(quick=400, small=500, medium=500)     # attacked images at most, whole classes
 PAPER_A = replace(PAPER_224, settings=(Setting('photographs', eps=8/255, step_size=2/255, steps=10, colo_steps=10),), model='resnet50', dim=512, epochs=60, pairs=60, lr=1e-4, weight_decay=1e-4, eval_step_size=1/255)
 
 def prepare(
@@ -89,7 +89,7 @@ def prepare(
     "Check the parameters and resolve them; ValueError names what is unknown."
     p = parameters(namespace)
     only_inline(p['executor'])
-    lines = listed('defenses', p['defenses'], LINES) or dict(smoke=('pal_natural', 'pal_at', 'eat'), quick=MINIMUM, small=JUDGED).get(p['preset'], tuple(LINES))
+    lines = listed('defenses', p['defenses'], LINES) or dict(smoke=('pal_natural', 'pal_at', 'eat'), quick=MINIMUM, small=JUDGED, medium=JUDGED).get(p['preset'], tuple(LINES))
     asked = plan('table1', p | dict(defenses=''))
     r = replace(asked.recipe, settings=asked.recipe.settings[:1] if p['preset'] == 'paper' else (_setting('28 x 28', .1, STEPS[p['preset']]),))
     if p['preset'] == 'smoke': r = replace(r, epochs=p['epochs'] or 1, limit=p['limit'] or 60)

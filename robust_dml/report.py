@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'PANELS', 'Column', 'table1', 'table2', 'leaders', 'as_text', 'to_csv', 'to_markdown', 'compare', 'cost',
-           'parts', 'attack_seconds', 'summary', 'show', 'look', 'theme', 'png', 'curves', 'robustness', 'time_bars',
-           'strip', 'warnings', 'document', 'write_report']
+           'parts', 'attack_seconds', 'alike', 'summary', 'show', 'look', 'theme', 'png', 'curves', 'robustness',
+           'time_bars', 'strip', 'warnings', 'document', 'write_report']
 
 # %% ../nbs/34_report.ipynb #1a9f8da6
 import base64, io, math, re, statistics
@@ -75,7 +75,7 @@ _SHORT = (_BENIGN[0], *(c for c in _RAW if c.name in ('ES:R', 'LTM')), Column('E
           Column('Averaged ARS', 'score', ('eval', 'ars'), 1, 1, 'mean of the eight resistances'), *_STATE, _ASSISTED)
 _TABLE3 = (_BENIGN[0], *_RESIST, *(c for c in _SHORT if c.group == 'score'), *_STATE, _ASSISTED)
 _TABLE4 = _SHORT
-COLUMNS = {'table1': _TABLE1, 'table2': _TABLE2, 'table3': _TABLE3, 'table4': _TABLE4, **dict.fromkeys(('figure3', 'figure4', 'switches', 'lambda', 'early_disabling', 'limits', 'baselines'), _SHORT)}
+COLUMNS = {'table1': _TABLE1, 'table2': _TABLE2, 'table3': _TABLE3, 'table4': _TABLE4, **dict.fromkeys(('figure3', 'figure4', 'switches', 'paper_switches', 'hard_triplets', 'lambda', 'early_disabling', 'limits', 'baselines'), _SHORT)}
 
 # %% ../nbs/34_report.ipynb #845a1075
 def _number(record:Mapping[str,Any], path:Sequence[str])->float:
@@ -289,6 +289,14 @@ def _limited(results:Mapping[str,Any])->str:
     limit = results['attack'].get('limit')
     return f'Only {limit} random queries were attacked, while R@1 without attack counts all.' if limit else ''
 
+def alike(records:Sequence[Mapping[str,Any]])->list[list[str]]: # groups of labels
+    "Rows that ended in the same weights with every seed: what differs between them never acted."
+    of:dict[tuple[str,str], dict[int,str]] = {}
+    for r in records: of.setdefault((r['setting'], r['label']), {})[r['seed']] = r['eval'].get('weights', '')
+    groups:dict[tuple, list[str]] = {}
+    for (setting, label), weights in of.items(): groups.setdefault((setting, *sorted(weights.items())), []).append(label)
+    return [labels for key, labels in groups.items() if len(labels) > 1 and all(weights for _, weights in key[1:])]
+
 def summary(results:Mapping[str,Any])->list[str]: # a paragraph per setting
     "What the numbers say, in two or three sentences per setting."
     table, said = table1(results), []
@@ -303,6 +311,7 @@ def summary(results:Mapping[str,Any])->list[str]: # a paragraph per setting
         elif keeps: parts += [f'Trained against attacks, R@1 under LTM (without attack) is {_join(keeps)}.', _order(scored.loc[kept.index], score)]
         flagged = list(block['Defense'][block['Collapsed'] > 0])
         if flagged: parts.append(f'{_join(flagged)}: flagged as collapsed, so attack scores of these rows do not mean robustness.')
+        parts += [f'{_join(labels)} end in the same weights: what differs between them never acted.' for labels in alike([r for r in results['records'] if r['setting'] == setting])]
         said.append(' '.join(filter(None, parts)))
     return said
 

@@ -49,7 +49,7 @@ class Effort:
     steps:tuple[int,...]=(1, 2, 4, 8, 16, 32, 64, 128, 200)    # numbers of steps of the curve
     seed:int=0
 
-EFFORTS = MappingProxyType(dict(smoke=Effort(6, 2, 30, samples=4, learn=6, eps=(0, 8, 64), steps=(1, 4)), quick=Effort(128, 3, 300), small=Effort(128, 3, 300), paper=Effort(512, 5, 2000)))
+EFFORTS = MappingProxyType(dict(smoke=Effort(6, 2, 30, samples=4, learn=6, eps=(0, 8, 64), steps=(1, 4)), quick=Effort(128, 3, 300), small=Effort(128, 3, 300), medium=Effort(128, 3, 300), paper=Effort(512, 5, 2000)))
 
 # %% ../nbs/45_stress.ipynb #a07b6d2c
 class Scene(NamedTuple):

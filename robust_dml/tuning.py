@@ -148,7 +148,7 @@ def choose(
     return max(able, key=lambda p: (p['r1'], p['ars']), default=points[0]), False
 
 # %% ../nbs/40_tuning.ipynb #cb26a12e
-CANDIDATES = dict(smoke=2, quick=6, small=12, paper=12) # per method, with the default
+CANDIDATES = dict(smoke=2, quick=6, small=12, medium=12, paper=12) # per method, with the default
 QUERIES = 250                                           # attacked per candidate
 OWN = dict(candidates=0, tune_epochs=0, tune_limit=0, draw=0) # parameters of `run_tune` beside those of a table
 

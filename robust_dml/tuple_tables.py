@@ -61,7 +61,7 @@ def _setting(name, eps, steps): return Setting(name, eps=eps, step_size=2*eps/st
 
 PAPER_B = replace(PAPER_224, settings=(_setting('photographs', .01, 5),), model='resnet50', dim=128, epochs=150)
 _SMALL = Budget(_setting('28 x 28', .1, 10), (.25, .5, 1., 2., 4.), (1, 5, 10, 20, 32))
-BUDGETS = dict(smoke=Budget(_setting('28 x 28', .1, 2), (.5, 1., 2.), (1, 2)), quick=_SMALL, small=_SMALL._replace(steps=(*_SMALL.steps, 100)), paper=_SMALL._replace(steps=(*_SMALL.steps, 100)),
+BUDGETS = dict(smoke=Budget(_setting('28 x 28', .1, 2), (.5, 1., 2.), (1, 2)), quick=_SMALL, **dict.fromkeys(('small', 'medium'), _SMALL._replace(steps=(*_SMALL.steps, 100))), paper=_SMALL._replace(steps=(*_SMALL.steps, 100)),
                photographs=Budget(PAPER_B.settings[0], _SMALL.factors, (*_SMALL.steps, 100)))
 
 def budget(

@@ -3,6 +3,7 @@ import math
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 from robust_dml import all_defenses, experiments
 from robust_dml.store import read_lines
@@ -25,6 +26,17 @@ def test_every_defence_has_all_numbers(asked, found):
     for label, row in table.items():
         assert all(not math.isnan(mean) for mean, _ in row.values()), label
         assert all(row[f'{k} attacked'][0] <= row[f'{k} clean'][0] + 1e-6 for k in ('R@1', 'centre'))
+
+
+def test_unfit_data_is_refused_or_met_before_anything_is_trained(tmp_path):
+    "A test class of one image cannot have a centre; a training class of two images is absent for a member of EAT."
+    for c, count in enumerate((2, 4, 4, 4, 4, 1)):
+        (tmp_path/'cut'/f'class{c}').mkdir(parents=True)
+        for i in range(count): Image.new('RGB', (32, 32), (40*c, 20*i, 90)).save(tmp_path/'cut'/f'class{c}'/f'{i}.png')
+    asked = dict(preset='smoke', dataset=str(tmp_path/'cut'), out=str(tmp_path/'out'))
+    with pytest.raises(ValueError, match='every class needs 2 images for centre accuracy'): all_defenses.prepare(asked)
+    Image.new('RGB', (32, 32), (200, 20, 90)).save(tmp_path/'cut'/'class5'/'1.png')
+    assert 'eat:absent=negative' in all_defenses.prepare(asked).defenses and not (tmp_path/'out').exists()
 
 
 def test_the_page_names_every_defence(asked, found):
