@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 from .errata import ABOUT, NEAR_ZERO, NO_GAIN, RANK, RECALL, _document, _number as _digits, _table as _html_table
 from .experiments import DEFENSES, table_row
-from .report import _figure, _logged, _number, _picture, look, png, theme
+from .report import _figure, _logged, _number, _picture, alike, look, png, theme
 from .scores import HEADINGS, PAPER_MINUTES, paper_table
 from .store import Run, to_json, write_atomic
 from .studies import agreement, spearman
@@ -68,7 +68,7 @@ class Comparison(NamedTuple):
 
 # %% ../nbs/38_claims.ipynb #a429f9ae
 PRESETS = ('paper', 'medium', 'small', 'quick')
-STUDIES = ('table1', 'table2', 'table3', 'table4', 'figure3', 'figure4', 'timing', 'switches', 'fairness', 'early_disabling', 'limits', 'tuples', 'eat')
+STUDIES = ('table1', 'table2', 'table3', 'table4', 'figure3', 'figure4', 'timing', 'switches', 'fairness', 'early_disabling', 'limits', 'hard_triplets', 'tuples', 'eat', 'all_defenses')
 PAGES = ('errata', 'appendix_a') # reports without data set and preset
 _KEYS = dict(timing=('trainings',), fairness=('records', 'settings', 'redraws')) # what a results.json must hold
 
@@ -146,7 +146,7 @@ def course(record:Mapping[str, Any], key:str)->list[float]:
     log = record['train']['log']
     return [(_logged(row, 'dist_ap') + _logged(row, 'dist_an'))/2 if key == 'distance' else _logged(row, key) for row in log]
 
-_WORDS = dict(distance='mean distance of the triplets', separability='separability', hardness='hardness', collapseness='C of the clean triplets', adv_hardness='hardness of the perturbed triplets',
+_WORDS = dict(distance='mean distance of the triplets', separability='separability', hardness='hardness', hard_share='share of hard triplets', collapseness='C of the clean triplets', adv_hardness='hardness of the perturbed triplets',
               adv_collapseness='C of the perturbed triplets', relative_shift='shift / mean distance')
 
 def logged(key:str, part:str)->Quantity:
@@ -267,6 +267,9 @@ def cost(found:Evidence)->Iterator[Comparison]:
             def saved(key): return tuple(100*(1 - line[key]/hm[line['seed']][key]) for line in mine)
             for limit, strict in ((0., True), (_SAVED - .5, False)): yield Comparison(dataset, preset, 'T', f'time saved against HM (%): {label} > {limit:.3g}', (saved('seconds'),), limit, version=version, strict=strict)
             yield Comparison(dataset, preset, 'T', f'image steps saved against HM (%): {label}', (saved('image_steps'),), judged=False)
+        for label in dict.fromkeys(line['label'] for line in lines):
+            made = tuple(100*line['steps_share'] for line in lines if line['label'] == label and 'steps_share' in line)
+            if made: yield Comparison(dataset, preset, 'T', f'inner steps made of those asked for (%): {label}', (made,), judged=False)
 
 _SAVED = round(100*(1 - PAPER_MINUTES['colo_tride']/PAPER_MINUTES['hm']))
 
@@ -355,14 +358,23 @@ _LEVELLING = Quantity('levelling', lambda r: _change(r, 'first third') - _change
 # %% ../nbs/38_claims.ipynb #eb7389ce
 def hardness_and_collapse(found:Evidence)->Iterator[Comparison]:
     """In every scene of table3, over the naive adversaries: the harder the perturbed triplets of the first epoch, the smaller the mean distance of the triplets, averaged over all epochs (which is
-    small for a fast and for a deep collapse). The rank correlation over the rows, seed by seed, is negative."""
+    small for a fast and for a deep collapse). In every scene of hard_triplets, over the naive adversary on triplets of four miners: the larger the share of hard triplets in the first epoch, before
+    they are perturbed, and the larger their mean hardness, the smaller that distance. The rank correlations over the rows, seed by seed, are negative."""
     naive = [Row(f'naive_{name}') for name in ('sip', 'cap', 'anp', 'tride')]
     hard, distance = logged('adv_hardness', 'first epoch'), logged('distance', 'all epochs')
     for scene in scenes(found, 'table3'):
-        seeds = [[r for row in naive for r in scene.rows(row) if r['seed'] == seed] for seed in dict.fromkeys(r['seed'] for r in scene.records)]
-        found_in = (spearman([hard.of(r) for r in rows], [distance.of(r) for r in rows]) for rows in seeds)
-        yield compare(scene, 'rank correlation of first hardness and mean distance over the naive rows < 0', tuple(v for v in found_in if not math.isnan(v)), sign=-1, digits=2)
+        yield _falls_with(scene, naive, hard, distance)
         for row in naive: yield from (show(scene, hard, row), show(scene, distance, row))
+    for scene in scenes(found, 'hard_triplets'):
+        causes = logged('hard_share', 'first epoch'), logged('hardness', 'first epoch')
+        for cause in causes: yield _falls_with(scene, scene.every(), cause, distance)
+        for row in scene.every(): yield from (show(scene, quantity, row) for quantity in (*causes, distance))
+
+def _falls_with(scene:Scene, rows:Sequence[Row], cause:Quantity, effect:Quantity)->Comparison:
+    "The claim that a quantity is the smaller the larger another is, over rows and seed by seed."
+    seeds = [[r for row in rows for r in scene.rows(row) if r['seed'] == seed] for seed in dict.fromkeys(r['seed'] for r in scene.records)]
+    found_in = (spearman([cause.of(r) for r in runs], [effect.of(r) for r in runs]) for runs in seeds)
+    return compare(scene, f'rank correlation of {cause.name} and {effect.name} over the naive rows < 0', tuple(v for v in found_in if not math.isnan(v)), sign=-1, digits=2)
 
 def embedding_shift(found:Evidence)->Iterator[Comparison]:
     """In every scene of figure4, the shift of the perturbed images relative to the mean distance, over that of the simultaneous perturbation (naive SIP) of the same seed: in the last third above 1
@@ -461,12 +473,17 @@ def _clean(key:str)->Quantity: return _read(f'{key} without attack', 'eval', 'cl
 
 def clusters_fall(found:Evidence)->Iterator[Comparison]:
     """In every scene of eat, with all images attacked: natural training keeps less than half of its AMI, F1, R@1 and centre accuracy; and COLO-TRIDE, the retrieval defence of these tables, is below EAT in
-    NMI, F1, R@1 and centre accuracy."""
+    NMI, F1, R@1 and centre accuracy. Where all_defenses was run with three seeds, ACT, HM and COLO-TRIDE are below EAT there in the same scores."""
     for scene in scenes(found, 'eat'):
         for key in ('AMI', 'F1', 'R@1', 'centre'):
             q = _attacked(key)
             yield compare(scene, f'{q.name}: {scene.label(Row("pal_natural"))} < half of that without attack', scene.values(q, Row('pal_natural')), _times(scene, _clean(key), 'pal_natural', .5), sign=-1)
         for key in (*_READ_BY, 'centre'): yield above(scene, _attacked(key), Row('eat'), Row('colo_tride'))
+    for scene in scenes(found, 'all_defenses'):
+        for row in (ACT, HM, *(colo for colo, in scene.versions('colo_tride'))):
+            for key in (*_READ_BY, 'centre'): yield above(scene, _clustered(key), Row('eat'), Row(*row), version='')
+
+def _clustered(key:str)->Quantity: return _read(f'{key} with all images attacked', 'cluster', 'worst', 'all', key)
 
 ADAPTED = ('pal_at', 'pal_mixup', 'pal_mixup_at', 'pal_trades', 'pal_alp', 'ensemble_at', 'adp', 'gal', 'dverge')
 
@@ -536,8 +553,7 @@ COLO_TRIDE = (
     Claim(9, _NAME, 'Natural training separates best while distances grow and level off; naive adversarial training starts with negative separability and comes to rest at 0 while distances plunge; '
           'COLO-CAP and COLO-ANP stay separable with a mild shrinkage; hardness does not show a gradual collapse, collapseness does at once and returns below 0 late.', course_of_collapse, ('figure3', 'table1'),
           lacks='The log has no distances of the perturbed triplets, so of their separability only the sign is known: it is that of −hardness. The printed figure has no numbers to set beside ours.'),
-    Claim(10, _NAME, 'How fast and how deep a model collapses depends on the share and on the hardness of hard triplets.', hardness_and_collapse, ('table3',),
-          open='the half about hardness holds, but no experiment varies the share of hard triplets, and the log holds means over triplets only'),
+    Claim(10, _NAME, 'How fast and how deep a model collapses depends on the share and on the hardness of hard triplets.', hardness_and_collapse, ('table3', 'hard_triplets')),
     Claim(11, _NAME, 'COLO-CAP and COLO-ANP shift embeddings more than the simultaneous perturbation, most in the later part of training; twice as far in theory.', embedding_shift, ('figure4',),
           lacks='The printed figure has no numbers to set beside ours; the text says almost four times at most.'),
     Claim(12, _NAME, 'Assisting alone gives no robustness and costs R@1; without early disabling R@1 and robustness are lower.', assist, ('table4',), (Cells(4, _TABLE4, ('R@1', 'ERS', 'ARS')),)),
@@ -555,7 +571,7 @@ OTHERS = (
     Claim(17, _TUPLES, 'The formulation is better than an earlier model that sought to be robust.', nothing, (), scale='that model and its data are available on request only'),
     Claim(18, _TUPLES, 'Losses of metric learning depend on the whole batch, and training that ignores it is not robust.', whole_batch, ('tuples',)),
     Claim(19, _EAT, 'Inference by clustering is as vulnerable, and defences made for retrieval cannot be reused for it.', clusters_fall, ('eat',),
-          lacks='Of the defences made for retrieval only COLO-TRIDE is in these tables; all_defenses has the others.'),
+          lacks='Of the defences made for retrieval only COLO-TRIDE is in the tables of eat; the others are judged where all_defenses was run.'),
     Claim(20, _EAT, 'Adapted defences of classification are unsatisfactory; EAT is far better, at a small cost without attack.', ensembles_win, ('eat',), lacks='Its self-transfer is our reconstruction, for the paper does not fix it.'),
     Claim(21, _EAT, 'Splits make members hold different robust features, and self-transfer brings the robustness of the ensemble into the update of every member.', splits_and_transfer, ('eat',),
           lacks='That features differ is seen through the transfer of attacks only.'))
@@ -603,7 +619,7 @@ def _over_versions(decisive:Sequence[Comparison], claim:Claim)->tuple[str, str]:
     of = {v: [c for c in decisive if c.version in ('', v)] for v in versions}
     failing = {v: [c for c in of[v] if c.outcome != 'holds'] for v in versions}
     holding = [v for v in versions if not failing[v]]
-    if holding and claim.open: return NOT_RUN, claim.open
+    if holding and claim.open: return CANNOT, claim.open
     if holding:
         names, others = ' and '.join(v for v in holding if v), ' and '.join(v for v in versions if v not in holding)
         return REPRODUCED, f'all {len(of[holding[0]])} comparisons hold beyond the noise' + (f' for COLO-TRIDE ({names})' if names else '') + (f', not for ({others})' if others else '')
@@ -663,9 +679,10 @@ def beaten(found:Evidence)->list[dict[str, Any]]:
     lines = []
     for name, scene in _unique(found):
         for colo, in scene.versions('colo_tride'):
-            labels = [l for l in dict.fromkeys(r['label'] for r in scene.records) if l != scene.label(colo)]
+            twins = {label for group in alike(scene.records) for label in group[group[0] != scene.label(colo):]} # rows of the same weights count once
+            labels = [l for l in dict.fromkeys(r['label'] for r in scene.records) if l != scene.label(colo) and l not in twins]
             winners = [w for label in labels if (w := _beats(scene, label, colo))]
-            if scene.rows(colo): lines.append(dict(experiment=name, dataset=scene.dataset, preset=scene.preset, setting=scene.setting, version=colo.version, rows=len(labels), winners=sorted(winners, key=lambda w: -w['lead'])))
+            if scene.rows(colo): lines.append(dict(experiment=name, dataset=scene.dataset, preset=scene.preset, setting=scene.setting, version=colo.version, collapsed=any(r['eval']['collapsed'] for r in scene.rows(colo)), rows=len(labels), winners=sorted(winners, key=lambda w: -w['lead'])))
     return lines
 
 def _beats(scene:Scene, label:str, colo:Row)->dict[str, Any]|None:
@@ -684,9 +701,9 @@ def watched(found:Evidence)->list[dict[str, Any]]: # a line per scene and versio
         for row in (*(v for v, in scene.versions('colo_tride')), Row('colo_steps')):
             runs = scene.rows(row)
             if not runs: continue
-            clean, perturbed = (_epochs(runs, key) for key in ('collapseness', 'adv_collapseness'))
+            clean, perturbed, own = (_epochs(runs, key) for key in ('collapseness', 'adv_collapseness', 'own_collapseness'))
             lines.setdefault((scene.dataset, scene.preset, scene.setting, scene.label(row)), dict(dataset=scene.dataset, preset=scene.preset, setting=scene.setting, row=scene.label(row), profile=runs[0]['profile'], defense=row.defense,
-                assisted=tuple(100*_mean(course(r, 'assisted')) for r in runs), clean=clean, perturbed=perturbed))
+                assisted=tuple(100*_mean(course(r, 'assisted')) for r in runs), clean=clean, perturbed=perturbed, own=own))
     return list(lines.values())
 
 def _epochs(runs:Sequence[Mapping[str, Any]], key:str)->list[float]:
@@ -697,6 +714,8 @@ def _epochs(runs:Sequence[Mapping[str, Any]], key:str)->list[float]:
 _COLO = 'colo_tride:profile=official'
 CONTRASTS = ( # what differs, and the lines of a table with it and without it
     ('COLO on top of both schedules', _COLO, 'naive_tride:step_schedule=linear0+miner_margin=gradual'),
+    ('Of that, the reaction to C (the gap attacked in both phases)', f'{_COLO}+anp_main=attack', 'naive_tride:step_schedule=linear0+miner_margin=gradual'),
+    ('Of that, the gap left out of ANP', _COLO, f'{_COLO}+anp_main=attack'),
     ('Both schedules without COLO', 'naive_tride:step_schedule=linear0+miner_margin=gradual', 'naive_tride'),
     ('Both schedules under COLO', _COLO, f'{_COLO}+step_schedule=const+miner_margin=const'),
     ('8 inner steps in place of 4, COLO-TRIDE', f'{_COLO}+steps=8', _COLO),
@@ -777,16 +796,16 @@ def comparison_rows(comparisons:Sequence[Mapping[str, Any]])->list[tuple[str, ..
 
 def limit_blocks(results:Mapping[str, Any])->list[tuple]:
     "The section on what does not hold."
-    body = [(f'{l["experiment"]}: {l["dataset"]} {l["preset"]} {l["setting"]}', l['version'], f'{len(l["winners"])} of {l["rows"]}', w['row'], *(_shown(v, 1) for v in (*w['ars'], *w['r1'])), w['outcome'])
+    body = [(f'{l["experiment"]}: {l["dataset"]} {l["preset"]} {l["setting"]}', l['version'] + ', collapsed'*l['collapsed'], f'{len(l["winners"])} of {l["rows"]}', w['row'], *(_shown(v, 1) for v in (*w['ars'], *w['r1'])), w['outcome'])
             for l in results['beaten'] for w in l['winners'] or [dict(row='none', ars=((), ()), r1=((), ()), outcome='')]]
-    runs = [(f'{w["dataset"]} {w["preset"]} {w["setting"]}', w['row'], _shown(w['assisted'], 1), *(cell for key in ('clean', 'perturbed') for cell in _signs(w[key]))) for w in results['watched']]
+    runs = [(f'{w["dataset"]} {w["preset"]} {w["setting"]}', w['row'], _shown(w['assisted'], 1), *(cell for key in ('clean', 'perturbed', 'own') for cell in _signs(w[key]))) for w in results['watched']]
     parts = [(f'{c["dataset"]} {c["preset"]} {c["setting"]}', str(c['eps']), c['what'], *(_shown(side, 1) for side in c['ars']['sides']), _digits(c['ars']['difference'], 1, '+'), _VERDICT[c['ars']['outcome']], _digits(c['r1']['difference'], 1, '+'), _VERDICT[c['r1']['outcome']],
               ' and '.join(f'{k} of {n}' for k, n in zip(c['collapsed'], c['seeds']))) for c in results['contrasts']]
     return [('h2', 'Where COLO-TRIDE does not hold'), *(('p', text) for text in finding(results)),
-            ('p', f'Rows that have a higher ARS than COLO-TRIDE, an R@1 not more than {ABOUT:g} points lower, and no seed flagged as collapsed; from {", ".join(_LIMITS)}. Means ± standard deviation (number of seeds).'),
+            ('p', f'Rows that have a higher ARS than COLO-TRIDE, an R@1 not more than {ABOUT:g} points lower, and no seed flagged as collapsed; from {", ".join(_LIMITS)}. Rows that end in the same weights count once; where the version itself is flagged as collapsed it says so. Means ± standard deviation (number of seeds).'),
             ('table', [('Scene', 'Version', 'Rows ahead', 'Row', 'ARS', 'of COLO-TRIDE', 'R@1', 'of COLO-TRIDE', 'Lead'), *body]) if body else ('p', f'Not run yet: {_command("table3")}.'),
-            ('p', 'Batches that were assisted (hardness lowered at one inner step at least), in percent, and collapseness C (near, λ = 10) per epoch, mean over the seeds: of the clean triplets that the paper watches, and of the perturbed ones. C ≥ 0 is a collapse that impends.'),
-            *([('table', [('Scene', 'Row', 'Assisted (%)', 'Clean C ≥ 0', 'Clean C, first to last', 'Perturbed C ≥ 0', 'Perturbed C, first to last'), *runs])] if runs else []),
+            ('p', 'Batches that were assisted (hardness lowered at one inner step at least), in percent, and collapseness C per epoch, mean over the seeds: with near weights and λ = 10, the same for all rows, of the clean triplets that the paper watches and of the perturbed ones; and as the row itself measures it, with its own weights, λ and triplets, after the last inner step. C ≥ 0 is a collapse that impends.'),
+            *([('table', [('Scene', 'Row', 'Assisted (%)', 'Clean C ≥ 0', 'Clean C, first to last', 'Perturbed C ≥ 0', 'Perturbed C, first to last', 'Own C ≥ 0', 'Own C, first to last'), *runs])] if runs else []),
             *([('p', 'One component at a time: with it against without it.'),
                ('table', [('Scene', 'ε (1/255)', 'Component', 'ARS with', 'ARS without', 'ARS', '', 'R@1', '', 'Collapsed, with and without'), *parts])] if parts else [('p', f'One component at a time is not run yet: {_command("limits")}.')])]
 
@@ -804,9 +823,15 @@ def blocks(results:Mapping[str, Any])->list[tuple]: # ('h2' or 'p', text), ('tab
     found = [('p', f'The rules were written before there was any result with {SEEDS} seeds; the verdicts are computed from finished reports: ' + ', '.join(f'{n} {v}' for v, n in count.items()) + '.'),
              ('p', f'A comparison holds when the difference exceeds {BEYOND:g} combined standard errors (SE) over the seeds, is reversed when it does so the other way, and is noise otherwise; one that needs only not to be contradicted says so in the rule. '
                    f'A data set counts with {SEEDS} seeds or more. "As printed" is the verdict of the paper\'s own tables, reading by reading.'),
-             ('overview', [('Claim', 'In our words', 'As printed', 'In our runs'), *((f'{c["number"]}', c['text'], ', '.join(f'{r["reading"]} {r["verdict"]}' for r in c['readings']), c['verdict']) for c in claims)])]
+             ('overview', [('Claim', 'In our words', 'As printed', 'In our runs'), *((f'{c["number"]}', c['text'], ', '.join(f'{r["reading"]} {r["verdict"]}' for r in c['readings']), c['verdict'] + _outcomes(c)) for c in claims)])]
     for c in claims: found += _claim_blocks(c)
     return found + limit_blocks(results)
+
+def _outcomes(c:Mapping[str, Any])->str:
+    "How many comparisons of a claim came out how."
+    found = [v['outcome'] for v in c['comparisons']]
+    counts = {word: found.count(kind) for kind,word in (('holds', 'hold'), ('noise', 'inside the noise'), ('reversed', 'reversed'))}
+    return f' ({", ".join(f"{n} {word}" for word,n in counts.items() if n)})' if any(counts.values()) else ''
 
 def _claim_blocks(c:Mapping[str, Any])->list[tuple]:
     "One claim."

@@ -6,10 +6,10 @@
 __all__ = ['LINES', 'MAIN', 'CURVED', 'PICTURED', 'MINIMUM', 'JUDGED', 'ADAPTED', 'BUDGETS', 'STEPS', 'LIMITS', 'PAPER_A',
            'MEASURES', 'TABLES', 'LEAST_SEEDS', 'CLAIMS', 'Line', 'Budget', 'prepare', 'announce', 'plan_of', 'cell_of',
            'task_of', 'growth', 'memory', 'measured_apart', 'protocol', 'points', 'gradient_of', 'part_of',
-           'ten_classes', 'measure', 'from_outside', 'trained_as', 'record', 'results', 'pictures', 'switch', 'beside',
-           'borrowed', 'Table', 'table', 'to_csv', 'along', 'both_curves', 'curve_table', 'matrices', 'flattened',
-           'class_map', 'Claim', 'paired', 'verdict', 'judged', 'claim_table', 'claim_text', 'compared', 'headline',
-           'words', 'write_eat']
+           'ten_classes', 'measure', 'from_outside', 'record', 'results', 'pictures', 'switch', 'beside', 'borrowed',
+           'Table', 'table', 'to_csv', 'along', 'both_curves', 'curve_table', 'matrices', 'flattened', 'class_map',
+           'Claim', 'paired', 'verdict', 'judged', 'claim_table', 'claim_text', 'compared', 'headline', 'words',
+           'write_eat']
 
 # %% ../nbs/47_eat_tables.ipynb #cacd2d0f
 import csv, io, json, math, subprocess, sys, tempfile, warnings
@@ -31,14 +31,14 @@ from .core import fingerprint, generator, kept_memory, listed, need, progress
 from .data import ImageSet
 from .distances import normalise
 from .eat import PROXY, make, network, sequential_gradient, transfer_matrix
-from .experiments import PAPER_224, Cell, Plan, Setting, alone, check_weights, defense, overrides, parameters, plan, recipe, table_row, train_cell, _shareable, _trainings
+from .experiments import PAPER_224, Cell, Plan, Setting, alone, check_weights, defense, overrides, parameters, plan, recipe, table_row, train_cell, trained_as, _shareable
 from .forecast import noise_set, _peak
 from .jobs import only_inline
 from .locality import _cells
 from .models import checksum, embed, streamlined
 from .pgd import autograd_gradient
 from .report import _figure, _fixed, _grid, _join, _line, _origin, _picture, _setup, _spread, curves, look, png, theme
-from .store import Run, append_line, described, find_run, load_tensors, open_run, read_lines, save_tensors, write_atomic
+from .store import Run, append_line, described, load_tensors, open_run, read_lines, save_tensors, write_atomic
 from .studies import _publish
 from .train import train
 from .tuple_tables import by_line, _html, _setting
@@ -275,11 +275,6 @@ def from_outside(plan:Plan, line:str, seed:int, *, show:bool=True)->list[list[fl
             found = transfer_matrix(models, part_of(data, class_rows(data.labels, limit=plan.recipe.limit, seed=0)), **budget, device=plan.device)
             done.write('result.json', dict(matrix=found.tolist()))
     return done.read('result.json', 'matrix')['matrix']
-
-def trained_as(plan:Plan, cell:Cell)->Run: # of `plan_of` and `cell_of`
-    "Where the training of a cell is, or will be."
-    *_, (_, training, _) = _trainings(plan, cell)
-    return find_run(plan.reports, 'train', training)
 
 # %% ../nbs/47_eat_tables.ipynb #92d1cea2
 def record(plan:Plan, line:str, seed:int, *, show:bool=True)->dict:

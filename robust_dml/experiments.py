@@ -8,8 +8,8 @@ __all__ = ['PAPER_28', 'PAPER_224', 'A', 'B', 'QUICK', 'SMALL', 'MEDIUM', 'SMOKE
            'overrides', 'describe', 'Row', 'parameters', 'table_lines', 'table_row', 'seed_list', 'resolve', 'tuned',
            'Experiment', 'Plan', 'plan', 'with_backbone', 'replan', 'folder_name', 'check_split', 'query_count',
            'announce', 'Cell', 'cells', 'natural', 'defense', 'training_config', 'weights_name', 'train_cell', 'alone',
-           'evaluation_config', 'evaluate_cell', 'missing_cells', 'compute_cell', 'compute_elsewhere', 'record',
-           'check_weights', 'published', 'results', 'example_images']
+           'trained_as', 'evaluation_config', 'evaluate_cell', 'missing_cells', 'compute_cell', 'compute_elsewhere',
+           'record', 'check_weights', 'published', 'results', 'example_images']
 
 # %% ../nbs/33_experiments.ipynb #5c452ee8
 import hashlib, json, math, os
@@ -460,6 +460,11 @@ def _trainings(plan, cell)->Iterator[tuple[Defense, dict, str]]:
         yield warm, config, 'warm-up'
     yield chosen, training_config(plan, chosen, cell.seed, epochs=plan.recipe.epochs, start=start), cell.label
 
+def trained_as(plan:Plan, cell:Cell)->Run:
+    "Where the training of a cell is, or will be."
+    *_, (_, config, _) = _trainings(plan, cell)
+    return find_run(plan.reports, 'train', config)
+
 # %% ../nbs/33_experiments.ipynb #b6581119
 def evaluation_config(
     plan:Plan,
@@ -487,8 +492,7 @@ def evaluate_cell(
 
 def _evaluation(plan, cell, seed=0)->dict:
     "Configuration of a cell's evaluation."
-    *_, (_, training, _) = _trainings(plan, cell)
-    return evaluation_config(plan, cell, find_run(plan.reports, 'train', training).address, seed)
+    return evaluation_config(plan, cell, trained_as(plan, cell).address, seed)
 
 def _measure(plan, cell, config, show)->None:
     "Evaluate a cell into its run folder."
