@@ -29,7 +29,7 @@ from .distances import normalise, paired_distance
 from .experiments import BUILT_IN, natural, recipe
 from .mining import semihard
 from .models import build, embed_all
-from .report import _facts, _figure, _grid, _line, _picture, document, png, theme
+from .pages import document, facts_table, html_figure, html_row, maths, new_figure, opening, png, table_box, theme
 from .scores import _RANGES, ARS_HEADINGS, HEADINGS, PAPER_MINUTES, ars, ars_cells, constant_before, ers, paper_table
 from .store import provenance, to_json, write_atomic
 from .train import train
@@ -516,7 +516,7 @@ def draw_scores(
     "Recomputed minus printed scores with what rounding allows."
     wanted = (('ERS', 'ERS, from results'), ('mean of the ARS', 'ARS, from its cells'), ('ARS from the results', 'ARS, from results'))
     with theme():
-        fig = _figure(11, 5.2)
+        fig = new_figure(11, 5.2)
         for ax, (name, title) in zip(fig.subplots(1, 3, sharex=True), wanted):
             lines = [l for l in results['scores'] if l['check'] == name]
             ax.axvspan(-.05, .05, color='#e4e4e4', zorder=0)
@@ -533,13 +533,13 @@ def draw_scores(
 def _short(defense:str)->str: return defense.split(' (')[0]
 
 # %% ../nbs/36_errata.ipynb #370c0d10
-def _document(title:str, sub:str, *parts:str)->str:
-    "A page in the style of the reports; `parts` are HTML, `title` and `sub` text."
-    return document(title, f'<h1>{escape(title)}</h1><p class="sub">{escape(sub)}</p>{"".join(parts)}')
+def _document(title:str, sub:str, said:Sequence[str], *parts:str)->str:
+    "A page in the style of the reports; `parts` are HTML, the others text."
+    return document(title, opening(title, sub, said) + ''.join(parts))
 
 def _table(head:Sequence[str], body:Sequence[Sequence[str]], kind:str='')->str:
     "A table of HTML cells."
-    return _grid(_line([*map(escape, head)], head=True), [_line(cells) for cells in body], kind)
+    return table_box(html_row([*map(escape, head)], head=True), [html_row(cells) for cells in body], kind)
 
 def _judged(verdict:str)->str: return f'<span class="bad">{escape(verdict)}</span>' if verdict in ('contradicted', 'outside') else escape(verdict)
 
@@ -585,17 +585,17 @@ def _twice_table(results:Mapping[str, Any])->str:
 def _errata_page(results:Mapping[str, Any], picture:bytes)->str:
     order = _table(('Kind', 'Cells', 'What is wrong'), [(l['kind'], escape('; '.join(l['cells'])), escape(l['detail'])) for l in results['order']], 'text') if results['order'] else '<p>All hold: R@1 ≤ R@2, R@1 after an attack ≤ R@1 before it, every number in the range of its heading.</p>'
     caption = 'Recomputed minus printed scores. Bars: what is possible when every number is rounded as far as its digits allow. Grey stripe: the rounding of the printed score. T3, T4: rows of Tables 3 and 4.'
-    return _document('Errata: the paper checked against its own tables', 'Tables 1 to 4 of COLO-TRIDE, as printed. Every verdict is computed from the printed cells.', f'<p class="lead">{escape(summary(results))}</p>',
+    return _document('Errata: the paper checked against its own tables', 'Tables 1 to 4 of COLO-TRIDE, as printed. Every verdict is computed from the printed cells.', summary(results),
         '<h2>Sentences against tables</h2><p>A sentence is contradicted if one comparison of printed numbers is false (✗), and holds if all are true (✓). Sentences with several readings have a line for each. '
         f'Ours are three thresholds: “near zero” is below {NEAR_ZERO:g} %, “about the same R@1” within {ABOUT:g} points, “no robustness” a gain below {NO_GAIN:g} points.</p>', _claims_table(results),
-        '<h2>Scores against numbers</h2><p>A printed number stands for every value that rounds to it. <i>Possible</i> is the range of the score over all of these; a score outside is <i>outside</i> whatever the rounding was.</p>', _picture(picture, caption),
+        '<h2>Scores against numbers</h2><p>A printed number stands for every value that rounds to it. <i>Possible</i> is the range of the score over all of these; a score outside is <i>outside</i> whatever the rounding was.</p>', html_figure(picture, caption),
         '<h3>ERS, from the ten results</h3>', _score_table(results, 'ERS'), '<h3>Averaged ARS, from the eight resistances beside it</h3>', _score_table(results, 'mean of the ARS'),
         '<h3>Averaged ARS, from results and constants</h3><p>Initial ranks 50 and 1, initial R@1 as printed.</p>', _score_table(results, 'ARS from the results'),
         '<h3>Single resistances of Table 2</h3><p>Printed, and below it recomputed from Table 1 with the constants.</p>', _resistance_table(results),
         '<h3>What the resistances imply</h3>', _before_table(results), '<h3>Scores that cannot be recomputed</h3>', _table(('Score', 'Printed', 'Reason'), [(escape(l['cell']), escape(l['printed']), escape(l['reason'])) for l in results['not_recomputed']], 'text'),
         '<h2>Changes that would mend a score</h2><p>All swaps of two numbers of a row, all swaps with the neighbouring rows of the same column, and all other values of one number. Listed is what makes an impossible score possible and breaks no other; '
         'a single score is easily mended by accident, so weigh a line by how much it mends and whether its value is printed elsewhere.</p>', *(_repair_table(line) for line in results['repairs']),
-        '<h2>Printed twice</h2>', f'<p>{results["repeated"]} quantities are printed more than once; these have different values.</p>', _twice_table(results), '<h2>Order</h2>', order, '<h2>Provenance</h2>', _facts(results['provenance']))
+        '<h2>Printed twice</h2>', f'<p>{results["repeated"]} quantities are printed more than once; these have different values.</p>', _twice_table(results), '<h2>Order</h2>', order, '<h2>Provenance</h2>', facts_table(results['provenance']))
 
 def write_errata(
     folder:Path,               # for example reports/errata
@@ -604,7 +604,7 @@ def write_errata(
     "Write index.html, errata.csv and results.json, each completely or not at all."
     folder = Path(folder)
     write_atomic(folder/'errata.csv', to_csv(results))
-    write_atomic(folder/'results.json', to_json(results))
+    write_atomic(folder/'results.json', to_json(results, compact=True))
     write_atomic(folder/'index.html', _errata_page(results, png(draw_scores(results))).encode())
     return folder/'index.html'
 
@@ -693,7 +693,7 @@ def appendix_figures(
 )->dict[str, tuple[bytes, str]]: # file name to (PNG, caption)
     "All figures of the page with their captions."
     with theme():
-        sketch, geometry, ratio, views, real = _figure(10, 1.5), _figure(10, 3.4), _figure(10, 3.4), _figure(10, 3.4), _figure(10, 3.6)
+        sketch, geometry, ratio, views, real = new_figure(10, 1.5), new_figure(10, 3.4), new_figure(10, 3.4), new_figure(10, 3.4), new_figure(10, 3.6)
         for ax, scheme in zip(sketch.subplots(1, 3), ('sip', 'cap', 'anp')): theory.draw_sketch(ax, scheme)
         panels = geometry.subplots(2, 3, height_ratios=(2.6, 1))
         for row, theta, names in zip(panels, (math.radians(75), math.pi), ('abc', 'def')):
@@ -731,14 +731,14 @@ def appendix_summary(results:Mapping[str, Any])->str:
 def _appendix_page(results:Mapping[str, Any], figures:Mapping[str, tuple[bytes, str]])->str:
     equations = _table(('Equation', 'Formula', 'Meaning'), EQUATIONS, 'text')
     legend = '<p class="note">Means over the triplets. Upper number: exact; lower, grey: first-order formula. Out of reach: triplets in which a scheme cannot reach the gain on a straight way; they are left out of the shifts.</p>'
-    return _document('Appendix A: shifts of a triplet under attack', 'COLO-TRIDE attacks the anchor (ANP) and the other two points (CAP) in turns; the usual attack moves all three (SIP).', f'<p class="lead">{escape(appendix_summary(results))}</p>', _picture(*figures['figure1.png']),
+    return _document('Appendix A: shifts of a triplet under attack', 'COLO-TRIDE attacks the anchor (ANP) and the other two points (CAP) in turns; the usual attack moves all three (SIP).', appendix_summary(results), html_figure(*figures['figure1.png']),
         '<h2>Formulas</h2><p>The printed forms are lost in the text at hand; these follow from first-order geometry and agree with what the text says about them. θ is the angle at the anchor between the ways to positive and negative, <i>u</i><sub>p</sub> and <i>u</i><sub>n</sub> are the unit vectors of these ways, <i>s</i> is the shift of every moved point.</p>',
         equations, '<p>On the unit sphere a chord <i>d</i> grows by only <i>c</i> = √(1 − <i>d</i>²/4) per arc: <i>k</i><sub>A</sub> = √(<i>c</i><sub>p</sub>² + <i>c</i><sub>n</sub>² − 2<i>c</i><sub>p</sub><i>c</i><sub>n</sub> cos θ), <i>k</i><sub>C</sub> = <i>c</i><sub>p</sub> + <i>c</i><sub>n</sub>. That <i>R</i> ≥ 2 uses only that gains are positive, and stays.</p>',
-        '<h2>Geometry</h2>', _picture(*figures['figure5.png']), '<h2>The ratio</h2>', _picture(*figures['ratio.png']), '<p>Planar triplets with both distances one, a gain of 0.0001.</p>', _angles_table(results),
-        '<h2>Fixed target or fixed budget</h2>', _picture(*figures['views.png']),
+        '<h2>Geometry</h2>', html_figure(*figures['figure5.png']), '<h2>The ratio</h2>', html_figure(*figures['ratio.png']), '<p>Planar triplets with both distances one, a gain of 0.0001.</p>', _angles_table(results),
+        '<h2>Fixed target or fixed budget</h2>', html_figure(*figures['views.png']),
         f'<h2>Real triplets</h2><p>Semihard test triplets of a network trained without defence on {escape(results["triplets"]["dataset"])}, moved on the unit sphere; their mean angle is {results["theta"]:.0f}°. Points move freely here: what a network lets images do is another question.</p>',
-        _picture(*figures['real.png']), legend, _check_table(results['real']), '<h2>Random triplets</h2><p>1000 triplets on the unit sphere in 64 dimensions.</p>', _check_table(results['random']),
-        '<h2>Configuration</h2>', _facts({'parameters': results['parameters'], 'triplets': results['triplets']}), '<h2>Provenance</h2>', _facts(results['provenance']))
+        html_figure(*figures['real.png']), legend, _check_table(results['real']), '<h2>Random triplets</h2><p>1000 triplets on the unit sphere in 64 dimensions.</p>', _check_table(results['random']),
+        '<h2>Configuration</h2>', facts_table({'parameters': results['parameters'], 'triplets': results['triplets']}), '<h2>Provenance</h2>', facts_table(results['provenance']))
 
 def write_appendix(
     folder:Path,               # for example reports/appendix_a
@@ -748,6 +748,6 @@ def write_appendix(
     "Write index.html, results.json and figures/*.png, each completely or not at all."
     folder = Path(folder)
     for name, (data, _) in figures.items(): write_atomic(folder/'figures'/name, data)
-    write_atomic(folder/'results.json', to_json(results))
+    write_atomic(folder/'results.json', to_json(results, compact=True))
     write_atomic(folder/'index.html', _appendix_page(results, figures).encode())
     return folder/'index.html'
