@@ -12,8 +12,8 @@ __all__ = ['SEEDS', 'BEYOND', 'PRESETS', 'STUDIES', 'PAGES', 'Evidence', 'R1', '
            'course_of_collapse', 'hardness_and_collapse', 'embedding_shift', 'assist', 'fair_scores', 'anchors',
            'fold_of_tuples', 'benign_of_tuples', 'nothing', 'whole_batch', 'clusters_fall', 'ensembles_win',
            'splits_and_transfer', 'Cells', 'Claim', 'decide', 'printed_rows', 'readings', 'beaten', 'watched',
-           'contrasts', 'finding', 'claims_results', 'comparison_rows', 'limit_blocks', 'blocks', 'as_markdown',
-           'as_html', 'draw_watched', 'page']
+           'contrasts', 'finding', 'claims_results', 'comparison_rows', 'limit_blocks', 'verdict_counts', 'blocks',
+           'as_markdown', 'as_html', 'draw_watched', 'page', 'write_claims']
 
 # %% ../nbs/38_claims.ipynb #6f995ad7
 import math, statistics
@@ -798,6 +798,11 @@ def _signs(values:Sequence[float])->tuple[str, str]:
     return f'{sum(v >= 0 for v in known)} of {len(known)} epochs', ', '.join(_digits(v, 3) for v in some) or '–'
 
 # %% ../nbs/38_claims.ipynb #6718fd29
+def verdict_counts(results:Mapping[str, Any])->str:
+    "How many claims have which verdict."
+    verdicts = [c['verdict'] for c in results['claims']]
+    return f'Of {len(verdicts)} claims: ' + ', '.join(f'{verdicts.count(v)} {v}' for v in (REPRODUCED, NOT_REPRODUCED, CANNOT, NOT_RUN)) + '.'
+
 def blocks(results:Mapping[str, Any])->list[tuple]: # ('h2' or 'p', text), ('table', rows) or ('overview', rows): the table of all claims
     "The page as headings, paragraphs and tables."
     claims = results['claims']
@@ -833,7 +838,7 @@ def as_html(results:Mapping[str, Any])->str:
     def section(text): return f'<h2 id="{escape("-".join(text.partition(":")[0].lower().split()))}">{escape(text)}</h2>'
     written = dict(h2=section, p=lambda text: f'<p>{escape(text)}</p>', table=table, overview=linked)
     figure = html_figure(png(draw_watched(results['watched'])), 'Collapseness of the clean (left) and of the perturbed triplets (right) over the training, mean over the seeds; above the line a collapse impends.') if results['watched'] else ''
-    return _document('Claims', 'What the paper says, how it is judged, and what our runs show.', *(written[kind](value) for kind, value in blocks(results)), figure)
+    return _document('Claims', 'What the papers say, how it is judged, and what our runs show.', [verdict_counts(results)], *(written[kind](value) for kind, value in blocks(results)), figure)
 
 # %% ../nbs/38_claims.ipynb #8a14c1c9
 def draw_watched(lines:Sequence[Mapping[str, Any]])->'Figure': # of `watched`
@@ -857,7 +862,13 @@ def page(
 )->Path:                               # index.html
     "Write claims.md, claims/index.html and claims/results.json, from finished reports only."
     if not Path(reports).is_dir(): raise FileNotFoundError(f'expected a folder of reports, found none at {reports}; run make table1 or name another folder with -p out FOLDER')
-    results = claims_results(reports, claims, studies)
+    return write_claims(reports, claims_results(reports, claims, studies))
+
+def write_claims(
+    reports:Path,              # folder of the reports
+    results:Mapping[str, Any], # of `claims_results`
+)->Path:                       # index.html
+    "Write claims.md, claims/index.html and claims/results.json, each completely or not at all."
     folder = Path(reports)/'claims'
     write_atomic(folder/'results.json', to_json(results, compact=True))
     write_atomic(folder/'index.html', as_html(results).encode())

@@ -6,10 +6,10 @@
 __all__ = ['LINES', 'MAIN', 'CURVED', 'PICTURED', 'MINIMUM', 'JUDGED', 'ADAPTED', 'BUDGETS', 'STEPS', 'LIMITS', 'PAPER_A',
            'MEASURES', 'TABLES', 'LEAST_SEEDS', 'CLAIMS', 'Line', 'Budget', 'prepare', 'announce', 'plan_of', 'cell_of',
            'task_of', 'growth', 'memory', 'measured_apart', 'protocol', 'points', 'gradient_of', 'part_of',
-           'ten_classes', 'measure', 'from_outside', 'trained_as', 'record', 'results', 'pictures', 'switch', 'beside',
-           'borrowed', 'Table', 'table', 'to_csv', 'along', 'both_curves', 'curve_table', 'matrices', 'flattened',
-           'class_map', 'Claim', 'paired', 'verdict', 'judged', 'claim_table', 'claim_text', 'compared', 'headline',
-           'words', 'write_eat']
+           'ten_classes', 'measure', 'from_outside', 'trained_as', 'record', 'results', 'pictures', 'stored_pictures',
+           'switch', 'beside', 'borrowed', 'Table', 'table', 'to_csv', 'along', 'both_curves', 'curve_table',
+           'matrices', 'flattened', 'class_map', 'Claim', 'paired', 'verdict', 'judged', 'claim_table', 'claim_text',
+           'compared', 'headline', 'words', 'write_eat']
 
 # %% ../nbs/47_eat_tables.ipynb #cacd2d0f
 import csv, io, json, math, subprocess, sys, tempfile, warnings
@@ -319,9 +319,16 @@ def pictures(
     results:Mapping[str,Any], # of `results`
 )->dict[str,dict[str,Tensor]]: # of `ten_classes`, by line, for the first seed that has them
     "Embeddings for A9, from the store."
+    return stored_pictures(plan.reports, results)
+
+def stored_pictures(
+    reports:Path,              # folder of the reports and their store
+    results:Mapping[str,Any],  # of `results`
+)->dict[str,dict[str,Tensor]]: # as `pictures`
+    "The same for results that were read from a file."
     found = {}
     for r in results['records']:
-        run, digest = Run(plan.reports/'store'/r['eval']['address']), r['eval']['examples']
+        run, digest = Run(Path(reports)/'store'/r['eval']['address']), r['eval']['examples']
         if digest and run.has('examples.safetensors'): found.setdefault(r['line'], load_tensors(run, 'examples.safetensors', digest))
     return found
 

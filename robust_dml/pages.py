@@ -170,7 +170,7 @@ dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(21rem,1fr));gap:.5
 dl div{display:grid;grid-template-columns:8rem 1fr;gap:.6rem}
 dt{font-weight:600;overflow-wrap:anywhere}
 dd{margin:0;color:var(--soft)}
-math{font-size:1.08em}
+math{font-size:1.08em;math-style:normal}
 figure{margin:1.2rem 0 2.4rem}
 figure .pic{overflow-x:auto}
 figure img{display:block;width:100%;min-width:44rem;max-width:68rem;height:auto}
@@ -301,23 +301,30 @@ def html_figure(
     return f'<figure class="{"photo" if photo else "chart"}"><div class="pic" tabindex="0"><img alt="{escape(caption)}" src="data:image/png;base64,{code}"></div><figcaption>{escape(caption)}</figcaption></figure>'
 
 # %% ../nbs/09_pages.ipynb #ae87cee3
-_TOKEN = re.compile(r'\\frac|\\sqrt|[^\W\d_]+|\d+(?:\.\d+)?|\S')
+_TOKEN = re.compile(r'[^\W\d_]+|\d+(?:\.\d+)?|\S')
+_TIGHT = ' lspace="0" rspace="0"'
 
-def _atom(tokens:list[str])->str:
-    "The next piece of a formula, with its index and power."
+def _atom(tokens:list[str], *, scripts:bool=True)->str:
+    "The next piece of a formula, with its index and power unless it is one itself."
     token = tokens.pop(0)
     if token == '{': found = _formula(tokens)
-    elif token == r'\frac': found = f'<mfrac>{_atom(tokens)}{_atom(tokens)}</mfrac>'
-    elif token == r'\sqrt': found = f'<msqrt>{_atom(tokens)}</msqrt>'
+    elif token == 'frac': found = f'<mfrac>{_atom(tokens, scripts=False)}{_atom(tokens, scripts=False)}</mfrac>'
+    elif token == 'sqrt': found = f'<msqrt>{_atom(tokens, scripts=False)}</msqrt>'
     elif token[0].isdigit(): found = f'<mn>{token}</mn>'
-    elif token.isalpha(): found = f'<mi>{token}</mi>'
-    else: found = f'<mo stretchy="false">{escape(token)}</mo>'
-    for sign, tag in (('_', 'msub'), ('^', 'msup')):
+    elif token.isalpha(): found = f'<mi>{token}</mi>' if len(token) < 2 else f'<mspace width=".17em"></mspace><mi>{token}</mi>'
+    else: found = f'<mo stretchy="false"{_TIGHT if token == "/" else ""}>{escape(token)}</mo>'
+    return _scripts(found, tokens) if scripts else found
+
+def _scripts(found:str, tokens:list[str])->str:
+    "The piece with its index and power."
+    parts = {}
+    for sign, name in (('_', 'sub'), ('^', 'sup')):
         if tokens and tokens[0] == sign:
             tokens.pop(0)
             if not tokens: raise ValueError(f'expected something after {sign} in a formula, found its end; write for example s_A or q^2')
-            found = f'<{tag}>{found}{_atom(tokens)}</{tag}>'
-    return found
+            parts[name] = _atom(tokens, scripts=False)
+    tag = 'm' + ''.join(parts)
+    return f'<{tag}>{found}{"".join(parts.values())}</{tag}>' if parts else found
 
 def _formula(tokens:list[str])->str:
     "Pieces up to the closing brace or the end."
