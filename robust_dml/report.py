@@ -314,7 +314,7 @@ def _best(ranked:'DataFrame', score:Column)->str:
     first, values = ranked.iloc[0], ranked[score.name]
     if len(ranked) < 2: return f"{first['Defense']} has {score.name} {first[score.name]:.1f}"
     if leaders(ranked, [score]): return f"{first['Defense']} leads in {score.name} with {first[score.name]:.1f}\u00a0±\u00a0{first[score.name + ' sd']:.1f}"
-    why = 'one seed allows no order' if ranked['Seeds'].min() < 2 else 'their order is within the spread of the seeds'
+    why = 'one seed allows no order' if ranked['Seeds'].min() < 2 else 'none leads by more than the spread of the seeds'
     return f'the defences have {score.name} {values.min():.1f} to {values.max():.1f}, {why}'
 
 def show(results:Mapping[str,Any])->None:

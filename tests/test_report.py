@@ -131,7 +131,7 @@ def test_head_line_names_a_leader_only_beyond_the_spread():
     for r in results['records']: r['eval']['ers'] = {'natural': 5., 'act': 30., 'colo_tride': 40.}[r['defense']] + r['seed']
     assert report.headline(results) == 'At ε = 32/255 COLO-TRIDE (official) leads in ERS with 41.0\xa0±\xa01.0 (without defence 6.0). Leads exceed the spread of the seeds.'
     for r in results['records']: r['eval']['ers'] = 30. + r['seed'] + (r['defense'] == 'act')
-    assert report.headline(results) == 'At ε = 32/255 the defences have ERS 31.0 to 32.0, their order is within the spread of the seeds (without defence 31.0).'
+    assert report.headline(results) == 'At ε = 32/255 the defences have ERS 31.0 to 32.0, none leads by more than the spread of the seeds (without defence 31.0).'
     one = made_up(seeds=[0])
     assert 'one seed allows no order' in report.headline(one) and 'leads' not in report.headline(one)
     for r in results['records']: r['eval']['collapsed'] = r['defense'] != 'natural'
