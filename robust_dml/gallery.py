@@ -49,7 +49,7 @@ def _quoted(records:Sequence[Mapping[str, Any]], results:Mapping[str, Any])->dic
     for r in records:
         for part in (r.get('train'), r.get('eval'), r):
             if isinstance(part, Mapping) and part.get('address'): found[part['address']] = r.get('label', '')
-    for line in _lines(results.get('search'), results.get('confirmation')): found |= {line[k]: line['method'] for k in ('train', 'eval') if isinstance(line.get(k), str)}
+    for line in _lines(results.get('points'), results.get('confirmed')): found |= {line[k]: line['method'] for k in ('train', 'eval') if isinstance(line.get(k), str)}
     return found
 
 def _lines(*parts:Any)->Iterable[Mapping[str, Any]]:

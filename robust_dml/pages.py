@@ -189,17 +189,17 @@ code{font:.8125rem/1.5 ui-monospace,Consolas,Menlo,monospace;overflow-wrap:anywh
 .slide{flex:0 0 100%;display:flex;gap:.5rem;align-items:center}
 .slide input{flex:1;min-width:8rem;max-width:16rem;accent-color:var(--accent)}
 .slide output{min-width:3rem}
-@media(max-width:600px){main{padding:1.6rem 1rem 3rem}h1{font-size:1.5rem}h2{margin-top:2.6rem}.headline{font-size:1.1rem}dl{grid-template-columns:1fr}.who,.results .who{min-width:6rem;max-width:8rem}.text .who{padding-right:1rem}}
+@media(max-width:600px){main{padding:1.6rem 1rem 3rem}h1{font-size:1.5rem}h2{margin-top:2.6rem}.headline{font-size:1.1rem}dl{grid-template-columns:1fr}.who,.results .who{min-width:6rem;max-width:8rem}.text .who{padding-right:1rem}.text:has(td:nth-child(3)) table{min-width:36rem}}
 @media print{@page{size:A4 landscape;margin:12mm}main{max-width:none;padding:0}.box,figure .pic{overflow:visible}table,.results table{font-size:6.8pt}.box th,.box td{padding:2pt}figure,tr,.query{break-inside:avoid}h2,h3{break-after:avoid}figure img{min-width:0}.box .who{min-width:0;position:static}.slide{display:none}}
 '''
 
 # %% ../nbs/09_pages.ipynb #3f357831
 _SCRIPT = r'''
-const bare=cell=>(cell?cell.textContent:'').trim().replace(/^[●■▲◆✚▼◀▶✖★⬟♦⬢≥≤]\s*/u,'').replace(/−/g,'-').replace(/(\d),(?=\d{3})/g,'$1');
+const bare=cell=>(cell?cell.textContent:'').trim().replace(/^[^\p{L}\p{N}+−.-]+/u,'').replace(/−/g,'-').replace(/(\d),(?=\d{3})/g,'$1');
 function sort(table,at,up){
   const key=row=>bare(row.cells[at]),rows=table.home.flat(),number=rows.filter(r=>!isNaN(parseFloat(key(r)))).length*2>rows.length;
   const order=(a,b)=>{const [x,y]=[key(a),key(b)],[m,n]=[parseFloat(x),parseFloat(y)];
-    if(!number)return up*x.localeCompare(y,undefined,{numeric:true});
+    if(!number)return !x||!y?!x-!y:up*x.localeCompare(y,undefined,{numeric:true});
     return isNaN(m)||isNaN(n)?isNaN(m)-isNaN(n):up*(m-n)};
   table.home.forEach((block,k)=>{const end=table.ends[k];(up?[...block].sort(order):block).forEach(row=>table.tBodies[0].insertBefore(row,end))})}
 function press(table,th,at){

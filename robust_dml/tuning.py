@@ -395,7 +395,7 @@ def write_tuning(
     first = ('Each marker is a setting, the line joins a method\'s front, the ring is the chosen setting, a white dot the default, a hollow marker a collapsed model, the dashed line the R@1 that is asked for. '
              f"One training of {s['epochs']} epochs each.")
     second = 'Hollow: the default; filled: the chosen setting; small: single seeds. Farther right and farther up is better, except for models whose mean distance is near 0: they resist because nothing in them can move.'
-    page = (opening(results['title'], f'Data {results["dataset"]}, preset {results["preset"]}, ε = {255*results["setting"]["eps"]:g}/255.{smoke}', summary(results)) +
+    page = (opening(results['title'], f'Data {results["dataset"]}, preset {results["preset"]}, ε = {255*results["setting"]["eps"]:g}/255.{smoke}', summary(results)[::-1]) +
             f'<h2>The rule</h2><p>{escape(results["rule"])} It was fixed before the search.</p><h2>Fronts on held-out training classes</h2>{html_figure(png(fronts(results).figure), first)}{_tried(results)}'
             f'<p class="note">Trained on {data["train"]}, judged on {data["test"]}, all of the training side: {s["limit"]} queries, {s["steps"]} steps of {255*s["step_size"]:.3g}/255. × is a factor of the method\'s default.</p>'
             f'<h2>Confirmation on the test classes</h2>{html_figure(png(moves(results).figure), second)}{_confirmed(results)}<p class="note">{c["epochs"]} epochs on all training classes; {c["limit"]} queries, {c["steps"]} steps of {255*c["step_size"]:.3g}/255; mean over the seeds ± their sample standard deviation.</p>'
