@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EFFORTS', 'METHODS', 'Effort', 'Scene', 'Method', 'made_on', 'stress_cell', 'r_at_1', 'of_kind', 'stress_results',
-           'exceptions', 'by_label', 'beyond_es', 'words', 'stress_curves', 'stress_table']
+           'exceptions', 'by_label', 'beyond_es', 'words', 'stress_curves', 'stress_table', 'write_stress']
 
 # %% ../nbs/45_stress.ipynb #aacb814a
 import math
@@ -302,7 +302,7 @@ def _section(setting, records)->str:
     flagged = ', '.join(dict.fromkeys(r['label'] for r in records if r['eval']['collapsed']))
     note = f'<p class="note">Flagged as collapsed, so that its R@1 under attack means nothing: {escape(flagged)}.</p>' if flagged else ''
     said = f'<p>{escape(beyond_es(records))}</p>' if any(not r['eval']['collapsed'] for r in records) else ''
-    return (f'<h2>Setting {escape(setting)}</h2>{said}{table_box(html_row([*map(escape, head)], head=True), strong, 'fixed')}{note}' +
+    return (f'<h2>Setting {escape(setting)}</h2>{said}{table_box(html_row([*map(escape, head)], head=True), strong, "fixed")}{note}' +
             html_figure(png(stress_curves(records)), 'R@1 under ES over the radius (left) and over the number of steps at the radius of the setting (right), mean over the seeds.'))
 
 def write_stress(
