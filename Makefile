@@ -8,7 +8,7 @@ export MPLBACKEND := agg
 export PYTHONUNBUFFERED := 1
 
 RUNS := data table1 table2 table3 table4 figure3 figure4 switches paper_switches hard_triplets lambda early_disabling limits timing fairness baselines locality stress compare tuples eat all_defenses audit harden errata appendix_a claims tune all cost scale
-.PHONY: help venv demo $(RUNS) bench bench-full test faults sync lab clean
+.PHONY: help venv demo $(RUNS) reports bench bench-full test faults sync lab clean
 help:
 	@echo "make demo  train, attack, score and report on the embedded images"
 	@echo "make table1 P='-p dataset omniglot -p root path/to/archives'   a table with parameters; also $(filter-out table1 cost data,$(RUNS))"
@@ -16,6 +16,7 @@ help:
 	@echo "make table3 N=2   the same by torchrun in two processes, which share every training and evaluation"
 	@echo "make test  sync check, notebook tests, pytest"
 	@echo "make faults   kills, full disks and damaged files, half an hour; writes reports/reliability.json"
+	@echo "make reports   writes every page in reports/ anew from its results.json and the store, and reports/index.html, which leads to them"
 	@echo "make lab   JupyterLab on nbs/"
 	@echo "make bench speed against its lower bounds, under 10 minutes; bench-full: the sizes of the papers, within an hour"
 
@@ -50,6 +51,10 @@ demo: venv
 
 $(RUNS): venv
 	@mkdir -p build; set -o pipefail; $(if $(N),$(BIN)/torchrun --standalone --nproc_per_node $(N) --no-python sh -c '$(PAPERMILL) nbs/run_$@.ipynb build/$@.$$RANK.ipynb "$$@"' sh $(P),$(PAPERMILL) nbs/run_$@.ipynb build/$@.ipynb $(P)) 2>&1 | cat
+
+# No training: pages from the results beside them.
+reports: venv
+	$(BIN)/python -c 'from robust_dml import gallery; gallery.rewrite_all("reports")'
 
 bench: venv
 	$(BIN)/python benchmarks/run.py

@@ -21,10 +21,11 @@ from .clustering import ClusterProtocol, class_rows, clustered, references
 from .core import kept_memory
 from .eat import PROXY, eat
 from .experiments import Cell, Plan, alone, cells, parameters, plan, results, table_row, train_cell
-from .report import _fixed, _grid, _line, _name, _origin, _setup, _spread
+from .pages import defence_name, fixed_text, html_row, mean_spread, opening, table_box
+from .report import provenance_part, publish, setup_part
 from .store import Run, append_line, open_run, read_lines, write_atomic
 from .stress import by_label
-from .studies import _publish, spearman
+from .studies import spearman
 
 # %% ../nbs/48_all_defenses.ipynb #3740ac13
 LIMITS = MappingProxyType(dict(smoke=12, quick=300, small=500, medium=500, paper=0)) # attacked images at most; 0: all
@@ -92,7 +93,7 @@ def means(
     records:Sequence[Mapping[str, Any]], # of one setting
 )->dict[str, dict[str, tuple[float, float]]]: # by model and column: mean and standard deviation over the seeds
     "The numbers of the table."
-    return {label: {name: _spread([math.nan if (v := read(r)) is None else v for r in runs]) for name,read in COLUMNS.items()} for label,runs in by_label(records).items()}
+    return {label: {name: mean_spread([math.nan if (v := read(r)) is None else v for r in runs]) for name,read in COLUMNS.items()} for label,runs in by_label(records).items()}
 
 # %% ../nbs/48_all_defenses.ipynb #d3b7edd2
 def best(
@@ -104,7 +105,7 @@ def best(
     if not order: return 'none'
     (name, mean, spread), *rest = order
     near = [label for label,m,s in rest if mean - m <= spread + s]
-    return f'{name} ({_fixed(mean, 1)})' + (f', within the spread of {", ".join(near)}' if near else '')
+    return f'{name} ({fixed_text(mean, 1)})' + (f', within the spread of {", ".join(near)}' if near else '')
 
 _SAID = MappingProxyType({'ERS': 'ERS', 'ARS': 'ARS', 'R@1 attacked': 'R@1 with attacked queries', 'centre attacked': 'centre accuracy with attacked queries', 'NMI all attacked': 'NMI with all images attacked', 'F1 all attacked': 'F1 with all images attacked'})
 
@@ -138,15 +139,15 @@ _GROUPS = (('Retrieval', ('R@1', 'ERS', 'ARS', 'Mean distance')), ('Without atta
 def _text(name:str, value:tuple[float, float])->str:
     digits = 3 if name == 'Mean distance' else 1
     mean, spread = value
-    return '–' if math.isnan(mean) else _fixed(mean, digits) + ('' if math.isnan(spread) else f' ± {_fixed(spread, digits)}')
+    return '–' if math.isnan(mean) else fixed_text(mean, digits) + ('' if math.isnan(spread) else f' ± {fixed_text(spread, digits)}')
 
 def _section(setting:str, records:Sequence[Mapping[str, Any]])->str:
-    "Words and tables of a setting."
+    "Tables of a setting."
     table, lines = means(records), by_label(records)
     def one(title, names):
-        body = [_line([_name(lines[label][0]), *(_text(n, row[n]) for n in names), 'yes' if any(r['eval']['collapsed'] for r in lines[label]) else 'no']) for label,row in table.items()]
-        return f'<h3>{escape(title)}</h3>{_grid(_line(["Defence", *(escape(n.split(" ")[0] if n != "Mean distance" else n) for n in names), "Collapsed"], head=True), body)}'
-    return f'<h2>Setting {escape(setting)}</h2>' + ''.join(f'<p class="lead">{escape(text)}</p>' for text in words(records)) + ''.join(one(*group) for group in _GROUPS)
+        body = [html_row([defence_name(lines[label][0]), *(_text(n, row[n]) for n in names), 'yes' if any(r['eval']['collapsed'] for r in lines[label]) else 'no']) for label,row in table.items()]
+        return f'<h3>{escape(title)}</h3>{table_box(html_row(["Defence", *(escape(n.split(" ")[0] if n != "Mean distance" else n) for n in names), "Collapsed"], head=True), body)}'
+    return f'<h2>Setting {escape(setting)}</h2>' + ''.join(one(*group) for group in _GROUPS)
 
 def write_all(
     folder:Path,               # for example reports/all_defenses-glyphs-quick
@@ -160,5 +161,5 @@ def write_all(
     lines = [['setting', 'defense', *COLUMNS], *([s, label, *(f'{row[n][0]:.6g}' for n in COLUMNS)] for s,records in sections.items() for label,row in means(records).items())]
     write_atomic(Path(folder)/'table.csv', '\n'.join(','.join(f'"{c}"' if ',' in c else c for c in line) for line in lines).encode() + b'\n')
     smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
-    return _publish(folder, results, f'<h1>{escape(results["title"])}</h1><p class="sub">Data {escape(results["dataset"])}, preset {escape(results["preset"])}.{smoke}</p>' + ''.join(_section(*item) for item in sections.items()) +
-                    f'<p class="note">{escape(note)}</p><h2>Configuration</h2>{_setup(results)}<h2>Provenance</h2>{_origin(results)}')
+    return publish(folder, results, opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', [f'Setting {s}. {text}' for s,records in sections.items() for text in words(records)]) + ''.join(_section(*item) for item in sections.items()) +
+                    f'<p class="note">{escape(note)}</p><h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}')

@@ -29,7 +29,8 @@ from .data import ImageSet, _class_files
 from .distances import paired_distance
 from .evaluate import Protocol, _thumbnails, check_size, evaluate, queries_and_gallery, query_rows
 from .models import EmbeddingNet, _named, _replace, checksum, dtype_of, embed, embed_all, frozen, streamlined
-from .report import _ATTACKS, _BENIGN, _clock, _facts, _figure, _fixed, _grid, _in_255, _line, _picture, _pixels, _slug, document, png, strip, theme
+from .pages import clock_text, document, facts_table, fixed_text, html_figure, html_row, in_255, in_pixels, new_figure, opening, png, slug, table_box, theme
+from .report import ATTACK_WORDS, BENIGN_COLUMNS, strip
 from .search import knn
 from .store import Run, StoreError, append_line, load_tensors, open_run, provenance, read_lines, reports_root, save_tensors, to_json, write_atomic
 from .strong import GOALS, LTM_NEAREST, R_AT_1, WorstCase, curve, curve_line, outcomes, over_eps, over_steps, worst_case
@@ -417,7 +418,7 @@ def _examples(task:Task, queries:Queries, gallery:Gallery, rows:Tensor, attack:s
 
 # %% ../nbs/43_audit.ipynb #a25dfbad
 _STILL = 'queries that still find a right image first (R@1), in percent'
-_DONE = MappingProxyType({name: (deed, reading.replace('R@1 afterwards', _STILL)) for name, _, deed, reading in _ATTACKS} | {
+_DONE = MappingProxyType({name: (deed, reading.replace('R@1 afterwards', _STILL)) for name, _, deed, reading in ATTACK_WORDS} | {
     'LTM fixed': ('as LTM, without a slip of its official code that lets a query match itself', _STILL),
     'GTM fixed': ('as GTM, without a slip of its official code that often picks the wrong target', _STILL),
     'LTM nearest': ('a query is altered until the nearest image of another class is nearer than all of its own', _STILL)})
@@ -433,7 +434,7 @@ def sentence(
     known = worst.queries[~worst.queries.isnan()]
     if not len(known): return f'None of {len(worst.queries)} queries has another image of its class to be found, so nothing can be said; attack more queries or add images.'
     right, left = round(worst.before*len(known)/100), int((known > 0).sum())
-    change = f'{"hardly visible " if eps <= 8.5/255 else ""}changes of at most {_in_255(eps)} per pixel'
+    change = f'{"hardly visible " if eps <= 8.5/255 else ""}changes of at most {in_255(eps)} per pixel'
     text = f'Of {len(known)} queries, {right} found a right image first; after {change}, {left} {"does" if left == 1 else "do"}.'
     if 'CA+' not in after: return text
     return f'{text} A gallery image altered as little moves from place {before["CA+"]:.0f} to place {after["CA+"]:.0f} of 100 in the results of a query that it has nothing to do with.'
@@ -453,10 +454,10 @@ def advice(results:Mapping[str, Any])->list[str]:
     if raised: said.append(f'Settle the flags first ({", ".join(f["name"].replace("_", " ") for f in raised)}), then run the audit again: until then the numbers say less than they seem to.')
     if worst['before'] is None: said.append('No attacked query could find anything, so nothing is known: attack more queries, or add images to the classes.')
     elif worst['before'] < 10: said.append('Without an attack the model hardly finds anything: check weights, size and normalisation before anything else; robustness of such a model means nothing.')
-    elif worst['after'] < worst['before']/2: said.append(f'The model is easily fooled: somebody who can change a query by {_in_255(eps)} decides what it finds. Do not let security, moderation or ranking depend on it as it is.')
-    else: said.append(f'More than half of the right answers withstand these attacks at ε = {_in_255(eps)}. That is no proof: a stronger attack or a larger ε may do more.')
-    if half := half_point(line): said.append(f'On the sample of the curves, more than half of the right answers are gone at ε = {_in_255(half)}.')
-    elif line[0]['value']: said.append(f'On the sample of the curves, half of the right answers are left even at ε = {_in_255(line[-1]["eps"])}: few models can do that, so look for a reason why the attack fails.')
+    elif worst['after'] < worst['before']/2: said.append(f'The model is easily fooled: somebody who can change a query by {in_255(eps)} decides what it finds. Do not let security, moderation or ranking depend on it as it is.')
+    else: said.append(f'More than half of the right answers withstand these attacks at ε = {in_255(eps)}. That is no proof: a stronger attack or a larger ε may do more.')
+    if half := half_point(line): said.append(f'On the sample of the curves, more than half of the right answers are gone at ε = {in_255(half)}.')
+    elif line[0]['value']: said.append(f'On the sample of the curves, half of the right answers are left even at ε = {in_255(line[-1]["eps"])}: few models can do that, so look for a reason why the attack fails.')
     return [*said, 'Hardening is training against such changes. The notebook run_harden takes the same model and images, trains a copy on one half of the classes and audits both on the other half; run_table1 compares the defences on a folder of class folders.',
             f'This was a look at {evaluation["queries"]} queries with {evaluation["protocol"]["steps"]} steps. For a number to rely on, attack all queries (limit 0) with more steps, until the curve over the steps is flat.']
 
@@ -471,7 +472,7 @@ def curve_figure(
 )->'Figure':
     "R@1 over ε and over the steps."
     with theme():
-        fig = _figure(8.4, 3.4)
+        fig = new_figure(8.4, 3.4)
         for ax, (axis, scale) in zip(fig.subplots(1, 2, sharey=True), (('eps', 255), ('steps', 1))):
             for name, points in lines[axis].items():
                 colour, marker, style, label = _STYLES[name]
@@ -480,7 +481,7 @@ def curve_figure(
             ax.set_xscale('symlog', linthresh=1, base=2)
             ax.set_xticks(ticks, list(map(str, ticks)))
             ax.axvline(scale*dict(eps=eps, steps=steps)[axis], color='#999999', linewidth=.8, linestyle=':')
-            ax.set(xlabel='ε (1/255)' if axis == 'eps' else f'steps at ε = {_in_255(eps)}', ylim=(-4, 104))
+            ax.set(xlabel='ε (1/255)' if axis == 'eps' else f'steps at ε = {in_255(eps)}', ylim=(-4, 104))
         fig.axes[0].set_ylabel('R@1 (%)')
         handles, labels = fig.axes[0].get_legend_handles_labels()
         fig.legend(handles, labels, loc='outside upper left', ncols=2)
@@ -489,7 +490,7 @@ def curve_figure(
 # %% ../nbs/43_audit.ipynb #48a6b8c7
 def _number(value:float|None, digits:int=1)->str:
     "A number that no line break cuts."
-    return '–' if value is None or math.isnan(value) else f'<span style="white-space:nowrap">{_fixed(value, digits)}</span>'
+    return '–' if value is None or math.isnan(value) else f'<span style="white-space:nowrap">{fixed_text(value, digits)}</span>'
 
 def _attack_rows(evaluation:Mapping[str, Any])->list[tuple[str, float|None, float|None, list]]:
     "Heading, before, after and interval of every number."
@@ -501,27 +502,27 @@ def _attack_table(evaluation:Mapping[str, Any])->str:
     rows, body = _attack_rows(evaluation), []
     for h, before, after, (low, high) in rows:
         digits = 3 if h in ('TMA', 'ES:D') else 1
-        body.append(_line([f"{escape(h)}&nbsp;{'↑' if GOALS[h.split()[0]] > 0 else '↓'}", _number(before, digits), f'<b>{_number(after, digits)}</b>', f'{_number(low, digits)} to {_number(high, digits)}']))
+        body.append(html_row([f"{escape(h)}&nbsp;{'↑' if GOALS[h.split()[0]] > 0 else '↓'}", _number(before, digits), f'<b>{_number(after, digits)}</b>', f'{_number(low, digits)} to {_number(high, digits)}']))
     terms = ''.join(f'<div><dt>{escape(h)}</dt><dd>{escape(_DONE[h][0][0].upper() + _DONE[h][0][1:])}. The number: {escape(_DONE[h][1])}.</dd></div>' for h, *_ in rows)
-    return f'{_grid(_line(["Attack", "before", "after", "95 % interval"], head=True), body, "text")}<p class="note">The arrow points to where the attacker wants the number. The interval is that of another choice of queries.</p><h3>What each attack does</h3><dl>{terms}</dl>'
+    return f'{table_box(html_row(["Attack", "before", "after", "95 % interval"], head=True), body, "text")}<p class="note">The arrow points to where the attacker wants the number. The interval is that of another choice of queries.</p><h3>What each attack does</h3><dl>{terms}</dl>'
 
 def _benign_list(evaluation:Mapping[str, Any])->str:
     "Retrieval without attack."
-    terms = ''.join(f'<div><dt>{c.name}: {_number(evaluation["benign"][c.name])}</dt><dd>{escape(c.help)}</dd></div>' for c in _BENIGN)
+    terms = ''.join(f'<div><dt>{c.name}: {_number(evaluation["benign"][c.name])}</dt><dd>{escape(c.help)}</dd></div>' for c in BENIGN_COLUMNS)
     lone = f'<p class="note">{evaluation["excluded"]} queries have no other image of their class to be found; they are left out.</p>' if evaluation['excluded'] else ''
     return f'<dl>{terms}</dl>{lone}'
 
 def _worst_table(worst:Mapping[str, Any])->str:
     "R@1 under each attack and under all of them."
-    body = [_line([escape(h), _number(v), _number(worst['alone'][h])]) for h in _DONE if (v := worst['each'].get(h)) is not None]
-    body.append(_line(['<b>the worst of all</b>', f'<b>{_number(worst["after"])}</b>', '']))
-    return _grid(_line(['Attack', 'R@1 (%)', 'queries that only it takes (%)'], head=True), body, 'text')
+    body = [html_row([escape(h), _number(v), _number(worst['alone'][h])]) for h in _DONE if (v := worst['each'].get(h)) is not None]
+    body.append(html_row(['<b>the worst of all</b>', f'<b>{_number(worst["after"])}</b>', '']))
+    return table_box(html_row(['Attack', 'R@1 (%)', 'queries that only it takes (%)'], head=True), body, 'text')
 
 def _class_table(rows:Sequence[Mapping[str, Any]], shown:int=10)->str:
     "The classes that lose most."
     if not rows: return '<p>No class loses a right answer.</p>'
-    body = [_line([escape(r['class']), str(r['queries']), str(r['before']), f'<b>{r["after"]}</b>']) for r in rows[:shown]]
-    return _grid(_line(['Class', 'queries', 'right before', 'right after'], head=True), body, 'text') + (f'<p class="note">{len(rows) - shown} more classes lose right answers.</p>' if len(rows) > shown else '')
+    body = [html_row([escape(r['class']), str(r['queries']), str(r['before']), f'<b>{r["after"]}</b>']) for r in rows[:shown]]
+    return table_box(html_row(['Class', 'queries', 'right before', 'right after'], head=True), body, 'text') + (f'<p class="note">{len(rows) - shown} more classes lose right answers.</p>' if len(rows) > shown else '')
 
 # %% ../nbs/43_audit.ipynb #dad3cf03
 def _flag_list(evaluation:Mapping[str, Any])->str:
@@ -536,23 +537,23 @@ def _time_table(results:Mapping[str, Any])->str:
     "Seconds of the parts."
     parts = {'embedding the images': results['evaluation']['parts']['gallery'], 'attacks': results['evaluation']['seconds'], 'flags': results['evaluation']['parts']['checks'],
              'metrics': results['evaluation']['parts']['metrics'] + results['evaluation']['parts']['indicators'], 'curves': results['curves']['seconds']}
-    return _grid('', [_line([name, escape(_clock(seconds))]) for name, seconds in parts.items()], 'text')
+    return table_box('', [html_row([name, escape(clock_text(seconds))]) for name, seconds in parts.items()], 'text')
 
 def _origin(results:Mapping[str, Any])->str:
     "Images, model, attacks and software."
     protocol = {k: results['evaluation']['protocol'][k] for k in ('eps', 'step_size', 'steps', 'limit', 'seed')}
-    parts = dict(Images=results['data'], Model=results['model'], Attacks=_pixels(protocol) | dict(run=results['run']), Software=results['provenance'])
-    return ''.join(f'<h3>{title}</h3>{_facts(facts)}' for title, facts in parts.items())
+    parts = dict(Images=results['data'], Model=results['model'], Attacks=in_pixels(protocol) | dict(run=results['run']), Software=results['provenance'])
+    return ''.join(f'<h3>{title}</h3>{facts_table(facts)}' for title, facts in parts.items())
 
 def _page(results:Mapping[str, Any], figures:Mapping[str, tuple[bytes, str]])->str:
     "The whole page."
     evaluation, title = results['evaluation'], f'How easily is {results["name"]} fooled?'
     data, protocol = results['data'], evaluation['protocol']
     some = f', a sample of {data["listed"]:,} listed ones' if data['images'] < data['listed'] else ''
-    sub = f'{data["images"]:,} images of {data["classes"]:,} classes{some}; {evaluation["queries"]} queries attacked at ε = {_in_255(protocol["eps"])} with {protocol["steps"]} steps of {_in_255(protocol["step_size"])}.'
+    sub = f'{data["images"]:,} images of {data["classes"]:,} classes{some}; {evaluation["queries"]} queries attacked at ε = {in_255(protocol["eps"])} with {protocol["steps"]} steps of {in_255(protocol["step_size"])}.'
     notes = ''.join(f'<p class="note">{escape(note)}</p>' for note in results['notes'])
-    pictures = {name: _picture(*figure) for name, figure in figures.items()}
-    return document(title, f'<h1>{escape(title)}</h1><p class="sub">{escape(sub)}</p><p class="lead">{escape(results["sentence"])}</p>'
+    pictures = {name: html_figure(*figure, photo=name == 'queries.png') for name, figure in figures.items()}
+    return document(title, opening(title, sub, [results['sentence']]) +
         f'<h2>Can the numbers be believed?</h2>{_flag_list(evaluation)}{notes}<h2>Without an attack</h2>{_benign_list(evaluation)}'
         f'<h2>Under attack</h2>{_attack_table(evaluation)}<h2>The worst of all attacks</h2><p>A query counts as right only if it withstands every attack that is measured by R@1.</p>{_worst_table(results["worst"])}'
         f'<h2>Larger changes, longer attacks</h2>{pictures["curves.png"]}<h2>Queries that were lost</h2>{pictures.get("queries.png", "<p>No query that was right was lost.</p>")}'
@@ -600,7 +601,7 @@ def _report(task:Task, name:str, notes:Sequence[str], folder:Path)->Audit:
     for file, (picture, _) in figures.items(): write_atomic(folder/'figures'/file, picture)
     write_atomic(folder/'attacks.csv', _csv([['attack', 'before', 'after', 'low', 'high'], *([h, b, a, *sure] for h, b, a, sure in _attack_rows(evaluation))]))
     write_atomic(folder/'queries.csv', _csv(_query_rows(records, rows, task.pictures)))
-    write_atomic(folder/'results.json', to_json(results))
+    write_atomic(folder/'results.json', to_json(results, compact=True))
     write_atomic(folder/'index.html', _page(results, figures).encode(errors='backslashreplace'))
     return Audit(folder/'index.html', answer, results)
 
@@ -625,7 +626,7 @@ def _announce(task:Task, pace:float)->None:
     steps = n*p.steps*len(task.attacks) + 2*few*(len(RADII)*p.steps + 4*p.steps) + 10*check_size(n)*p.steps
     seconds = steps*pace + len(d)*pace/2
     hint = '' if seconds < 180 else "; for a first look set limit=8, steps=8, attacks='ES,LTM nearest'"
-    print(f'{len(d):,} images of {len(d.classes):,} classes, {n} queries, {len(task.attacks)} attacks of {p.steps} steps on {task.device}: about {_clock(seconds)}, by one measured step{hint}. What is finished is kept in {task.run.folder}')
+    print(f'{len(d):,} images of {len(d.classes):,} classes, {n} queries, {len(task.attacks)} attacks of {p.steps} steps on {task.device}: about {clock_text(seconds)}, by one measured step{hint}. What is finished is kept in {task.run.folder}')
 
 def audit(
     model:nn.Module,      # images in [0, 1] (B, C, S, S) to embeddings (B, D); see `load_model` and `normalised`
@@ -662,7 +663,7 @@ def audit(
     task = Task(model, pictures, protocol, asked, device, open_run(reports_root(out), 'audit', config), show)
     _check_behaviour(task.run, emb)
     if show and not task.run.has('evaluation.json'): _announce(task, pace)
-    return _report(task, name, notes + more, reports_root(out)/f'audit-{_slug(Path(images).resolve().name)}-{_slug(name)}')
+    return _report(task, name, notes + more, reports_root(out)/f'audit-{slug(Path(images).resolve().name)}-{slug(name)}')
 
 # %% ../nbs/43_audit.ipynb #3c6bd6a9
 PARAMETERS = MappingProxyType(dict(model='torchvision:resnet18', weights='', images='', queries='', size=224, normalise='', eps=8, steps=16, limit=64, gallery=5000, attacks='', seed=0,

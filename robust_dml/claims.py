@@ -12,8 +12,8 @@ __all__ = ['SEEDS', 'BEYOND', 'PRESETS', 'STUDIES', 'PAGES', 'Evidence', 'R1', '
            'course_of_collapse', 'hardness_and_collapse', 'embedding_shift', 'assist', 'fair_scores', 'anchors',
            'fold_of_tuples', 'benign_of_tuples', 'nothing', 'whole_batch', 'clusters_fall', 'ensembles_win',
            'splits_and_transfer', 'Cells', 'Claim', 'decide', 'printed_rows', 'readings', 'beaten', 'watched',
-           'contrasts', 'finding', 'claims_results', 'comparison_rows', 'limit_blocks', 'blocks', 'as_markdown',
-           'as_html', 'draw_watched', 'page']
+           'contrasts', 'finding', 'claims_results', 'comparison_rows', 'limit_blocks', 'verdict_counts', 'blocks',
+           'as_markdown', 'as_html', 'draw_watched', 'page', 'write_claims']
 
 # %% ../nbs/38_claims.ipynb #6f995ad7
 import math, statistics
@@ -25,7 +25,8 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 from .errata import ABOUT, NEAR_ZERO, NO_GAIN, RANK, RECALL, _document, _number as _digits, _table as _html_table
 from .experiments import DEFENSES, table_row
-from .report import _figure, _logged, _number, _picture, alike, look, png, theme
+from .pages import html_figure, look, new_figure, png, theme
+from .report import alike, logged_value, number_at
 from .scores import HEADINGS, PAPER_MINUTES, paper_table
 from .store import Run, to_json, write_atomic
 from .studies import agreement, spearman
@@ -112,11 +113,11 @@ class Quantity(NamedTuple):
     of:Callable[[Mapping[str, Any]], float]
     digits:int=1
 
-def _read(name:str, *path:str, digits:int=1)->Quantity: return Quantity(name, lambda record: _number(record, path), digits)
+def _read(name:str, *path:str, digits:int=1)->Quantity: return Quantity(name, lambda record: number_at(record, path), digits)
 
 def _resist(name:str, headings:Sequence[str])->Quantity:
     "Mean resistance to several attacks."
-    return Quantity(name, lambda record: _mean(_number(record, ('eval', 'ars_cells', h)) for h in headings))
+    return Quantity(name, lambda record: _mean(number_at(record, ('eval', 'ars_cells', h)) for h in headings))
 
 def _mean(values:Iterable[float])->float:
     "Mean of the defined values; NaN where there are none."
@@ -125,7 +126,7 @@ def _mean(values:Iterable[float])->float:
 
 def _left_of_tma(record:Mapping[str, Any])->float:
     "Share of the way from the cosine before to 1 that the attack did not go, in percent."
-    before, after = (_number(record, ('eval', when, 'TMA')) for when in ('before', 'after'))
+    before, after = (number_at(record, ('eval', when, 'TMA')) for when in ('before', 'after'))
     return 100*(1 - after)/(1 - before)
 
 R1, ERS, ARS = _read('R@1', 'eval', 'benign', 'R@1'), _read('ERS', 'eval', 'ers'), _read('ARS', 'eval', 'ars')
@@ -144,7 +145,7 @@ def _part(values:Sequence[float], part:str)->Sequence[float]:
 def course(record:Mapping[str, Any], key:str)->list[float]:
     "A quantity of the training's log, a value per epoch; 'distance' is the mean of both distances."
     log = record['train']['log']
-    return [(_logged(row, 'dist_ap') + _logged(row, 'dist_an'))/2 if key == 'distance' else _logged(row, key) for row in log]
+    return [(logged_value(row, 'dist_ap') + logged_value(row, 'dist_an'))/2 if key == 'distance' else logged_value(row, key) for row in log]
 
 _WORDS = dict(distance='mean distance of the triplets', separability='separability', hardness='hardness', hard_share='share of hard triplets', collapseness='C of the clean triplets', adv_hardness='hardness of the perturbed triplets',
               adv_collapseness='C of the perturbed triplets', relative_shift='shift / mean distance')
@@ -289,7 +290,7 @@ def naive_collapse(found:Evidence)->Iterator[Comparison]:
     for scene in scenes(found, 'table3'):
         for name in ('naive_cap', 'naive_anp', 'naive_tride'): yield beyond(scene, COLLAPSED, Row(name), 50)
         for colo, in scene.versions('colo_tride'): yield beyond(scene, COLLAPSED, colo, 50, sign=-1)
-        for row in map(Row, ('naive_sip', 'naive_cap', 'naive_anp', 'naive_tride')): yield show(scene, Quantity('mean distance of test images', lambda r: _number(r, ('eval', 'indicators', 'mean_distance')), 3), row)
+        for row in map(Row, ('naive_sip', 'naive_cap', 'naive_anp', 'naive_tride')): yield show(scene, Quantity('mean distance of test images', lambda r: number_at(r, ('eval', 'indicators', 'mean_distance')), 3), row)
 
 def phases(found:Evidence)->Iterator[Comparison]:
     """In every scene of table3, among the three: COLO-CAP has the highest mean resistance to the four ranking attacks and the lowest R@1, COLO-ANP the highest mean resistance to the four attacks
@@ -434,7 +435,7 @@ def _probe(attack:str)->Quantity:
     def of(record):
         budget = record['train']['config']['options']
         found = [p for p in record['eval']['probes'] if (p['attack'], p['method'], p['scope'], p['eps'], p['steps']) == (attack, 'pgd', 'query', budget['eps'], budget['steps'])]
-        return _number(found[0], ('R@1',)) if found else math.nan
+        return number_at(found[0], ('R@1',)) if found else math.nan
     return Quantity(f'R@1 under {attack}', of)
 
 CLEAN_R1 = _read('R@1 without attack', 'eval', 'clean', 'R@1')
@@ -816,6 +817,11 @@ def _signs(values:Sequence[float])->tuple[str, str]:
     return f'{sum(v >= 0 for v in known)} of {len(known)} epochs', ', '.join(_digits(v, 3) for v in some) or '–'
 
 # %% ../nbs/38_claims.ipynb #6718fd29
+def verdict_counts(results:Mapping[str, Any])->str:
+    "How many claims have which verdict."
+    verdicts = [c['verdict'] for c in results['claims']]
+    return f'Of {len(verdicts)} claims: ' + ', '.join(f'{verdicts.count(v)} {v}' for v in (REPRODUCED, NOT_REPRODUCED, CANNOT, NOT_RUN)) + '.'
+
 def blocks(results:Mapping[str, Any])->list[tuple]: # ('h2' or 'p', text), ('table', rows) or ('overview', rows): the table of all claims
     "The page as headings, paragraphs and tables."
     claims = results['claims']
@@ -856,15 +862,15 @@ def as_html(results:Mapping[str, Any])->str:
     def linked(rows): return table(rows, lambda number: f'<a href="#claim-{escape(number)}">{escape(number)}</a>')
     def section(text): return f'<h2 id="{escape("-".join(text.partition(":")[0].lower().split()))}">{escape(text)}</h2>'
     written = dict(h2=section, p=lambda text: f'<p>{escape(text)}</p>', table=table, overview=linked)
-    figure = _picture(png(draw_watched(results['watched'])), 'Collapseness of the clean (left) and of the perturbed triplets (right) over the training, mean over the seeds; above the line a collapse impends.') if results['watched'] else ''
-    return _document('Claims', 'What the paper says, how it is judged, and what our runs show.', *(written[kind](value) for kind, value in blocks(results)), figure)
+    figure = html_figure(png(draw_watched(results['watched'])), 'Collapseness of the clean (left) and of the perturbed triplets (right) over the training, mean over the seeds; above the line a collapse impends.') if results['watched'] else ''
+    return _document('Claims', 'What the papers say, how it is judged, and what our runs show.', [verdict_counts(results)], *(written[kind](value) for kind, value in blocks(results)), figure)
 
 # %% ../nbs/38_claims.ipynb #8a14c1c9
 def draw_watched(lines:Sequence[Mapping[str, Any]])->'Figure': # of `watched`
     "Collapseness over the training, a line per scene and version."
     styles = dict(zip(dict.fromkeys((w['dataset'], w['setting']) for w in lines), ('-', '--', ':', '-.')*len(lines)))
     with theme():
-        fig = _figure(10, 3.4)
+        fig = new_figure(10, 3.4)
         for ax, key, title in zip(fig.subplots(1, 2, sharex=True), ('clean', 'perturbed'), ('Clean triplets', 'Perturbed triplets')):
             for w in lines:
                 share = [100*(e + 1)/len(w[key]) for e in range(len(w[key]))]
@@ -881,9 +887,15 @@ def page(
 )->Path:                               # index.html
     "Write claims.md, claims/index.html and claims/results.json, from finished reports only."
     if not Path(reports).is_dir(): raise FileNotFoundError(f'expected a folder of reports, found none at {reports}; run make table1 or name another folder with -p out FOLDER')
-    results = claims_results(reports, claims, studies)
+    return write_claims(reports, claims_results(reports, claims, studies))
+
+def write_claims(
+    reports:Path,              # folder of the reports
+    results:Mapping[str, Any], # of `claims_results`
+)->Path:                       # index.html
+    "Write claims.md, claims/index.html and claims/results.json, each completely or not at all."
     folder = Path(reports)/'claims'
-    write_atomic(folder/'results.json', to_json(results))
+    write_atomic(folder/'results.json', to_json(results, compact=True))
     write_atomic(folder/'index.html', as_html(results).encode())
     write_atomic(Path(reports)/'claims.md', as_markdown(results).encode())
     return folder/'index.html'

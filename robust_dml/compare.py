@@ -24,11 +24,11 @@ from .core import generator, kept_memory, need
 from .evaluate import Protocol, attack_batches, queries_and_gallery, resampled
 from .experiments import Cell, Plan, cells, parameters, plan, query_count, results, train_cell
 from .models import checksum, embed_all, streamlined
-from .report import COLUMNS, _figure, _grid, _join, _line, _name, _number, _origin, _picture, _setup, _spread, look, png, theme
+from .pages import defence_name, html_figure, html_row, join_words, look, mean_spread, new_figure, opening, png, table_box, theme
+from .report import COLUMNS, number_at, provenance_part, publish, setup_part
 from .scores import ARS_HEADINGS, HEADINGS, ars, ers
 from .store import Run, StoreError, read_lines, write_atomic
 from .strong import WorstCase, outcomes, worst_case
-from .studies import _publish
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -132,7 +132,7 @@ def seed_interval(
 )->list[float]:             # low, high; NaN for one seed
     "The 95 % t interval of the mean over the trainings."
     known = [v for v in values if not math.isnan(v)]
-    mean, spread = _spread(known)
+    mean, spread = mean_spread(known)
     if len(known) < 2: return [math.nan, math.nan]
     half = float(need('scipy.stats', 'the interval over seeds').t.ppf(.975, len(known) - 1))*spread/len(known)**.5
     return [mean - half, mean + half]
@@ -207,7 +207,7 @@ def plane(
     "Benign against worst-case R@1: trainings faint, their mean strong, collapsed models hollow and named."
     top = max(10., 1.25*max(p[1] for line in lines for p in line['points']))
     with theme():
-        ax = ax or _figure(6.8, 4.8).subplots()
+        ax = ax or new_figure(6.8, 4.8).subplots()
         _harmonic(ax, top)
         for line in lines:
             (colour, marker), flagged = look(records[line['label']][0]), any(r['eval']['collapsed'] for r in records[line['label']])
@@ -301,10 +301,10 @@ def own_lines(
     models:Mapping[str,Sequence[Mapping[str,Any]]], # label to the records of its trainings, of one setting
 )->list[dict]:                                      # label, defense, collapsed (trainings) and, per training, r_at_1, gap, ers, ars, retained (empty without natural training)
     "What is needed to read the scores of every model, and this project's own score."
-    reference = [_number(r, ('eval', 'benign', 'R@1')) for rows in models.values() for r in rows if r['defense'] == 'natural']
+    reference = [number_at(r, ('eval', 'benign', 'R@1')) for rows in models.values() for r in rows if r['defense'] == 'natural']
     def line(label, rows):
-        of = {name: [_number(r, ('eval', *path)) for r in rows] for name,path in (('r_at_1', ('benign', 'R@1')), ('ers', ('ers',)), ('ars', ('ars',)))}
-        signs = [{k: _number(r, ('eval', 'indicators', k)) for k in ('same_distance', 'other_distance')} for r in rows]
+        of = {name: [number_at(r, ('eval', *path)) for r in rows] for name,path in (('r_at_1', ('benign', 'R@1')), ('ers', ('ers',)), ('ars', ('ars',)))}
+        signs = [{k: number_at(r, ('eval', 'indicators', k)) for k in ('same_distance', 'other_distance')} for r in rows]
         retained = [retained_robustness(a, r_at_1=r1, natural=statistics.fmean(reference), indicators=s) for a,r1,s in zip(of['ars'], of['r_at_1'], signs)] if reference else []
         return dict(of, label=label, collapsed=sum(bool(r['eval']['collapsed']) for r in rows), gap=[s['other_distance'] - s['same_distance'] for s in signs], retained=retained)
     return [line(*item) for item in models.items()]
@@ -360,7 +360,7 @@ def words(part:Mapping[str,Any])->str: # of `comparison`'s 'comparisons'
     return ' '.join(filter(None, [
         f"Setting {part['setting']}.", _foremost(part),
         f"Of {len(marks)} differences between {len(part['suite'])} models, {len(marks) - marks.count('○')} are larger than the noise of the queries{both}.",
-        f'{_join(flagged)}: flagged as collapsed, so attack scores of these models do not mean robustness.' if flagged else '']))
+        f'{join_words(flagged)}: flagged as collapsed, so attack scores of these models do not mean robustness.' if flagged else '']))
 
 # %% ../nbs/42_compare.ipynb #e56b6be0
 _DIGITS = {c.name: c.digits for c in COLUMNS['table1']}
@@ -373,8 +373,8 @@ def _short(lines:Sequence[Mapping[str,Any]], names:Mapping[str,str])->str: # nam
         return (f'<b>{text}</b>' if line['mark'] == '●' else text) + f"<span class=\"sd\">{_range(line['queries'], digits).replace(' to ', ' to<br>')}</span>"
     rows = [lines[i:i + len(METRICS)] for i in range(0, len(lines), len(METRICS))]
     arrow = {1: '&nbsp;↑', -1: '&nbsp;↓'}
-    body = [_line([f"{names[row[0]['first']]}<br>minus {names[row[0]['second']]}", *map(cell, row)]) for row in rows]
-    return _grid(_line(['Models', *(escape(m) + arrow[_BETTER[m]] for m in METRICS)], head=True), body, 'results')
+    body = [html_row([f"{names[row[0]['first']]}<br>minus {names[row[0]['second']]}", *map(cell, row)]) for row in rows]
+    return table_box(html_row(['Models', *(escape(m) + arrow[_BETTER[m]] for m in METRICS)], head=True), body, 'results')
 
 def frame(
     parts:Sequence[Mapping[str,Any]], # of `comparison`
@@ -390,31 +390,31 @@ def _long(part:Mapping[str,Any])->str:
     "All numbers of a setting, folded."
     def row(line):
         d = _DIGITS.get(line['metric'], 1)
-        return _line([f"{escape(line['first'])} minus {escape(line['second'])}", escape(line['metric']), *(_points(v, d) for v in line['values']), _points(line['difference'], d, '+'), _range(line['queries'], d),
+        return html_row([f"{escape(line['first'])} minus {escape(line['second'])}", escape(line['metric']), *(_points(v, d) for v in line['values']), _points(line['difference'], d, '+'), _range(line['queries'], d),
                       _range(line['seeds'], d) if line['trainings'] > 1 else '–', str(line['trainings']), _points(line['p'], 4), _points(line['holm'], 4), f"{line['mark']} {READINGS[line['mark']]}"])
     head = ['Models', 'Metric', 'First', 'Second', 'Difference', '95 %, queries', '95 %, trainings', 'Trainings', 'p', 'p, corrected', 'Reading']
-    return f"<details><summary>All numbers</summary>{_grid(_line(head, head=True), [row(line) for line in part['pairs']])}</details>"
+    return f"<details><summary>All numbers</summary>{table_box(html_row(head, head=True), [row(line) for line in part['pairs']])}</details>"
 
 # %% ../nbs/42_compare.ipynb #f601e063
 def _suite_table(lines:Sequence[Mapping[str,Any]], names:Mapping[str,str])->str:
     "R@1 without attack, under each attack, and in a row of its own under all of them."
     rows = [['no attack', *(_points(line['before']) for line in lines)], *([escape(h), *(_points(line['each'][h]) for line in lines)] for h in lines[0]['each'])]
     last = ['<b>suite</b>', *(f"<b>{_points(line['suite'])}</b><span class=\"sd\">{_range(line['interval'])}</span>" for line in lines)]
-    return _grid(_line(['R@1 (%)', *(names[line['label']] for line in lines)], head=True), [_line(row) for row in (*rows, last)], 'text')
+    return table_box(html_row(['R@1 (%)', *(names[line['label']] for line in lines)], head=True), [html_row(row) for row in (*rows, last)], 'text')
 
 def _own_table(lines:Sequence[Mapping[str,Any]], names:Mapping[str,str])->str:
     "ERS and ARS beside what is needed to read them and this project's own score."
     def cell(values, digits=1):
-        mean, spread = _spread(values)
+        mean, spread = mean_spread(values)
         return _points(mean, digits) + ('' if math.isnan(spread) else f' ± {_points(spread, digits)}')
-    body = [_line([names[line['label']], cell(line['r_at_1']), cell(line['gap'], 3), cell(line['ers']), cell(line['ars']), f"<b>{cell(line['retained'])}</b>"]) for line in lines]
-    return _grid(_line(['Defence', 'R@1 (%)', 'Gap', 'ERS', 'ARS', "Retained robustness (this project's own)"], head=True), body, 'text')
+    body = [html_row([names[line['label']], cell(line['r_at_1']), cell(line['gap'], 3), cell(line['ers']), cell(line['ars']), f"<b>{cell(line['retained'])}</b>"]) for line in lines]
+    return table_box(html_row(['Defence', 'R@1 (%)', 'Gap', 'ERS', 'ARS', "Retained robustness (this project's own)"], head=True), body, 'text')
 
 def _section(part:Mapping[str,Any], models:Mapping[str,Sequence[Mapping]])->str:
     "Everything about a setting."
     many, flagged = part['pairs'][0]['trainings'], {line['label']: line['collapsed'] for line in part['own']}
     def flag(count): return f' <span class="bad">collapsed{"" if count == many else f" in {count} of {many}"}</span>' if count else ''
-    names = {label: _name(rows[0]) + flag(flagged[label]) for label,rows in models.items()}
+    names = {label: defence_name(rows[0]) + flag(flagged[label]) for label,rows in models.items()}
     readings = '; '.join(f'{mark} {text}' for mark,text in READINGS.items())
     seeds = f'95 % t interval of the differences of {many} trainings with the same seeds' if many > 1 else 'one training of each model, so nothing is known of the noise of the training'
     note = (f'First minus second model, mean over the trainings, and below it the 95 % interval over the queries (the same resamples for both models). {readings}. The arrow points to what is better for the defender. '
@@ -422,7 +422,7 @@ def _section(part:Mapping[str,Any], models:Mapping[str,Sequence[Mapping]])->str:
     missing = '' if part['own'][0]['retained'] else '<p class="warn">It needs natural training among the models; add natural to the defences.</p>'
     return (f"<h2>Setting {escape(part['setting'])}</h2><h3>All pairs</h3>{_short(part['pairs'], names)}<p class=\"note\">{escape(note)}</p>{_long(part)}"
             f"<h3>The worst of the suite</h3>{_suite_table(part['suite'], names)}<p class=\"note\">suite: the share of queries whose R@1 survives every attack above it, with its 95 % interval over the queries.</p>"
-            f"{_picture(png(plane(part['suite'], models).figure), 'R@1 without attack against R@1 under the worst of the suite. Grey: equal harmonic mean of the two. Hollow: flagged as collapsed. Faint: single trainings.')}"
+            f"{html_figure(png(plane(part['suite'], models).figure), 'R@1 without attack against R@1 under the worst of the suite. Grey: equal harmonic mean of the two. Hollow: flagged as collapsed. Faint: single trainings.')}"
             f"<h3>This project's own score</h3><p>In no paper, and no part of a reproduced table. Retained robustness is ARS, times the share of natural training's R@1 that is reached without attack, times the gap between the distances to other classes and to the own class, "
             f"in units of {_GAP:g} and at most 1. It lies from 0 to 100; a model that maps all images to one point has 0, while its ERS and ARS are high.</p>{missing}{_own_table(part['own'], names)}")
 
@@ -433,9 +433,9 @@ def write_compare(
 )->Path:                       # index.html
     "Write index.html, results.json and compare.csv."
     models = by_setting(results['records'])
-    said = ''.join(f'<p class="lead">{escape(words(part))}</p>' for part in results['comparisons'])
+    said = [words(part) for part in results['comparisons']]
     smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
     write_atomic(Path(folder)/'compare.csv', frame(results['comparisons']).to_csv(index=False, lineterminator='\n', float_format='%.6g').encode())
-    return _publish(folder, results, f'<h1>{escape(results["title"])}</h1><p class="sub">Data {escape(results["dataset"])}, preset {escape(results["preset"])}.{smoke}</p>{said}'
+    return publish(folder, results, opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', said)
                     + ''.join(_section(part, models[part['setting']]) for part in results['comparisons'])
-                    + f'<h2>Configuration</h2>{_setup(results)}<h2>Provenance</h2>{_origin(results)}')
+                    + f'<h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}')

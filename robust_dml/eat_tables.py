@@ -6,10 +6,10 @@
 __all__ = ['LINES', 'MAIN', 'CURVED', 'PICTURED', 'MINIMUM', 'JUDGED', 'ADAPTED', 'BUDGETS', 'STEPS', 'LIMITS', 'PAPER_A',
            'MEASURES', 'TABLES', 'LEAST_SEEDS', 'CLAIMS', 'Line', 'Budget', 'prepare', 'announce', 'plan_of', 'cell_of',
            'task_of', 'growth', 'memory', 'measured_apart', 'protocol', 'points', 'gradient_of', 'part_of',
-           'ten_classes', 'measure', 'from_outside', 'record', 'results', 'pictures', 'switch', 'beside', 'borrowed',
-           'Table', 'table', 'to_csv', 'along', 'both_curves', 'curve_table', 'matrices', 'flattened', 'class_map',
-           'Claim', 'paired', 'verdict', 'judged', 'claim_table', 'claim_text', 'compared', 'headline', 'words',
-           'write_eat']
+           'ten_classes', 'measure', 'from_outside', 'record', 'results', 'pictures', 'stored_pictures', 'switch',
+           'beside', 'borrowed', 'Table', 'table', 'to_csv', 'along', 'both_curves', 'curve_table', 'matrices',
+           'flattened', 'class_map', 'Claim', 'paired', 'verdict', 'judged', 'claim_table', 'claim_text', 'compared',
+           'headline', 'words', 'write_eat']
 
 # %% ../nbs/47_eat_tables.ipynb #cacd2d0f
 import csv, io, json, math, subprocess, sys, tempfile, warnings
@@ -37,9 +37,9 @@ from .jobs import only_inline
 from .locality import _cells
 from .models import checksum, embed, streamlined
 from .pgd import autograd_gradient
-from .report import _figure, _fixed, _grid, _join, _line, _origin, _picture, _setup, _spread, curves, look, png, theme
+from .pages import fixed_text, html_figure, html_row, join_words, look, mean_spread, new_figure, opening, png, table_box, theme
+from .report import curves, provenance_part, publish, setup_part
 from .store import Run, append_line, described, load_tensors, open_run, read_lines, save_tensors, write_atomic
-from .studies import _publish
 from .train import train
 from .tuple_tables import by_line, _html, _setting
 
@@ -314,9 +314,16 @@ def pictures(
     results:Mapping[str,Any], # of `results`
 )->dict[str,dict[str,Tensor]]: # of `ten_classes`, by line, for the first seed that has them
     "Embeddings for A9, from the store."
+    return stored_pictures(plan.reports, results)
+
+def stored_pictures(
+    reports:Path,              # folder of the reports and their store
+    results:Mapping[str,Any],  # of `results`
+)->dict[str,dict[str,Tensor]]: # as `pictures`
+    "The same for results that were read from a file."
     found = {}
     for r in results['records']:
-        run, digest = Run(plan.reports/'store'/r['eval']['address']), r['eval']['examples']
+        run, digest = Run(Path(reports)/'store'/r['eval']['address']), r['eval']['examples']
         if digest and run.has('examples.safetensors'): found.setdefault(r['line'], load_tensors(run, 'examples.safetensors', digest))
     return found
 
@@ -404,7 +411,7 @@ def to_csv(records:Sequence[Mapping[str,Any]])->bytes:
     for name,wanted in TABLES.items():
         if name == 'A8': continue
         for line,seeds in by_line(records, wanted.lines).items():
-            for title,(read, _) in wanted.columns.items(): out.writerow((name, line, seeds[0]['label'], title, *('' if math.isnan(v) else v for v in _spread([read(r) for r in seeds])), len(seeds)))
+            for title,(read, _) in wanted.columns.items(): out.writerow((name, line, seeds[0]['label'], title, *('' if math.isnan(v) else v for v in mean_spread([read(r) for r in seeds])), len(seeds)))
     return file.getvalue().encode()
 
 # %% ../nbs/47_eat_tables.ipynb #70362c83
@@ -422,7 +429,7 @@ def along(
 def both_curves(records:Sequence[Mapping[str,Any]])->'Figure':
     "The figure of A6, one line per seed."
     with theme():
-        fig = _figure(10.5, 6)
+        fig = new_figure(10.5, 6)
         for pair,key in zip(fig.subplots(2, 2), _DRAWN):
             for ax,what in zip(pair, ('eps', 'steps')):
                 for seeds in by_line(records, CURVED).values():
@@ -455,7 +462,7 @@ def matrices(records:Sequence[Mapping[str,Any]])->'Figure':
     shown = {seeds[0]['label']: torch.tensor([r['eval']['matrix'] for r in seeds]).mean(0) for seeds in by_line(records, TABLES['A5'].lines).values() if seeds[0]['eval']['matrix']}
     down = math.ceil(len(shown)/5)
     with theme():
-        fig = _figure(11.5, 2.5*down)
+        fig = new_figure(11.5, 2.5*down)
         for ax in (axes := fig.subplots(down, 5, squeeze=False).flat)[len(shown):]: ax.axis('off')
         for ax,(label,matrix) in zip(axes, shown.items()):
             ax.imshow(matrix.numpy(), vmin=0, vmax=100, cmap='cividis')
@@ -479,7 +486,7 @@ def class_map(
 )->'Figure':
     "The figure of A9."
     with theme():
-        fig = _figure(2.6*len(shown), 5.2)
+        fig = new_figure(2.6*len(shown), 5.2)
         for pair,(line,tensors) in zip(fig.subplots(2, len(shown), squeeze=False).T, shown.items()):
             for ax,key in zip(pair, ('clean', 'attacked')):
                 ax.scatter(*flattened(tensors[key]).T.numpy(), c=tensors['label'].numpy(), cmap='tab10', vmin=0, vmax=9, s=8)
@@ -520,11 +527,11 @@ def judged(
     "A claim on the four attacked scores."
     found = {key: [paired(records, claim.line, control, _attacked(key)) for control in claim.controls] for key in MEASURES}
     if any(len(values) < LEAST_SEEDS for lists in found.values() for values in lists): return {}
-    return {key: (verdict(lists), min(_spread(values)[0] for values in lists)) for key,lists in found.items()}
+    return {key: (verdict(lists), min(mean_spread(values)[0] for values in lists)) for key,lists in found.items()}
 
 def claim_table(records:Sequence[Mapping[str,Any]])->'DataFrame':
     "Mean difference and interval of every comparison that the claims rest on; texts."
-    def text(values): return f"{_fixed(_spread(values)[0], 1)} [{', '.join(_fixed(end, 1) for end in seed_interval(values))}]"
+    def text(values): return f"{fixed_text(mean_spread(values)[0], 1)} [{', '.join(fixed_text(end, 1) for end in seed_interval(values))}]"
     pairs = dict.fromkeys((claim.line, control) for claim in CLAIMS for control in claim.controls)
     found = {pair: {MEASURES[key]: paired(records, *pair, _attacked(key)) for key in MEASURES} for pair in pairs}
     return need('pandas', 'a table').DataFrame([{'Difference': f'{LINES[a].label} − {LINES[b].label}', 'Seeds': str(len(scores['NMI'])), **{name: text(values) for name,values in scores.items()}}
@@ -534,11 +541,11 @@ def claim_table(records:Sequence[Mapping[str,Any]])->'DataFrame':
 def claim_text(claim:Claim, found:Mapping[str,tuple[str,float]])->str:
     "A judged claim as a sentence."
     said = []
-    if not found: return f"{claim.text} is not judged: that needs {LEAST_SEEDS} seeds of {_join([LINES[name].label for name in (claim.line, *claim.controls)])}."
+    if not found: return f"{claim.text} is not judged: that needs {LEAST_SEEDS} seeds of {join_words([LINES[name].label for name in (claim.line, *claim.controls)])}."
     for kind in ('held', 'reversed', 'not shown'):
-        mine = [f'{MEASURES[key]} ({_fixed(mean, 1)} points)' for key,(name, mean) in found.items() if name == kind]
-        if mine: said.append(f'{kind} for {_join(mine)}')
-    against = f"{LINES[claim.line].label} against {_join([LINES[c].label for c in claim.controls])}"
+        mine = [f'{MEASURES[key]} ({fixed_text(mean, 1)} points)' for key,(name, mean) in found.items() if name == kind]
+        if mine: said.append(f'{kind} for {join_words(mine)}')
+    against = f"{LINES[claim.line].label} against {join_words([LINES[c].label for c in claim.controls])}"
     least = ', the least of the mean differences' if len(claim.controls) > 1 else ', mean difference'
     matched = ' So it differs from these controls by no more than the noise of the seeds.' if all(name == 'not shown' for name,_ in found.values()) else ''
     return f"{claim.text} ({against}{least} in brackets): {'; '.join(said)}.{matched}"
@@ -549,9 +556,9 @@ def compared(
 )->str:
     "How EAT stands to a control of the same cost, score by score, with all images attacked."
     found, label = {key: paired(records, 'eat', control, _attacked(key)) for key in MEASURES}, LINES[control].label
-    def at(kind): return [f'{MEASURES[key]} ({_fixed(_spread(values)[0], 1)})' for key,values in found.items() if verdict([values]) == kind]
+    def at(kind): return [f'{MEASURES[key]} ({fixed_text(mean_spread(values)[0], 1)})' for key,values in found.items() if verdict([values]) == kind]
     said = [(at('not shown'), f'{label} matches EAT in'), (at('reversed'), f'{label} is ahead of EAT in'), (at('held'), f'EAT is ahead of {label} in')]
-    return '; '.join(f'{text} {_join(scores)}' for scores,text in said if scores)
+    return '; '.join(f'{text} {join_words(scores)}' for scores,text in said if scores)
 
 def headline(records:Sequence[Mapping[str,Any]])->str:
     "The first paragraph: EAT against the controls of the same cost; empty without EAT."
@@ -560,19 +567,19 @@ def headline(records:Sequence[Mapping[str,Any]])->str:
     if whole.line not in there: return ''
     if judged(records, whole): return f"At equal cost, with all images attacked (mean difference EAT minus control, in points, over the seeds): {'. '.join(compared(records, c) for c in whole.controls)}."
     def name(line): return 'EAT' if line == whole.line else LINES[line].label
-    scores = '; '.join(f"{heading} {_join([f'{_fixed(_spread([_attacked(key)(r) for r in of[line]])[0], 1)} for {name(line)}' for line in there])}" for key,heading in MEASURES.items())
-    return f'Whether EAT is better than a control of the same cost is not judged: that needs {LEAST_SEEDS} seeds of {_join([LINES[line].label for line in (whole.line, *whole.controls)])}. With all images attacked: {scores}.'
+    scores = '; '.join(f"{heading} {join_words([f'{fixed_text(mean_spread([_attacked(key)(r) for r in of[line]])[0], 1)} for {name(line)}' for line in there])}" for key,heading in MEASURES.items())
+    return f'Whether EAT is better than a control of the same cost is not judged: that needs {LEAST_SEEDS} seeds of {join_words([LINES[line].label for line in (whole.line, *whole.controls)])}. With all images attacked: {scores}.'
 
 def words(records:Sequence[Mapping[str,Any]])->list[str]:
     "What the tables say; first of all, whether a control of the same cost does as well as EAT."
     of, said = by_line(records, LINES), [text for text in [headline(records)] if text]
-    def mean(line, read): return _spread([read(r) for r in of[line]])[0]
+    def mean(line, read): return mean_spread([read(r) for r in of[line]])[0]
     if 'pal_natural' in of:
-        said.append(f"Natural training: AMI, which is 0 for random clusters, falls from {_fixed(mean('pal_natural', _clean('AMI')), 1)} to {_fixed(mean('pal_natural', _attacked('AMI')), 1)} when all images are attacked.")
+        said.append(f"Natural training: AMI, which is 0 for random clusters, falls from {fixed_text(mean('pal_natural', _clean('AMI')), 1)} to {fixed_text(mean('pal_natural', _attacked('AMI')), 1)} when all images are attacked.")
         if 'eat' in of: said.append(f"Without an attack EAT has R@1 {mean('eat', _clean('R@1')):.1f} and F1 {mean('eat', _clean('F1')):.1f}, natural training {mean('pal_natural', _clean('R@1')):.1f} and {mean('pal_natural', _clean('F1')):.1f}.")
     enough, transfer = len({r['seed'] for r in records}) >= LEAST_SEEDS, paired(records, 'eat_none', 'ensemble_at', beside)
     if enough: said += [claim_text(claim, judged(records, claim)) for claim in CLAIMS if claim is not CLAIMS[2]]
-    if len(transfer) >= LEAST_SEEDS: said.append(f"Mechanism: R@1 of a member on images made against another differs by {_fixed(_spread(transfer)[0], 1)} points between the split only and Ensemble-AT; that the split makes these images transfer less: {verdict([transfer])}.")
+    if len(transfer) >= LEAST_SEEDS: said.append(f"Mechanism: R@1 of a member on images made against another differs by {fixed_text(mean_spread(transfer)[0], 1)} points between the split only and Ensemble-AT; that the split makes these images transfer less: {verdict([transfer])}.")
     said += _saturation(by_line(records, CURVED)) + _masking(records)
     fallen = list(dict.fromkeys(r['label'] for r in records if r['eval']['collapsed']))
     if fallen: said.append(f"Flagged as collapsed: {', '.join(fallen)}.")
@@ -583,7 +590,7 @@ def _masking(records:Sequence[Mapping[str,Any]])->list[str]:
     "Whether images from outside hurt more than the white box."
     known = [r for r in records if r['outside']]
     odd = list(dict.fromkeys(r['label'] for r in known if borrowed(r) < borrowed(r, white=True) - 1))
-    if odd: return [f'Suspicious: images made against natural training hurt more than the own white box, by over a point of R@1: {_join(odd)}. A sign of masked gradients.']
+    if odd: return [f'Suspicious: images made against natural training hurt more than the own white box, by over a point of R@1: {join_words(odd)}. A sign of masked gradients.']
     return ['Images made against natural training hurt no model by over a point of R@1 more than its own white box does.'] if known else []
 
 def _saturation(of:Mapping[str,Sequence[Mapping]])->list[str]:
@@ -592,18 +599,18 @@ def _saturation(of:Mapping[str,Sequence[Mapping]])->list[str]:
     if not every: return []
     label, worst = max(((label, steps[-2][1] - steps[-1][1]) for label,_,steps in every), key=lambda pair: pair[1])
     left, most = max(((label, eps[-1]) for label,eps,_ in every), key=lambda pair: pair[1][1])
-    said = [f'Saturation: from the last but one number of steps to the last, R@1 with a clean gallery falls by {_fixed(max(0., worst), 1)} points at most ({label}); at the largest radius, ε = {most[0]:.3f}, at most {most[1]:.1f} are left ({left}).']
+    said = [f'Saturation: from the last but one number of steps to the last, R@1 with a clean gallery falls by {fixed_text(max(0., worst), 1)} points at most ({label}); at the largest radius, ε = {most[0]:.3f}, at most {most[1]:.1f} are left ({left}).']
     odd = list(dict.fromkeys(label for label,_,steps in every if steps[0][1] < steps[-1][1] - 1))
-    return said + ([f"Suspicious: {every[0][2][0][0]} step does more than {every[0][2][-1][0]} steps, by over a point of R@1, to {_join(odd)}: a sign of masked gradients."] if odd else [])
+    return said + ([f"Suspicious: {every[0][2][0][0]} step does more than {every[0][2][-1][0]} steps, by over a point of R@1, to {join_words(odd)}: a sign of masked gradients."] if odd else [])
 
 # %% ../nbs/47_eat_tables.ipynb #983a5b22
 def _figures(records:Sequence[Mapping[str,Any]], name:str, shown:Mapping[str,Mapping[str,Tensor]])->str:
     "The figure of A5, A6 or A9, or why it is missing; nothing for other tables."
-    if name == 'A5': return _picture(png(matrices(records)), 'R@1 (%) of each member on images made against each other one by ES; the white box is on the diagonal. Higher beside the diagonal: these images transfer less.')
-    if name == 'A6': return _picture(png(both_curves(records)), f"The lowest score under {_join([*_ON_CURVES])}, over the radius (left, with the steps of the tables) and over the steps (right, at the radius of the tables). F1 with all images attacked may rise again, where whole classes move as one; R@1 with a clean gallery must fall.")
+    if name == 'A5': return html_figure(png(matrices(records)), 'R@1 (%) of each member on images made against each other one by ES; the white box is on the diagonal. Higher beside the diagonal: these images transfer less.')
+    if name == 'A6': return html_figure(png(both_curves(records)), f"The lowest score under {join_words([*_ON_CURVES])}, over the radius (left, with the steps of the tables) and over the steps (right, at the radius of the tables). F1 with all images attacked may rise again, where whole classes move as one; R@1 with a clean gallery must fall.")
     if name != 'A9': return ''
     if not shown: return '<p class="note">The store holds no embeddings of these models.</p>'
-    try: return _picture(png(class_map(shown)), 'Ten test classes, clean and under centre, each picture fitted on its own: it shows who stays together, and neither distances nor sizes.')
+    try: return html_figure(png(class_map(shown)), 'Ten test classes, clean and under centre, each picture fitted on its own: it shows who stays together, and neither distances nor sizes.')
     except ImportError as error: return f'<p class="note">Left out: {escape(str(error))}.</p>'
 
 def _section(records:Sequence[Mapping[str,Any]], name:str, shown:Mapping[str,Mapping[str,Tensor]])->str:
@@ -617,8 +624,8 @@ def _section(records:Sequence[Mapping[str,Any]], name:str, shown:Mapping[str,Map
 def _claims(records:Sequence[Mapping[str,Any]])->str:
     "The differences behind the claims; nothing where nothing may be claimed."
     shown = claim_table(records)
-    body = [_line([escape(text) for text in row]) for row in shown.values.tolist()]
-    return f'<h2>Attribution</h2>{_grid(_line([escape(c) for c in shown], head=True), body)}<p class="note">Mean difference of the scores with all images attacked, in points, and its 95 % interval over paired seeds.</p>' if body else ''
+    body = [html_row([escape(text) for text in row]) for row in shown.values.tolist()]
+    return f'<h2>Attribution</h2>{table_box(html_row([escape(c) for c in shown], head=True), body)}<p class="note">Mean difference of the scores with all images attacked, in points, and its 95 % interval over paired seeds.</p>' if body else ''
 
 def write_eat(
     folder:Path,               # for example reports/eat-glyphs-quick
@@ -631,9 +638,9 @@ def write_eat(
             'Mean ± sample standard deviation over the seeds; – where there is nothing to measure. ADP-E, GAL-E, DVERGE-E and Mix-up see no adversarial images of the kind that is measured here. COLO-TRIDE is the reference from retrieval. EAT is our reconstruction: the rule of self-transfer, all hyper-parameters and all numbers of its paper are unknown to us, '
             'so nothing on this page is compared with printed numbers, and “paper” below is the preset of that name.')
     smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
-    lead, page = ''.join(f'<p class="lead">{escape(text)}</p>' for text in words(records)), _claims(records) + ''.join(_section(records, name, shown) for name in TABLES)
+    page = _claims(records) + ''.join(_section(records, name, shown) for name in TABLES)
     main = [r for r in records if r['line'] in MAIN]
-    if main: page += '<h2>Training</h2>' + _picture(png(curves(main)), 'Training of the models of A1, one thin line per seed. Distances that shrink together announce a collapse.')
+    if main: page += '<h2>Training</h2>' + html_figure(png(curves(main)), 'Training of the models of A1, one thin line per seed. Distances that shrink together announce a collapse.')
     write_atomic(Path(folder)/'table.csv', to_csv(records))
-    return _publish(folder, results, f'<h1>{escape(results["title"])}</h1><p class="sub">Data {escape(results["dataset"])}, preset {escape(results["preset"])}.{smoke}</p>{lead}<p class="note">{escape(note)}</p>{page}'
-                    f'<h2>Configuration</h2>{_setup(results)}<h2>Provenance</h2>{_origin(results)}')
+    return publish(folder, results, opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', words(records)) + f'<p class="note">{escape(note)}</p>{page}'
+                    f'<h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}')

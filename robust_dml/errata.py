@@ -29,7 +29,7 @@ from .distances import normalise, paired_distance
 from .experiments import BUILT_IN, natural, recipe
 from .mining import semihard
 from .models import build, embed_all
-from .report import _facts, _figure, _grid, _line, _picture, document, png, theme
+from .pages import document, facts_table, html_figure, html_row, maths, new_figure, opening, png, table_box, theme
 from .scores import _RANGES, ARS_HEADINGS, HEADINGS, PAPER_MINUTES, ars, ars_cells, constant_before, ers, paper_table
 from .store import provenance, to_json, write_atomic
 from .train import train
@@ -516,7 +516,7 @@ def draw_scores(
     "Recomputed minus printed scores with what rounding allows."
     wanted = (('ERS', 'ERS, from results'), ('mean of the ARS', 'ARS, from its cells'), ('ARS from the results', 'ARS, from results'))
     with theme():
-        fig = _figure(11, 5.2)
+        fig = new_figure(11, 5.2)
         for ax, (name, title) in zip(fig.subplots(1, 3, sharex=True), wanted):
             lines = [l for l in results['scores'] if l['check'] == name]
             ax.axvspan(-.05, .05, color='#e4e4e4', zorder=0)
@@ -533,13 +533,13 @@ def draw_scores(
 def _short(defense:str)->str: return defense.split(' (')[0]
 
 # %% ../nbs/36_errata.ipynb #370c0d10
-def _document(title:str, sub:str, *parts:str)->str:
-    "A page in the style of the reports; `parts` are HTML, `title` and `sub` text."
-    return document(title, f'<h1>{escape(title)}</h1><p class="sub">{escape(sub)}</p>{"".join(parts)}')
+def _document(title:str, sub:str, said:Sequence[str], *parts:str)->str:
+    "A page in the style of the reports; `parts` are HTML, the others text."
+    return document(title, opening(title, sub, said) + ''.join(parts))
 
 def _table(head:Sequence[str], body:Sequence[Sequence[str]], kind:str='')->str:
     "A table of HTML cells."
-    return _grid(_line([*map(escape, head)], head=True), [_line(cells) for cells in body], kind)
+    return table_box(html_row([*map(escape, head)], head=True), [html_row(cells) for cells in body], kind)
 
 def _judged(verdict:str)->str: return f'<span class="bad">{escape(verdict)}</span>' if verdict in ('contradicted', 'outside') else escape(verdict)
 
@@ -585,17 +585,17 @@ def _twice_table(results:Mapping[str, Any])->str:
 def _errata_page(results:Mapping[str, Any], picture:bytes)->str:
     order = _table(('Kind', 'Cells', 'What is wrong'), [(l['kind'], escape('; '.join(l['cells'])), escape(l['detail'])) for l in results['order']], 'text') if results['order'] else '<p>All hold: R@1 ≤ R@2, R@1 after an attack ≤ R@1 before it, every number in the range of its heading.</p>'
     caption = 'Recomputed minus printed scores. Bars: what is possible when every number is rounded as far as its digits allow. Grey stripe: the rounding of the printed score. T3, T4: rows of Tables 3 and 4.'
-    return _document('Errata: the paper checked against its own tables', 'Tables 1 to 4 of COLO-TRIDE, as printed. Every verdict is computed from the printed cells.', f'<p class="lead">{escape(summary(results))}</p>',
+    return _document('Errata: the paper checked against its own tables', 'Tables 1 to 4 of COLO-TRIDE, as printed. Every verdict is computed from the printed cells.', [summary(results)],
         '<h2>Sentences against tables</h2><p>A sentence is contradicted if one comparison of printed numbers is false (✗), and holds if all are true (✓). Sentences with several readings have a line for each. '
         f'Ours are three thresholds: “near zero” is below {NEAR_ZERO:g} %, “about the same R@1” within {ABOUT:g} points, “no robustness” a gain below {NO_GAIN:g} points.</p>', _claims_table(results),
-        '<h2>Scores against numbers</h2><p>A printed number stands for every value that rounds to it. <i>Possible</i> is the range of the score over all of these; a score outside is <i>outside</i> whatever the rounding was.</p>', _picture(picture, caption),
+        '<h2>Scores against numbers</h2><p>A printed number stands for every value that rounds to it. <i>Possible</i> is the range of the score over all of these; a score outside is <i>outside</i> whatever the rounding was.</p>', html_figure(picture, caption),
         '<h3>ERS, from the ten results</h3>', _score_table(results, 'ERS'), '<h3>Averaged ARS, from the eight resistances beside it</h3>', _score_table(results, 'mean of the ARS'),
         '<h3>Averaged ARS, from results and constants</h3><p>Initial ranks 50 and 1, initial R@1 as printed.</p>', _score_table(results, 'ARS from the results'),
         '<h3>Single resistances of Table 2</h3><p>Printed, and below it recomputed from Table 1 with the constants.</p>', _resistance_table(results),
         '<h3>What the resistances imply</h3>', _before_table(results), '<h3>Scores that cannot be recomputed</h3>', _table(('Score', 'Printed', 'Reason'), [(escape(l['cell']), escape(l['printed']), escape(l['reason'])) for l in results['not_recomputed']], 'text'),
         '<h2>Changes that would mend a score</h2><p>All swaps of two numbers of a row, all swaps with the neighbouring rows of the same column, and all other values of one number. Listed is what makes an impossible score possible and breaks no other; '
         'a single score is easily mended by accident, so weigh a line by how much it mends and whether its value is printed elsewhere.</p>', *(_repair_table(line) for line in results['repairs']),
-        '<h2>Printed twice</h2>', f'<p>{results["repeated"]} quantities are printed more than once; these have different values.</p>', _twice_table(results), '<h2>Order</h2>', order, '<h2>Provenance</h2>', _facts(results['provenance']))
+        '<h2>Printed twice</h2>', f'<p>{results["repeated"]} quantities are printed more than once; these have different values.</p>', _twice_table(results), '<h2>Order</h2>', order, '<h2>Provenance</h2>', facts_table(results['provenance']))
 
 def write_errata(
     folder:Path,               # for example reports/errata
@@ -604,21 +604,21 @@ def write_errata(
     "Write index.html, errata.csv and results.json, each completely or not at all."
     folder = Path(folder)
     write_atomic(folder/'errata.csv', to_csv(results))
-    write_atomic(folder/'results.json', to_json(results))
+    write_atomic(folder/'results.json', to_json(results, compact=True))
     write_atomic(folder/'index.html', _errata_page(results, png(draw_scores(results))).encode())
     return folder/'index.html'
 
 # %% ../nbs/36_errata.ipynb #54421535
-EQUATIONS = ( # number, formula, meaning; HTML
-    ('(15)', '<i>H</i> = <i>D</i>(<i>A</i>, <i>P</i>) − <i>D</i>(<i>A</i>, <i>N</i>) → max', 'what an attack on a triplet raises: its hardness'),
-    ('(16)', '<i>H</i>* = <i>h</i><sub>0</sub>', 'a target: all schemes shall make the triplet equally hard'),
-    ('(17)', '<i>h</i> = <i>h</i><sub>0</sub> − <i>H</i>', 'the gain that this needs'),
-    ('(18), (22)', '<i>k</i><sub>A</sub> = |<i>u</i><sub>n</sub> − <i>u</i><sub>p</sub>| = 2 sin(θ/2)', 'hardness gained per length when the anchor moves in its best direction, from 0 to 2'),
-    ('(19), (20), (21)', '<i>s</i><sub>A</sub> = <i>s</i><sub>C</sub> = <i>h</i>/2, &nbsp; <i>s</i><sub>S</sub> = <i>h</i>/4', 'shifts at θ = π: ANP and CAP move points twice as far as SIP'),
-    ('(23)', '<i>s</i><sub>A</sub> = <i>h</i>/<i>k</i><sub>A</sub> = <i>h</i>/(2 sin(θ/2))', 'shift of the anchor in ANP'),
-    ('(24)', '<i>s</i><sub>C</sub> = <i>h</i>/<i>k</i><sub>C</sub>, &nbsp; <i>k</i><sub>C</sub> = 2 sin(φ/2) ≤ 2', 'shift of positive and negative in CAP; the best directions have φ = π'),
-    ('(25)', '<i>s</i><sub>S</sub> = <i>h</i>/(<i>k</i><sub>A</sub> + <i>k</i><sub>C</sub>)', 'shift of all three points in SIP'),
-    ('(26)', '<i>R</i> = (<i>s</i><sub>A</sub> + <i>s</i><sub>C</sub>)/(2<i>s</i><sub>S</sub>) = 2/<i>q</i>, &nbsp; <i>q</i> = 4<i>k</i><sub>A</sub><i>k</i><sub>C</sub>/(<i>k</i><sub>A</sub> + <i>k</i><sub>C</sub>)<sup>2</sup> ≤ 1', 'shift in turns over shift at once: never below 2'))
+EQUATIONS = ( # number, formulas in the notation of `pages.maths`, meaning
+    ('(15)', ('H = D(A, P) − D(A, N) → max',), 'what an attack on a triplet raises: its hardness'),
+    ('(16)', ('{H^*} = h_0',), 'a target: all schemes shall make the triplet equally hard'),
+    ('(17)', ('h = h_0 − H',), 'the gain that this needs'),
+    ('(18), (22)', ('k_A = |u_n − u_p| = 2 sin(θ/2)',), 'hardness gained per length when the anchor moves in its best direction, from 0 to 2'),
+    ('(19), (20), (21)', ('s_A = s_C = frac{h}{2}', 's_S = frac{h}{4}'), 'shifts at θ = π: ANP and CAP move points twice as far as SIP'),
+    ('(23)', ('s_A = frac{h}{k_A} = frac{h}{2 sin(θ/2)}',), 'shift of the anchor in ANP'),
+    ('(24)', ('s_C = frac{h}{k_C}', 'k_C = 2 sin(φ/2) ≤ 2'), 'shift of positive and negative in CAP; the best directions have φ = π'),
+    ('(25)', ('s_S = frac{h}{k_A + k_C}',), 'shift of all three points in SIP'),
+    ('(26)', ('R = frac{s_A + s_C}{2 s_S} = frac{2}{q}', 'q = frac{4 k_A k_C}{{(k_A + k_C)}^2} ≤ 1'), 'shift in turns over shift at once: never below 2'))
 GAINS, SHIFTS = (.01, .05, .2), (.01, .05, .2) # sizes at which real triplets are checked
 
 def asked(
@@ -689,11 +689,11 @@ def appendix_results(
 
 def appendix_figures(
     results:Mapping[str, Any],
-    check:theory.Check,
-)->dict[str, tuple[bytes, str]]: # file name to (PNG, caption)
+    check:theory.Check|None=None, # single triplets; None: without real.png
+)->dict[str, tuple[bytes, str]]:  # file name to (PNG, caption)
     "All figures of the page with their captions."
     with theme():
-        sketch, geometry, ratio, views, real = _figure(10, 1.5), _figure(10, 3.4), _figure(10, 3.4), _figure(10, 3.4), _figure(10, 3.6)
+        sketch, geometry, ratio, views, real = new_figure(10, 1.5), new_figure(10, 3.4), new_figure(10, 3.4), new_figure(10, 3.4), new_figure(10, 3.6)
         for ax, scheme in zip(sketch.subplots(1, 3), ('sip', 'cap', 'anp')): theory.draw_sketch(ax, scheme)
         panels = geometry.subplots(2, 3, height_ratios=(2.6, 1))
         for row, theta, names in zip(panels, (math.radians(75), math.pi), ('abc', 'def')):
@@ -702,13 +702,14 @@ def appendix_figures(
                 theory.draw_scheme(ax, theta, scheme, h=.8).set_title(f'({name}) {scheme.upper()}, {"θ = 75°" if name in "abc" else "θ = π"}: s = {s:.2f}')
         theory.draw_ratio(ratio.subplots(), [(l['theta'], l['R exact']) for l in results['angles']])
         theory.draw_views(*views.subplots(1, 2))
-        theory.draw_check(*real.subplots(1, 2), check)
+        if check: theory.draw_check(*real.subplots(1, 2), check)
     n, lost = results['triplets']['triplets'], 'Reconstructed: the printed figure is not at hand, '
-    return {'figure1.png': (png(sketch), f'Figure 1, a sketch on the unit circle. All three attacks raise the hardness of the same triplet by 0.7; SIP moves each point about half as far as CAP or ANP. Ways are arcs, to scale. {lost}its message is.'),
+    made = {'figure1.png': (png(sketch), f'Figure 1, a sketch on the unit circle. All three attacks raise the hardness of the same triplet by 0.7; SIP moves each point about half as far as CAP or ANP. Ways are arcs, to scale. {lost}its message is.'),
             'figure5.png': (png(geometry), f'Figure 5 (a) to (f): the geometry of Appendix A for a gain of 0.8. Grey and solid: before, coloured and dashed: after; arrows to scale, lengths s by bisection on the exact hardness. {lost}panels and angles follow the text.'),
             'ratio.png': (png(ratio), 'R of eq. (26) over the angle, for triplets in the plane. Dots: exact, by bisection for a gain of 0.0001.'),
-            'views.png': (png(views), 'Two ways to compare. Left, the view of Appendix A: all schemes are to gain the same, and SIP moves each point least. Right, the view of an attack with a fixed radius: all points may move equally far, and SIP gains most.'),
-            'real.png': (png(real, dpi=110), f'{n} semihard test triplets of a trained network, gain {GAINS[1]:g}. Left: exact shifts on the sphere against h/k. Right: their ratio over the angle; the dashed line is 2.')}
+            'views.png': (png(views), 'Two ways to compare. Left, the view of Appendix A: all schemes are to gain the same, and SIP moves each point least. Right, the view of an attack with a fixed radius: all points may move equally far, and SIP gains most.')}
+    if check: made['real.png'] = (png(real, dpi=110), f'{n} semihard test triplets of a trained network, gain {GAINS[1]:g}. Left: exact shifts on the sphere against h/k. Right: their ratio over the angle; the dashed line is 2.')
+    return made
 
 # %% ../nbs/36_errata.ipynb #9753711a
 def _angles_table(results:Mapping[str, Any])->str:
@@ -728,17 +729,20 @@ def appendix_summary(results:Mapping[str, Any])->str:
             f'On {n} test triplets of a trained network the exact ratio is {real["R exact"]:.2f} on average and {real["R least"]:.2f} at least (formula: {real["R predicted"]:.2f}), for a gain of {real["h"]:g}. '
             f'If instead every point may move equally far, {real["shift"]:g}, SIP gains {real["exact gain sip"]:.3f}, CAP {real["exact gain cap"]:.3f} and ANP {real["exact gain anp"]:.3f}: the statement is about a fixed target, not about a fixed budget.')
 
+_ON_SPHERE = (f'<p>On the unit sphere a chord {maths("d")} grows by only {maths("c = sqrt{1 − d^2/4}")} per arc: {maths("k_A = sqrt{c_p^2 + c_n^2 − 2 c_p c_n cos θ}")}, {maths("k_C = c_p + c_n")}. '
+              f'That {maths("R ≥ 2")} uses only that gains are positive, and stays.</p>')
+
 def _appendix_page(results:Mapping[str, Any], figures:Mapping[str, tuple[bytes, str]])->str:
-    equations = _table(('Equation', 'Formula', 'Meaning'), EQUATIONS, 'text')
+    equations = _table(('Equation', 'Formula', 'Meaning'), [(number, ', &emsp;'.join(map(maths, formulas)), meaning) for number, formulas, meaning in EQUATIONS], 'text fixed')
     legend = '<p class="note">Means over the triplets. Upper number: exact; lower, grey: first-order formula. Out of reach: triplets in which a scheme cannot reach the gain on a straight way; they are left out of the shifts.</p>'
-    return _document('Appendix A: shifts of a triplet under attack', 'COLO-TRIDE attacks the anchor (ANP) and the other two points (CAP) in turns; the usual attack moves all three (SIP).', f'<p class="lead">{escape(appendix_summary(results))}</p>', _picture(*figures['figure1.png']),
-        '<h2>Formulas</h2><p>The printed forms are lost in the text at hand; these follow from first-order geometry and agree with what the text says about them. θ is the angle at the anchor between the ways to positive and negative, <i>u</i><sub>p</sub> and <i>u</i><sub>n</sub> are the unit vectors of these ways, <i>s</i> is the shift of every moved point.</p>',
-        equations, '<p>On the unit sphere a chord <i>d</i> grows by only <i>c</i> = √(1 − <i>d</i>²/4) per arc: <i>k</i><sub>A</sub> = √(<i>c</i><sub>p</sub>² + <i>c</i><sub>n</sub>² − 2<i>c</i><sub>p</sub><i>c</i><sub>n</sub> cos θ), <i>k</i><sub>C</sub> = <i>c</i><sub>p</sub> + <i>c</i><sub>n</sub>. That <i>R</i> ≥ 2 uses only that gains are positive, and stays.</p>',
-        '<h2>Geometry</h2>', _picture(*figures['figure5.png']), '<h2>The ratio</h2>', _picture(*figures['ratio.png']), '<p>Planar triplets with both distances one, a gain of 0.0001.</p>', _angles_table(results),
-        '<h2>Fixed target or fixed budget</h2>', _picture(*figures['views.png']),
+    return _document('Appendix A: shifts of a triplet under attack', 'COLO-TRIDE attacks the anchor (ANP) and the other two points (CAP) in turns; the usual attack moves all three (SIP).', [appendix_summary(results)], html_figure(*figures['figure1.png']),
+        '<h2>Formulas</h2><p>The printed forms are lost in the text at hand; these follow from first-order geometry and agree with what the text says about them. θ is the angle at the anchor between the ways to positive and negative, ' + f'{maths("u_p")} and {maths("u_n")} are the unit vectors of these ways, {maths("s")} is the shift of every moved point.</p>',
+        equations, _ON_SPHERE,
+        '<h2>Geometry</h2>', html_figure(*figures['figure5.png']), '<h2>The ratio</h2>', html_figure(*figures['ratio.png']), '<p>Planar triplets with both distances one, a gain of 0.0001.</p>', _angles_table(results),
+        '<h2>Fixed target or fixed budget</h2>', html_figure(*figures['views.png']),
         f'<h2>Real triplets</h2><p>Semihard test triplets of a network trained without defence on {escape(results["triplets"]["dataset"])}, moved on the unit sphere; their mean angle is {results["theta"]:.0f}°. Points move freely here: what a network lets images do is another question.</p>',
-        _picture(*figures['real.png']), legend, _check_table(results['real']), '<h2>Random triplets</h2><p>1000 triplets on the unit sphere in 64 dimensions.</p>', _check_table(results['random']),
-        '<h2>Configuration</h2>', _facts({'parameters': results['parameters'], 'triplets': results['triplets']}), '<h2>Provenance</h2>', _facts(results['provenance']))
+        html_figure(*figures['real.png']), legend, _check_table(results['real']), '<h2>Random triplets</h2><p>1000 triplets on the unit sphere in 64 dimensions.</p>', _check_table(results['random']),
+        '<h2>Configuration</h2>', facts_table({'parameters': results['parameters'], 'triplets': results['triplets']}), '<h2>Provenance</h2>', facts_table(results['provenance']))
 
 def write_appendix(
     folder:Path,               # for example reports/appendix_a
@@ -748,6 +752,6 @@ def write_appendix(
     "Write index.html, results.json and figures/*.png, each completely or not at all."
     folder = Path(folder)
     for name, (data, _) in figures.items(): write_atomic(folder/'figures'/name, data)
-    write_atomic(folder/'results.json', to_json(results))
+    write_atomic(folder/'results.json', to_json(results, compact=True))
     write_atomic(folder/'index.html', _appendix_page(results, figures).encode())
     return folder/'index.html'

@@ -9,7 +9,7 @@ __all__ = ['PAPER_28', 'PAPER_224', 'A', 'B', 'QUICK', 'SMALL', 'MEDIUM', 'SMOKE
            'Experiment', 'Plan', 'plan', 'with_backbone', 'replan', 'folder_name', 'check_split', 'query_count',
            'announce', 'Cell', 'cells', 'natural', 'defense', 'training_config', 'weights_name', 'train_cell', 'alone',
            'trained_as', 'evaluation_config', 'evaluate_cell', 'missing_cells', 'compute_cell', 'compute_elsewhere',
-           'record', 'check_weights', 'published', 'results', 'example_images']
+           'record', 'check_weights', 'published', 'results', 'example_images', 'example_tensors']
 
 # %% ../nbs/33_experiments.ipynb #5c452ee8
 import hashlib, json, math, os
@@ -591,8 +591,15 @@ def example_images(
     results:dict, # of `results`
 )->dict[str,dict[str,Tensor]]: # tensors of `evaluate.examples` per row, for the first seed
     "Example queries of each row, from the store."
+    return example_tensors(plan.reports, results)
+
+def example_tensors(
+    reports:Path, # folder of the reports and their store
+    results:dict, # of `results`
+)->dict[str,dict[str,Tensor]]: # as `example_images`
+    "The same for results that were read from a file."
     found = {}
     for r in results['records']:
-        run = Run(plan.reports/'store'/r['eval']['address'])
+        run = Run(Path(reports)/'store'/r['eval']['address'])
         if run.has('examples.safetensors'): found.setdefault(f'{r["setting"]} {r["label"]}', load_tensors(run, 'examples.safetensors', r['eval']['examples']))
     return found

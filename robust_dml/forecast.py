@@ -42,7 +42,7 @@ from robust_dml.experiments import (
 from .metrics import retrieval
 from .models import build, embed, embed_all, frozen, streamlined
 from .pgd import autograd_gradient
-from .report import _facts, _figure, _grid, _line, _picture, document, look, png, theme
+from .pages import document, facts_table, html_figure, html_row, new_figure, opening, png, table_box, theme
 from .search import block_rows, kmeans, resolve_backend
 from .scores import HEADINGS, PAPER_MINUTES
 from .store import Run, find_run, provenance, reports_root, to_json, write_atomic
@@ -825,7 +825,7 @@ def bars(
     kinds = (('training', '#2171b5', lambda r: r['training_seconds']), ('attacks', '#d94801', lambda r: attack_seconds(r['evaluation'])),
              ('embedding, metrics, examples', '#fdae6b', lambda r: r['evaluation_seconds'] - attack_seconds(r['evaluation'])))
     with theme():
-        fig = _figure(10.5, .36*len(rows) + 1.2)
+        fig = new_figure(10.5, .36*len(rows) + 1.2)
         ax, left = fig.subplots(), [0.]*len(rows)
         for label,colour,seconds in kinds:
             values = [seconds(r)/size for r in rows]
@@ -841,7 +841,7 @@ def bars(
     return fig
 
 # %% ../nbs/35_forecast.ipynb #631c53cc
-def _table(head:Sequence[str], rows:Sequence[Sequence[str]])->str: return _grid(_line([*map(escape, head)], head=True), [_line([*map(escape, row)]) for row in rows])
+def _table(head:Sequence[str], rows:Sequence[Sequence[str]])->str: return table_box(html_row([*map(escape, head)], head=True), [html_row([*map(escape, row)]) for row in rows])
 
 def _cells_table(results, name)->str:
     memory = results['memory'][name]
@@ -871,12 +871,12 @@ def _page(results:Mapping[str, Any], picture:bytes)->str:
     caption, check = f'Forecast for {results["dataset"]}, one seed.', results['memory_check']
     title = f'What the tables cost: {results["dataset"]}, preset {results["preset"]}'
     recorded = f'<h3>Runs in the store</h3><p>Finished runs of this plan, made on such a machine at some other time.</p>{_comparison(results["recorded"])}' if results['recorded'] else ''
-    return document(title, f'<h1>{escape(title)}</h1><p class="sub">Measured on {escape(results["device"])}, {results["threads"]} threads. Reading image files is not counted.</p><p class="lead">{escape(summary(results))}</p>'
-            f'<h2>Where the time will go</h2>{_picture(picture, caption)}'
+    return document(title, opening(title, f'Measured on {results["device"]}, {results["threads"]} threads. Reading image files is not counted.', [summary(results)]) +
+            f'<h2>Where the time will go</h2>{html_figure(picture, caption)}'
             f'<h2>Every cell</h2>{"".join(_cells_table(results, name) for name in results["rows"])}<p class="note">≤: HM and COLO-TRIDE may leave inner steps out; all are counted.</p>'
             f'<h2>Beside real runs</h2><h3>Short runs</h3><p>Made after the calibration, on random images. Forecast: with the inner steps that were really made.</p>{_comparison(results["rehearsed"])}{recorded}'
             f'<h3>Memory</h3><p>Two updates of {escape(check["defense"])} with {check["pairs"]} pairs in a process of their own: forecast {_gib(check["predicted"])}, measured {_gib(check["measured"])}.</p>'
-            f'<h2>Beside the paper</h2>{_paper_table(results)}<h2>Configuration</h2>{_facts(results["parameters"])}<h2>Provenance</h2>{_facts(results["provenance"])}')
+            f'<h2>Beside the paper</h2>{_paper_table(results)}<h2>Configuration</h2>{facts_table(results["parameters"])}<h2>Provenance</h2>{facts_table(results["provenance"])}')
 
 def write_cost_report(
     folder:Path,                # for example reports/cost-cub-paper
@@ -885,6 +885,6 @@ def write_cost_report(
     "Write index.html, cost.csv and results.json, each completely or not at all."
     folder = Path(folder)
     write_atomic(folder/'cost.csv', frame(results).to_csv(index=False, lineterminator='\n', float_format='%.6g').encode())
-    write_atomic(folder/'results.json', to_json(results))
+    write_atomic(folder/'results.json', to_json(results, compact=True))
     write_atomic(folder/'index.html', _page(results, png(bars(results))).encode())
     return folder/'index.html'

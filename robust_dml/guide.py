@@ -19,7 +19,7 @@ import torch
 from .attacks import FIXED, SUITE
 from .core import need
 from .distances import normalise
-from .report import _figure, look, theme
+from .pages import look, new_figure, theme
 from .theory import Points, pulls
 
 if TYPE_CHECKING:
@@ -322,7 +322,7 @@ def _head(ax:'Axes')->None:
 def pipeline()->'Figure':
     "A training step of COLO-TRIDE by the paper's text, Figure 2 and Algorithm 1, drawn anew; 7 inches wide."
     with theme():
-        fig = _figure(7., 6.5)
+        fig = new_figure(7., 6.5)
         ax = fig.add_axes((0, 0, 1, 1), xlim=(0, 7), ylim=(0, 6.5))
         ax.axis('off')
         _head(ax)

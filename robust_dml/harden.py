@@ -22,7 +22,8 @@ from .core import check_between, kept_memory
 from .defenses import Defense
 from .experiments import Cell, Setting, _versions, defense as made, recipe, table_row
 from .models import EmbeddingNet, checksum
-from .report import _STATE, _TABLE1, Column, _facts, _fixed, _grid, _line, _picture, _slug, curves, document, png
+from .pages import document, facts_table, fixed_text, html_figure, html_row, opening, png, slug, table_box
+from .report import STATE_COLUMNS, TABLE1_COLUMNS, Column, curves
 from .store import Run, open_run, provenance, reports_root, save_tensors, to_json, write_atomic
 from .train import train
 
@@ -107,11 +108,11 @@ def _rows(before:Audit, after:Audit)->list[tuple[str, str, str, str]]:
     "Name, text before, text after, what it is."
     def text(found, c):
         value = found.results['evaluation'][c.path[1]].get(c.path[2])
-        return '–' if value is None or math.isnan(value) else _fixed(value, c.digits)
-    def worst(found, k): return '–' if (v := found.results['worst'][k]) is None or math.isnan(v) else _fixed(v, 1)
+        return '–' if value is None or math.isnan(value) else fixed_text(value, c.digits)
+    def worst(found, k): return '–' if (v := found.results['worst'][k]) is None or math.isnan(v) else fixed_text(v, 1)
     rows = [('R@1 under the worst attack ↑', worst(before, 'after'), worst(after, 'after'), 'attacked queries that withstand every attack, in percent'),
             ('R@1 of the same queries ↑', worst(before, 'before'), worst(after, 'before'), 'without an attack')]
-    return rows + [(c.name + _ARROWS[c.better], text(before, c), text(after, c), c.help) for c in (*(c for c in _TABLE1 if len(c.path) == 3 and c not in _STATE), _NEAREST, *_STATE) if text(before, c) != '–' or text(after, c) != '–']
+    return rows + [(c.name + _ARROWS[c.better], text(before, c), text(after, c), c.help) for c in (*(c for c in TABLE1_COLUMNS if len(c.path) == 3 and c not in STATE_COLUMNS), _NEAREST, *STATE_COLUMNS) if text(before, c) != '–' or text(after, c) != '–']
 
 def _flags(found:Audit)->str: return ', '.join(f['name'].replace('_', ' ') for f in found.results['evaluation']['flags'] if f['raised']) or 'none'
 
@@ -119,15 +120,15 @@ def _page(results:Mapping[str, Any], before:Audit, after:Audit, weights:Path, fi
     "The whole page."
     def link(found): return escape(os.path.relpath(found.page, folder))
     def whole(text): return f'<span style="white-space:nowrap">{text}</span>'
-    body = [_line([escape(name), whole(a), whole(f'<b>{b}</b>'), escape(text)]) for name,a,b,text in _rows(before, after)]
-    body.append(_line(['Flags raised', escape(_flags(before)), escape(_flags(after)), 'what speaks against believing the numbers']))
+    body = [html_row([escape(name), whole(a), whole(f'<b>{b}</b>'), escape(text)]) for name,a,b,text in _rows(before, after)]
+    body.append(html_row(['Flags raised', escape(_flags(before)), escape(_flags(after)), 'what speaks against believing the numbers']))
     d, title = results['defense'], f'{results["name"]}, before and after hardening by {results["defense"]["name"]}'
-    return document(title, f'<h1>{escape(title)}</h1><p class="sub">Trained on {results["train"]["images"]:,} images of {results["train"]["classes"]:,} classes for {results["epochs"]} epochs with ε = {255*d["options"].get("eps", 0):.3g}/255; '
-        f'judged on images that the training has not seen.</p><p class="lead">{escape(results["sentence"])}</p><h2>Side by side</h2>{_grid(_line(["", "before", "after", ""], head=True), body, "text")}<p class="note">↑ higher is better, ↓ lower is better.</p>'
+    return document(title, opening(title, f'Trained on {results["train"]["images"]:,} images of {results["train"]["classes"]:,} classes for {results["epochs"]} epochs with ε = {255*d["options"].get("eps", 0):.3g}/255; '
+        'judged on images that the training has not seen.', [results['sentence']]) + f'<h2>Side by side</h2>{table_box(html_row(["", "before", "after", ""], head=True), body, "text")}<p class="note">↑ higher is better, ↓ lower is better.</p>'
         f'<p>The whole audits: <a href="{link(before)}">before</a>, <a href="{link(after)}">after</a>; there every number is explained.</p>'
-        f'<h2>Training</h2>{_picture(figure, "Training; distances that shrink together announce a collapse.")}'
+        f'<h2>Training</h2>{html_figure(figure, "Training; distances that shrink together announce a collapse.")}'
         f'<h2>The weights</h2><p>{escape(weights.name)} in this folder, to be loaded as <code>weights</code>; sha256 {escape(results["sha256"][:16])}….</p>'
-        f'<h2>Configuration</h2>{_facts({k: results[k] for k in ("defense", "train", "epochs", "pairs", "lr", "weight_decay", "seed")})}<h2>Provenance</h2>{_facts(results["provenance"])}')
+        f'<h2>Configuration</h2>{facts_table({k: results[k] for k in ("defense", "train", "epochs", "pairs", "lr", "weight_decay", "seed")})}<h2>Provenance</h2>{facts_table(results["provenance"])}')
 
 # %% ../nbs/46_harden.ipynb #2b6192fd
 @kept_memory()
@@ -166,12 +167,12 @@ def harden(
     before = audit(model, held, name=name, **common)
     done = train(net, pictures, chosen, epochs=epochs, pairs=pairs, lr=lr, weight_decay=weight_decay, seed=seed, device=device, run=run, show=show, desc=f'harden by {defense}')
     after = audit(net, held, name=f'{name} {defense}', **common)
-    folder = reports_root(out)/f'harden-{_slug(stem)}-{_slug(name)}-{_slug(defense)}'
+    folder = reports_root(out)/f'harden-{slug(stem)}-{slug(name)}-{slug(defense)}'
     sha = save_tensors(Run(folder), 'hardened.safetensors', dict(portable(net).state_dict()))
     results = dict(name=name, sentence=verdict(before, after), defense=dict(name=defense, options=chosen.options), train=pictures.summary(), epochs=epochs, pairs=pairs, lr=lr, weight_decay=weight_decay, seed=seed,
                    sha256=sha, log=done['log'], seconds=done['seconds'], before=before.results, after=after.results, run=run.address, provenance=provenance())
     figure = png(curves([dict(label=defense, setting='own', defense=chosen.name, profile='', place=0, seed=seed, train=done)]))
-    write_atomic(folder/'results.json', to_json(results))
+    write_atomic(folder/'results.json', to_json(results, compact=True))
     write_atomic(folder/'index.html', _page(results, before, after, folder/'hardened.safetensors', figure, folder).encode(errors='backslashreplace'))
     return Hardened(folder/'index.html', results['sentence'], folder/'hardened.safetensors', net, before, after)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from .core import need
-from .report import _RESIST, _STATE, _TABLE1, _cell, _figure, _fixed, _grid, _line, _name, _number, _origin, _picture, _setup, _spread, curves, look, png, theme
+from .pages import defence_name, fixed_text, html_figure, html_row, look, mean_spread, new_figure, number_cell, opening, png, table_box, theme
+from .report import RESISTANCE_COLUMNS, STATE_COLUMNS, TABLE1_COLUMNS, curves, number_at, provenance_part, publish, setup_part
 from .scores import ars_cells
-from .studies import _publish
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,7 @@ def resistances(
 )->tuple[float,float]:         # local: GTM in its sound form; global: mean of QA+ and QA-; in percent
     "How well a model resists a local and a global attack."
     before, after = record['eval']['before'], record['eval']['after']
-    cells = ars_cells(before, {**after, 'GTM': _number(record, ('eval', 'after', 'GTM fixed'))})
+    cells = ars_cells(before, {**after, 'GTM': number_at(record, ('eval', 'after', 'GTM fixed'))})
     return cells['GTM'], (cells['QA+'] + cells['QA-'])/2
 
 # %% ../nbs/41_locality.ipynb #0ad8d7b9
@@ -59,13 +59,13 @@ def plane(
 )->'Axes':
     "Local against global resistance: seeds faint, their mean strong, models flagged as collapsed hollow."
     with theme():
-        ax = ax or _figure(6.4, 4.6).subplots()
-        path = [(_spread(p.near)[0], _spread(p.wide)[0]) for p in sweep if p.top is not None]
+        ax = ax or new_figure(6.4, 4.6).subplots()
+        path = [(mean_spread(p.near)[0], mean_spread(p.wide)[0]) for p in sweep if p.top is not None]
         if path: ax.plot(*zip(*path), color='#999999', linewidth=1, zorder=1)
         for p in sweep:
             colour, marker = look(p.records[0])
             if len(p.near) > 1: ax.scatter(p.near, p.wide, s=14, color=colour, marker=marker, alpha=.4, linewidths=0)
-            centre = _spread(p.near)[0], _spread(p.wide)[0]
+            centre = mean_spread(p.near)[0], mean_spread(p.wide)[0]
             ax.scatter(*centre, s=52, facecolors='none' if p.collapsed else colour, edgecolors=colour, marker=marker, zorder=3)
             ax.annotate(p.label if p.top is None else f'w = {p.top:g}', centre, xytext=(6, 6), textcoords='offset points', fontsize=9)
         ax.margins(.12)
@@ -75,7 +75,7 @@ def plane(
 # %% ../nbs/41_locality.ipynb #a6ea767f
 def _change(name:str, first:Sequence[float], last:Sequence[float])->str:
     "What may be said about a resistance from w at its least to w at its most."
-    (a, spread_a), (b, spread_b) = _spread(first), _spread(last)
+    (a, spread_a), (b, spread_b) = mean_spread(first), mean_spread(last)
     if min(len(first), len(last)) < 2: return f'{name} goes from {a:.1f} to {b:.1f}; one seed has no spread, so no effect is claimed.'
     said = 'by more than the spread of the seeds' if abs(b - a) > spread_a + spread_b else 'within the spread of the seeds, so no effect is claimed'
     return f'{name} goes from {a:.1f}\u00a0±\u00a0{spread_a:.1f} to {b:.1f}\u00a0±\u00a0{spread_b:.1f}, {said}.'
@@ -88,32 +88,32 @@ def words(sweep:Sequence[Point])->list[str]:
     return [' '.join(said)]*bool(said) + [f"Flagged as collapsed, so that their resistance means nothing: {', '.join(flagged)}."]*bool(flagged)
 
 # %% ../nbs/41_locality.ipynb #bc4d6368
-_COLUMNS = {c.name + ' after': c for c in _TABLE1 if c.name in ('QA+', 'QA-', 'GTM', 'GTT', 'GTM fixed')} | {c.name + ' resistance': c for c in _RESIST} | {_STATE[0].name: _STATE[0]}
+_COLUMNS = {c.name + ' after': c for c in TABLE1_COLUMNS if c.name in ('QA+', 'QA-', 'GTM', 'GTT', 'GTM fixed')} | {c.name + ' resistance': c for c in RESISTANCE_COLUMNS} | {STATE_COLUMNS[0].name: STATE_COLUMNS[0]}
 
 def _cells(values:Sequence[float], digits:int)->str:
     "Mean and spread as text; '0/0' where undefined."
-    mean, spread = _spread(values)
-    return '0/0' if math.isnan(mean) else _fixed(mean, digits) + ('' if math.isnan(spread) else f' ± {_fixed(spread, digits)}')
+    mean, spread = mean_spread(values)
+    return '0/0' if math.isnan(mean) else fixed_text(mean, digits) + ('' if math.isnan(spread) else f' ± {fixed_text(spread, digits)}')
 
 def table(
     sweep:Sequence[Point],
 )->'DataFrame': # texts; a line per defence
     "Every number of the sweep, mean and spread over the seeds."
-    columns = {'R@1': _TABLE1[0], **_COLUMNS}
+    columns = {'R@1': TABLE1_COLUMNS[0], **_COLUMNS}
     lines = [{'Defence': p.label, 'Local': _cells(p.near, 1), 'Global': _cells(p.wide, 1), 'Collapsed': f'{p.collapsed} of {len(p.records)}',
-              **{name: _cells([_number(r, c.path) for r in p.records], c.digits) for name,c in columns.items()}} for p in sweep]
+              **{name: _cells([number_at(r, c.path) for r in p.records], c.digits) for name,c in columns.items()}} for p in sweep]
     return need('pandas', 'a table').DataFrame(lines)
 
 # %% ../nbs/41_locality.ipynb #1da6d099
 def _section(setting:str, records:Sequence[Mapping[str,Any]])->str:
-    "Words, figure, table and training curves of a setting."
+    "Figure, table and training curves of a setting."
     sweep = points(records)
     shown = table(sweep)
-    body = [_line([_name(p.records[0]), *(_cell(text, False) for text in row[1:])]) for p,row in zip(sweep, shown.values.tolist())]
-    return (f'<h2>Setting {escape(setting)}</h2>' + ''.join(f'<p class="lead">{escape(text)}</p>' for text in words(sweep)) +
-            _picture(png(plane(sweep).figure), 'Local against global resistance, the line in the order of w, the weight of the nearest negative. Faint: single seeds. Hollow: flagged as collapsed.') +
-            _grid(_line([*map(escape, shown)], head=True), body, 'results') +
-            _picture(png(curves(records)), 'Training, one thin line per seed. Distances that shrink together announce a collapse.'))
+    body = [html_row([defence_name(p.records[0]), *(number_cell(text, False) for text in row[1:])]) for p,row in zip(sweep, shown.values.tolist())]
+    return (f'<h2>Setting {escape(setting)}</h2>' +
+            html_figure(png(plane(sweep).figure), 'Local against global resistance, the line in the order of w, the weight of the nearest negative. Faint: single seeds. Hollow: flagged as collapsed.') +
+            table_box(html_row([*map(escape, shown)], head=True), body, 'results') +
+            html_figure(png(curves(records)), 'Training, one thin line per seed. Distances that shrink together announce a collapse.'))
 
 def write_locality(
     folder:Path,               # for example reports/locality-glyphs-quick
@@ -121,9 +121,11 @@ def write_locality(
 )->Path:                       # index.html
     "Write index.html and results.json."
     settings = dict.fromkeys(r['setting'] for r in results['records'])
-    page = ''.join(_section(s, [r for r in results['records'] if r['setting'] == s]) for s in settings)
+    blocks = {s: [r for r in results['records'] if r['setting'] == s] for s in settings}
+    page = ''.join(_section(*block) for block in blocks.items())
+    said = [f'Setting {s}. {text}' for s,records in blocks.items() for text in words(points(records))]
     note = ('Local: resistance (ARS) to GTM in its sound form. Global: mean resistance to QA+ and QA-. Resistance is 100 where an attack changes nothing and 0 where it reaches its goal. '
             'Loss and sweep are a construction of this project, made to ask a question that the paper leaves to future work.')
     smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
-    return _publish(folder, results, f'<h1>{escape(results["title"])}</h1><p class="sub">Data {escape(results["dataset"])}, preset {escape(results["preset"])}.{smoke}</p><p class="note">{escape(note)}</p>{page}'
-                    f'<h2>Configuration</h2>{_setup(results)}<h2>Provenance</h2>{_origin(results)}')
+    return publish(folder, results, opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', said) + f'<p class="note">{escape(note)}</p>{page}'
+                    f'<h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}')

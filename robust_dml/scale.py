@@ -29,10 +29,10 @@ from .forecast import PAPER_SETS, image_steps, paper_workload, training_amounts
 from .models import build, dtype_of, embed, embed_all, frozen, streamlined
 from .pgd import autograd_gradient
 from .ranks import traffic
-from .report import _figure, _facts, _grid, _line, _picture, png, theme
+from .pages import facts_table, html_figure, html_row, new_figure, opening, png, table_box, theme
 from .search import knn
 from .store import provenance
-from .studies import _publish
+from .report import publish
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -352,7 +352,7 @@ def sizes_figure(results:Mapping[str, Any])->'Figure':
     "Seconds of exact search, measured and extended."
     s, line = results['search'], Curve(*(results['search'][k] for k in ('base', 'slope', 'held')))
     with theme():
-        fig = _figure(10, 3.2)
+        fig = new_figure(10, 3.2)
         left, right = fig.subplots(1, 2)
         far = [*s['sizes'], *GALLERIES]
         left.loglog(sorted(far), [1000*line.at(n)/s['queries'] for n in sorted(far)], '--', color='#666666', label='a + b·N')
@@ -372,7 +372,7 @@ def write_scale(
 )->Path:                       # index.html
     "Write index.html and results.json."
     s, p = results['search'], results['parameters']
-    def table(head, rows): return _grid(_line(head, head=True), [_line([escape(str(c)) for c in row]) for row in rows])
+    def table(head, rows): return table_box(html_row(head, head=True), [html_row([escape(str(c)) for c in row]) for row in rows])
     def clock(seconds): return f'{seconds:.3g} s' if seconds >= 1 else f'{1000*seconds:.3g} ms'
     indexes = ''.join(f'<h3>{escape(m["label"])}</h3>' + table(['Index', 'Bytes per image', 'ms per query', 'Exact answer (%)', *(f'R@1 {name} (%)' for name in m['indexes'][0]['r1'])],
                       [(r['index'], f'{r["bytes"]:.0f}', f'{r["ms"]:.3f}', f'{r["same"]:.1f}', *(f'{v:.1f}' for v in r['r1'].values())) for r in m['indexes']]) for m in results['models'])
@@ -382,10 +382,10 @@ def write_scale(
     layouts = table(['Network', 'Devices', 'Per training', 'Trainings at once', 'Rounds', 'Hours', 'Efficiency (%)'],
                     [(f'x {l["times"]:,}', l['gpus'], l['each'], l['at_once'], l['rounds'], f'{l["hours"]:,.1f}', f'{100*l["efficiency"]:.0f}') for l in results['layouts']])
     held = '' if math.isnan(s['held']) else f' The largest gallery was predicted from the smaller ones with an error of {100*s["held"]:+.0f} %.'.replace('-', '−')
-    body = (f'<h1>{escape(results["title"])}</h1>' + ''.join(f'<p class="lead">{escape(text)}</p>' for text in words(results)) + _picture(png(sizes_figure(results)), f'Left: measured and extended.{held} Right: computed.') +
+    body = (opening(results['title'], '', words(results)) + html_figure(png(sizes_figure(results)), f'Left: measured and extended.{held} Right: computed.') +
             f'<h2>Approximate search under attack</h2><p>Measured on {results["images"]:,} images; the attacks climb against the exact gallery, then every index answers the same queries.</p>{indexes}'
             f'<h2>Galleries</h2><p>Computed: the measured seconds of one comparison in exact search times the comparisons of a query, {results["dim"]} dimensions. A comparison with a PQ code costs less, a jump between lists more.</p>{galleries}'
             f'<h2>One update of {escape(results["job"]["name"])}</h2><p>Computed from one measured image step on one device; {p["bandwidth"]:g} GB/s and {p["latency"]:g} µs between devices are assumptions.</p>{updates}'
             f'<h2>A table of {p["trainings"]} trainings</h2><p>Computed: the number of devices per training that finishes the table soonest.</p>{layouts}'
-            f'<h2>Configuration</h2>{_facts(dict(p, **results["job"]))}<h2>Provenance</h2>{_facts(results["provenance"])}')
-    return _publish(folder, results, body)
+            f'<h2>Configuration</h2>{facts_table(dict(p, **results["job"]))}<h2>Provenance</h2>{facts_table(results["provenance"])}')
+    return publish(folder, results, body)

@@ -60,6 +60,8 @@ def _unwritable(path:Path, error:OSError)->StoreError:
 # %% ../nbs/30_store.ipynb #a72165e1
 def to_json(
     value, # dicts, lists, strings, numbers; NaN becomes null
+    *,
+    compact:bool=False, # one line without spaces and with the keys as they come, for files that only programs read
 )->bytes:
     "Canonical JSON text: sorted keys, one space of indent, no NaN."
     def plain(v):
@@ -67,7 +69,8 @@ def to_json(
         if isinstance(v, dict): return {str(k): plain(x) for k,x in v.items()}
         if isinstance(v, (list, tuple)): return [plain(x) for x in v]
         return v
-    return (json.dumps(plain(value), sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + '\n').encode(errors='backslashreplace')
+    form = dict(separators=(',', ':')) if compact else dict(indent=1, sort_keys=True)
+    return (json.dumps(plain(value), allow_nan=False, ensure_ascii=False, **form) + '\n').encode(errors='backslashreplace')
 
 # %% ../nbs/30_store.ipynb #0eb7113e
 def _signed(value:dict)->dict:

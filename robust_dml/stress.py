@@ -25,10 +25,10 @@ from .core import kept_memory, progress
 from .evaluate import query_rows, queries_and_gallery
 from .experiments import Cell, Plan, alone, cells, evaluate_cell, query_count, results, train_cell
 from .models import dtype_of, embed_all, streamlined
-from .report import _figure, _grid, _legend, _line, _name, _origin, _picture, _setup, _spread, look, png, theme
+from .pages import defence_legend, html_figure, html_row, look, mean_spread, new_figure, opening, png, table_box, theme
+from .report import provenance_part, publish, setup_part
 from .store import Run, append_line, open_run, read_lines
 from .strong import APGD, LTM_NEAREST, adaptive, over_eps, over_steps, run_strong, three
-from .studies import _publish
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -225,7 +225,7 @@ def beyond_es(
     records:Sequence[Mapping[str, Any]], # of one setting
 )->str:
     "What is left under ES, the search of the tables, and under all white-box searches; and who beats ES without gradients."
-    def mean(runs, names): return _spread([r_at_1(r['stress'], names(r['stress'])) for r in runs])[0]
+    def mean(runs, names): return mean_spread([r_at_1(r['stress'], names(r['stress'])) for r in runs])[0]
     def es(runs): return mean(runs, lambda found: ['ES'])
     lines = by_label([r for r in records if not r['eval']['collapsed']])
     said = [f"{label} {es(runs):.1f} % and {mean(runs, lambda found: of_kind(found, 'white')):.1f} %" for label,runs in lines.items()]
@@ -255,7 +255,7 @@ def stress_curves(
     "R@1 under ES over the radius and over the number of steps, mean over the seeds."
     lines = by_label(records)
     with theme():
-        fig = _figure(10.5, 4.)
+        fig = new_figure(10.5, 4.)
         left, right = fig.subplots(1, 2, sharey=True)
         for runs in lines.values():
             colour, marker = look(runs[0])
@@ -266,7 +266,7 @@ def stress_curves(
         steps = [p['steps'] for p in records[0]['stress']['over_steps']]
         right.set_xticks(steps, [*map(str, steps)])
         right.minorticks_off()
-        _legend(fig, lines)
+        defence_legend(fig, lines)
     return fig
 
 # %% ../nbs/45_stress.ipynb #db5f209f
@@ -278,7 +278,7 @@ def stress_table(
     "R@1 of every model under every attack, mean ± standard deviation over the seeds."
     lines = by_label(records)
     def cell(values):
-        mean, spread = _spread(values)
+        mean, spread = mean_spread(values)
         return ('–' if math.isnan(mean) else f'{mean:.1f}') + ('' if math.isnan(spread) else f' ± {spread:.1f}')
     def line(text, asked, value): return (text, asked, *(cell([value(r) for r in runs]) for runs in lines.values()))
     rows = [('Attack', 'Questions', *lines), line('None', '', lambda r: _average(r['stress']['before']))]
@@ -298,12 +298,12 @@ def _average(values)->float:
 def _section(setting, records)->str:
     "Table and curves of a setting."
     head, *rows = stress_table(records)
-    strong = [_line([f'<b>{escape(cell)}</b>' if row[0].startswith('All of them') else escape(cell) for cell in row]) for row in rows]
+    strong = [html_row([f'<b>{escape(cell)}</b>' if row[0].startswith('All of them') else escape(cell) for cell in row]) for row in rows]
     flagged = ', '.join(dict.fromkeys(r['label'] for r in records if r['eval']['collapsed']))
     note = f'<p class="note">Flagged as collapsed, so that its R@1 under attack means nothing: {escape(flagged)}.</p>' if flagged else ''
     said = f'<p>{escape(beyond_es(records))}</p>' if any(not r['eval']['collapsed'] for r in records) else ''
-    return (f'<h2>Setting {escape(setting)}</h2>{said}{_grid(_line([*map(escape, head)], head=True), strong)}{note}' +
-            _picture(png(stress_curves(records)), 'R@1 under ES over the radius (left) and over the number of steps at the radius of the setting (right), mean over the seeds.'))
+    return (f'<h2>Setting {escape(setting)}</h2>{said}{table_box(html_row([*map(escape, head)], head=True), strong, "fixed")}{note}' +
+            html_figure(png(stress_curves(records)), 'R@1 under ES over the radius (left) and over the number of steps at the radius of the setting (right), mean over the seeds.'))
 
 def write_stress(
     folder:Path,               # for example reports/stress-glyphs-quick
@@ -316,6 +316,6 @@ def write_stress(
             f"White-box searches take {results['attack']['steps']} steps, the one with restarts {effort['restarts']} times as many. Noise draws corners of the ball; universal: one perturbation for all, learned on {effort['learn']} other images; "
             'made on: images of ES made on another model of the same setting and seed.')
     smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
-    return _publish(folder, results, f'<h1>{escape(results["title"])}</h1><p class="sub">Data {escape(results["dataset"])}, preset {escape(results["preset"])}.{smoke}</p><p class="lead">{escape(first)}</p>' +
+    return publish(folder, results, opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', [first]) +
                     ''.join(f'<p class="warn">{escape(text)}</p>' for text in rest) + ''.join(_section(*item) for item in sections.items()) +
-                    f'<p class="note">{escape(note)}</p><h2>Configuration</h2>{_setup(results)}<h2>Provenance</h2>{_origin(results)}')
+                    f'<p class="note">{escape(note)}</p><h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}')

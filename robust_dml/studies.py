@@ -16,9 +16,10 @@ from typing import Any
 
 from .core import kept_memory
 from .experiments import EXPERIMENTS, Cell, Plan, cells, defense, evaluate_cell, example_images, plan, replan, results, train_cell, trained_as, _shareable
-from .report import _facts, _figure, _grid, _join, _line, _name, _picture, _spread, document, look, png, summary, theme, write_report
+from .pages import defence_name, facts_table, html_figure, html_row, join_words, mean_spread, new_figure, opening, png, table_box, theme
+from .report import publish, summary, write_report
 from .scores import HEADINGS, PAPER_MINUTES
-from .store import provenance, to_json, write_atomic
+from .store import provenance
 
 # %% ../nbs/37_studies.ipynb #2ba7341c
 @kept_memory()
@@ -47,7 +48,7 @@ def timing_rows(
     hm = next(lines for lines in of.values() if next(iter(lines.values()))['defense'] == 'hm')
     rows = []
     for label,lines in of.items():
-        mean, spread = _spread([line['seconds'] for line in lines.values()])
+        mean, spread = mean_spread([line['seconds'] for line in lines.values()])
         ratio = [line['seconds']/hm[seed]['seconds'] for seed,line in lines.items() if seed in hm]
         rows.append(dict(label=label, trainings=len(lines), seconds=mean, spread=spread,
                          ratio=statistics.fmean(ratio), share=statistics.fmean(line['steps_share'] for line in lines.values()), image_steps=statistics.fmean(line['image_steps'] for line in lines.values()), first=next(iter(lines.values()))))
@@ -61,21 +62,15 @@ def write_timing(
     "Write index.html and results.json."
     rows, saved = timing_rows(results['trainings']), 1 - PAPER_MINUTES['colo_tride']/PAPER_MINUTES['hm']
     def number(v, form): return '–' if math.isnan(v) else format(v, form)
-    body = [_line([_name(dict(row['first'], label=row['label'])), str(row['trainings']), number(row['seconds'], '.1f'), number(row['spread'], '.1f'), number(100*(1 - row['ratio']), '+.0f').replace('-', '−'),
+    body = [html_row([defence_name(dict(row['first'], label=row['label'])), str(row['trainings']), number(row['seconds'], '.1f'), number(row['spread'], '.1f'), number(100*(1 - row['ratio']), '+.0f').replace('-', '−'),
                    f"{row['image_steps']:,.0f}", f"{100*row['share']:.0f}"]) for row in rows]
-    table = _grid(_line(['Defence', 'Trainings', 'Seconds, mean', 'Standard deviation', 'Less time than HM (%)', 'Image steps', 'Inner steps made (%)'], head=True), body)
+    table = table_box(html_row(['Defence', 'Trainings', 'Seconds, mean', 'Standard deviation', 'Less time than HM (%)', 'Image steps', 'Inner steps made (%)'], head=True), body)
     said = ' '.join(f"{row['label']} takes {100*abs(1 - row['ratio']):.0f} % {'less' if row['ratio'] < 1 else 'more'} time than HM." for row in rows if row['first']['defense'] != 'hm')
-    said += ' ' + _join([f"{row['label']} makes {100*row['share']:.0f} %" for row in rows]) + ' of the inner steps that were asked for: a search ends early when its loss has vanished, or no longer changes, so the seconds do not compare whole searches of both lengths.'
-    page = (f'<h1>{escape(results["title"])}</h1><p class="sub">Preset {escape(results["preset"])}, {escape(results["device"])}. The paper: {PAPER_MINUTES["hm"]} and {PAPER_MINUTES["colo_tride"]} minutes, {100*saved:.0f} % less.</p>'
-            f'<p class="lead">{escape(said)}</p>{table}<p class="note">Image steps: images moved times inner steps that were really made; an inner search may end before its last step. Inner steps made: mean over the epochs.</p>'
-            f'<h2>Configuration</h2>{_facts(results["parameters"])}<h2>Provenance</h2>{_facts(results["provenance"])}')
-    return _publish(folder, results, page)
-
-def _publish(folder, results, body)->Path:
-    "Write a page and its results."
-    write_atomic(Path(folder)/'results.json', to_json(results))
-    write_atomic(Path(folder)/'index.html', document(results['title'], body).encode())
-    return Path(folder)/'index.html'
+    made = join_words([f"{row['label']} makes {100*row['share']:.0f} %" for row in rows]) + ' of the inner steps that were asked for: a search ends early when its loss has vanished, or no longer changes, so the seconds do not compare whole searches of both lengths.'
+    sub = f'Preset {results["preset"]}, {results["device"]}. The paper: {PAPER_MINUTES["hm"]} and {PAPER_MINUTES["colo_tride"]} minutes, {100*saved:.0f} % less.'
+    page = (opening(results['title'], sub, [said, made]) + f'{table}<p class="note">Image steps: images moved times inner steps that were really made; an inner search may end before its last step. Inner steps made: mean over the epochs.</p>'
+            f'<h2>Configuration</h2>{facts_table(results["parameters"])}<h2>Provenance</h2>{facts_table(results["provenance"])}')
+    return publish(folder, results, page)
 
 # %% ../nbs/37_studies.ipynb #e8e91db9
 def ranks(values:Sequence[float])->list[float]:
@@ -124,7 +119,7 @@ def heat(table:Mapping[str, Mapping[str, float]])->'Figure':
     "The agreement of attacks as coloured numbers."
     names = [*table]
     with theme():
-        fig = _figure(6.4, 5.2)
+        fig = new_figure(6.4, 5.2)
         ax = fig.subplots()
         values = [[table[a][b] for b in names] for a in names]
         ax.imshow(values, cmap='RdBu', vmin=-1, vmax=1)
@@ -147,15 +142,15 @@ def write_fairness(
     count = len(results['records'])
     said = (f'Over {count} models, the mean rank correlation of TMA with the nine other results is {statistics.fmean(with_tma):.2f}; among the nine it is {statistics.fmean(without):.2f}.' if with_tma and without else
             f'{count} models are too few, or too much alike, for rank correlations.').replace('-', '−')
-    body = [_line([escape(row['label']), escape(row['setting']), *(f'{v:.2f}' for score in ('ers', 'ars') for v in _spread(row[score]))]) for row in results['redraws']]
-    lines = _grid(_line(['Defence', 'Setting', 'ERS, mean', 'ERS, standard deviation', 'ARS, mean', 'ARS, standard deviation'], head=True), body)
-    noise = {score: statistics.fmean(_spread(row[score])[1] for row in results['redraws']) for score in ('ers', 'ars')}
-    page = (f'<h1>{escape(results["title"])}</h1><p class="lead">{escape(said)} With other random targets the standard deviation of ERS is {noise["ers"]:.2f} points and that of ARS {noise["ars"]:.2f}, mean over the models.</p>'
-            f'<h2>Do the attacks agree?</h2>{_picture(png(heat(table)), "Rank correlation of the rescaled attack results over the models; 1: the same order, −1: the opposite one.")}'
+    body = [html_row([escape(row['label']), escape(row['setting']), *(f'{v:.2f}' for score in ('ers', 'ars') for v in mean_spread(row[score]))]) for row in results['redraws']]
+    lines = table_box(html_row(['Defence', 'Setting', 'ERS, mean', 'ERS, standard deviation', 'ARS, mean', 'ARS, standard deviation'], head=True), body)
+    noise = {score: statistics.fmean(mean_spread(row[score])[1] for row in results['redraws']) for score in ('ers', 'ars')}
+    page = (opening(results['title'], '', [said, f'With other random targets the standard deviation of ERS is {noise["ers"]:.2f} points and that of ARS {noise["ars"]:.2f}, mean over the models.']) +
+            f'<h2>Do the attacks agree?</h2>{html_figure(png(heat(table)), "Rank correlation of the rescaled attack results over the models; 1: the same order, −1: the opposite one.")}'
             f'<h2>Noise of the random targets</h2>{lines}<p class="note">{len(results["redraws"][0]["ers"])} draws of the targets on the same queries.</p>'
             f'<h2>Hardness in place of collapseness</h2>{"".join(f"<p>{escape(text)}</p>" for text in summary(dict(results, experiment="switches")))}'
-            f'<h2>Configuration</h2>{_facts(results["parameters"])}<h2>Provenance</h2>{_facts(results["provenance"])}')
-    return _publish(folder, results, page)
+            f'<h2>Configuration</h2>{facts_table(results["parameters"])}<h2>Provenance</h2>{facts_table(results["provenance"])}')
+    return publish(folder, results, page)
 
 # %% ../nbs/37_studies.ipynb #dec3d7da
 def run_one(
@@ -183,7 +178,7 @@ def write_index(
     "A page that leads to the reports."
     def link(path): return f'../{path.parent.name}/{path.name}'
     body = ''.join(f'<h2><a href="{escape(link(path))}">{escape(EXPERIMENTS[name].title)}</a></h2><p>{escape(said)}</p>' for name,(path, said) in pages.items())
-    return _publish(folder, dict(title=title, pages={name: dict(page=link(path), summary=said) for name,(path, said) in pages.items()}), f'<h1>{escape(title)}</h1>{body}')
+    return publish(folder, dict(title=title, pages={name: dict(page=link(path), summary=said) for name,(path, said) in pages.items()}), opening(title) + body)
 
 # %% ../nbs/37_studies.ipynb #baba7da2
 def run_all(

@@ -24,9 +24,9 @@ from .core import check_between, check_choice, fingerprint, generator, kept_memo
 from .data import ImageSet, Split
 from .experiments import DEFENSES, SCALED, Cell, Plan, Setting, check_split, defense, describe, parameters, plan, record, resolve, tuned, _shareable
 from .jobs import only_inline
-from .report import _facts, _figure, _grid, _legend, _line, _name, _picture, look, png, theme
+from .pages import defence_legend, defence_name, facts_table, html_figure, html_row, look, new_figure, opening, png, table_box, theme
 from .store import Run, provenance, to_json, write_atomic
-from .studies import _publish
+from .report import publish
 
 # %% ../nbs/40_tuning.ipynb #ffe7f6a3
 @dataclass(frozen=True, eq=False)
@@ -274,7 +274,7 @@ def fronts(
 )->'Axes':
     "R@1 and ARS of every candidate on the held-out classes, and each method's front."
     with theme():
-        ax = ax or _figure(8.4, 5.2).subplots()
+        ax = ax or new_figure(8.4, 5.2).subplots()
         rows = {}
         for method,taken in results['chosen'].items():
             points, (colour, marker) = _of(results['points'], method), look(_looks(method))
@@ -287,7 +287,7 @@ def fronts(
             ax.scatter(points[0]['r1'], points[0]['ars'], s=9, marker='o', color='white', zorder=5)
         ax.axvline(results['floor'], color='#7a7a7a', linestyle='--', linewidth=1)
         ax.set(xlabel='R@1 on held-out training classes (%)', ylabel='averaged ARS')
-        _legend(ax.figure, rows)
+        defence_legend(ax.figure, rows)
     return ax
 
 # %% ../nbs/40_tuning.ipynb #dde73a48
@@ -304,7 +304,7 @@ def moves(
 )->'Axes':
     "R@1 and ARS on the test classes: an arrow from each default to the chosen setting; seeds faint."
     with theme():
-        ax = ax or _figure(8.4, 5.2).subplots()
+        ax = ax or new_figure(8.4, 5.2).subplots()
         rows = {}
         for method in results['chosen']:
             (plain, tuned), (colour, marker) = _pairs(results, method), look(_looks(method))
@@ -315,7 +315,7 @@ def moves(
                 ax.scatter(*at, s=64, marker=marker, facecolors=face, edgecolors=colour, linewidths=1.2, zorder=3)
                 if len(lines) > 1: ax.scatter([p['r1'] for p in lines], [p['ars'] for p in lines], s=10, marker=marker, color=colour, alpha=.4, linewidths=0)
         ax.set(xlabel='R@1 on the test classes (%)', ylabel='averaged ARS')
-        _legend(ax.figure, rows)
+        defence_legend(ax.figure, rows)
     return ax
 
 # %% ../nbs/40_tuning.ipynb #07b6763d
@@ -358,7 +358,7 @@ def _spread(lines:Sequence[Mapping[str, Any]], key:str)->str:
 
 def _who(method:str, setting:str)->str:
     "The first cell of a row: a method and its setting."
-    return f'{_name(_looks(method))}<span class="sd">{escape(setting)}</span>'
+    return f'{defence_name(_looks(method))}<span class="sd">{escape(setting)}</span>'
 
 def _confirmed(results:Mapping[str, Any])->str:
     "Defaults and chosen settings on the test classes."
@@ -367,21 +367,21 @@ def _confirmed(results:Mapping[str, Any])->str:
         plain, tuned = _pairs(results, method)
         for candidate,lines in (({}, plain), (taken['candidate'], tuned))[:1 if plain == tuned else 2]:
             flags = sum(line['collapsed'] for line in lines)
-            body.append(_line([_who(method, words(candidate)), *(_spread(lines, key) for key in ('r1', 'ars', 'ers')), f"{_mean(lines, 'mean_distance'):.3f}", f'{flags} of {len(lines)}', f"{_mean(lines, 'image_steps'):,.0f}"]))
-    return _grid(_line(['Method and setting', 'R@1 (%)', 'ARS', 'ERS', 'Mean distance', 'Collapsed', 'Image steps per training'], head=True), body)
+            body.append(html_row([_who(method, words(candidate)), *(_spread(lines, key) for key in ('r1', 'ars', 'ers')), f"{_mean(lines, 'mean_distance'):.3f}", f'{flags} of {len(lines)}', f"{_mean(lines, 'image_steps'):,.0f}"]))
+    return table_box(html_row(['Method and setting', 'R@1 (%)', 'ARS', 'ERS', 'Mean distance', 'Collapsed', 'Image steps per training'], head=True), body)
 
 def _tried(results:Mapping[str, Any])->str:
     "Every candidate on the held-out classes."
-    body = [_line([_who(line['method'], line['setting']), line['R@1'], line['ARS'], line['ERS'], line['mean distance'], line['collapsed'], line['front'], line['chosen'], f"{line['image steps']:,}"]) for line in table(results) if line['classes'] == 'held-out']
-    return _grid(_line(['Method and setting', 'R@1 (%)', 'ARS', 'ERS', 'Mean distance', 'Collapsed', 'On the front', 'Chosen', 'Image steps'], head=True), body)
+    body = [html_row([_who(line['method'], line['setting']), line['R@1'], line['ARS'], line['ERS'], line['mean distance'], line['collapsed'], line['front'], line['chosen'], f"{line['image steps']:,}"]) for line in table(results) if line['classes'] == 'held-out']
+    return table_box(html_row(['Method and setting', 'R@1 (%)', 'ARS', 'ERS', 'Mean distance', 'Collapsed', 'On the front', 'Chosen', 'Image steps'], head=True), body)
 
 def _spent(results:Mapping[str, Any])->str:
     "What the search cost each method."
     body = []
     for method in results['chosen']:
         steps = [p['image_steps'] for p in _of(results['points'], method)]
-        body.append(_line([_name(_looks(method)), str(len(steps)), f'{steps[0]:,}', f'{max(steps):,}', f'{sum(steps):,}']))
-    return _grid(_line(['Method', 'Candidates', 'Image steps, default', 'Image steps, most', 'Image steps, all'], head=True), body)
+        body.append(html_row([defence_name(_looks(method)), str(len(steps)), f'{steps[0]:,}', f'{max(steps):,}', f'{sum(steps):,}']))
+    return table_box(html_row(['Method', 'Candidates', 'Image steps, default', 'Image steps, most', 'Image steps, all'], head=True), body)
 
 # %% ../nbs/40_tuning.ipynb #aca180c4
 def write_tuning(
@@ -395,14 +395,14 @@ def write_tuning(
     first = ('Each marker is a setting, the line joins a method\'s front, the ring is the chosen setting, a white dot the default, a hollow marker a collapsed model, the dashed line the R@1 that is asked for. '
              f"One training of {s['epochs']} epochs each.")
     second = 'Hollow: the default; filled: the chosen setting; small: single seeds. Farther right and farther up is better, except for models whose mean distance is near 0: they resist because nothing in them can move.'
-    page = (f'<h1>{escape(results["title"])}</h1><p class="sub">Data {escape(results["dataset"])}, preset {escape(results["preset"])}, ε = {255*results["setting"]["eps"]:g}/255.{smoke}</p>{"".join(f"""<p class="lead">{escape(text)}</p>""" for text in summary(results))}'
-            f'<h2>The rule</h2><p>{escape(results["rule"])} It was fixed before the search.</p><h2>Fronts on held-out training classes</h2>{_picture(png(fronts(results).figure), first)}{_tried(results)}'
+    page = (opening(results['title'], f'Data {results["dataset"]}, preset {results["preset"]}, ε = {255*results["setting"]["eps"]:g}/255.{smoke}', summary(results)[::-1]) +
+            f'<h2>The rule</h2><p>{escape(results["rule"])} It was fixed before the search.</p><h2>Fronts on held-out training classes</h2>{html_figure(png(fronts(results).figure), first)}{_tried(results)}'
             f'<p class="note">Trained on {data["train"]}, judged on {data["test"]}, all of the training side: {s["limit"]} queries, {s["steps"]} steps of {255*s["step_size"]:.3g}/255. × is a factor of the method\'s default.</p>'
-            f'<h2>Confirmation on the test classes</h2>{_picture(png(moves(results).figure), second)}{_confirmed(results)}<p class="note">{c["epochs"]} epochs on all training classes; {c["limit"]} queries, {c["steps"]} steps of {255*c["step_size"]:.3g}/255; mean over the seeds ± their sample standard deviation.</p>'
-            f'<h2>Budget</h2><p>No training may make more image steps than {results["budget"]:,}, those that the default HM may make; HM and COLO-TRIDE may end an inner loop early.</p>{_spent(results)}<h3>What was drawn from</h3>{_facts(results["spaces"])}'
-            f'<h2>Configuration</h2>{_facts(results["parameters"])}<h2>Provenance</h2>{_facts(results["provenance"])}')
+            f'<h2>Confirmation on the test classes</h2>{html_figure(png(moves(results).figure), second)}{_confirmed(results)}<p class="note">{c["epochs"]} epochs on all training classes; {c["limit"]} queries, {c["steps"]} steps of {255*c["step_size"]:.3g}/255; mean over the seeds ± their sample standard deviation.</p>'
+            f'<h2>Budget</h2><p>No training may make more image steps than {results["budget"]:,}, those that the default HM may make; HM and COLO-TRIDE may end an inner loop early.</p>{_spent(results)}<h3>What was drawn from</h3>{facts_table(results["spaces"])}'
+            f'<h2>Configuration</h2>{facts_table(results["parameters"])}<h2>Provenance</h2>{facts_table(results["provenance"])}')
     write_atomic(Path(folder)/'table.csv', to_csv(table(results)))
-    return _publish(folder, results, page)
+    return publish(folder, results, page)
 
 # %% ../nbs/40_tuning.ipynb #7ec75701
 def keep(

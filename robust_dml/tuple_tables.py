@@ -27,9 +27,9 @@ from .experiments import PAPER_224, Plan, Recipe, Setting, alone, check_weights,
 from .jobs import only_inline
 from .locality import _cells
 from .models import build, checksum, embed_all, streamlined
-from .report import _cell, _figure, _grid, _line, _name, _origin, _picture, _setup, _spread, curves, look, png, theme
+from .pages import defence_name, html_figure, html_row, look, mean_spread, new_figure, number_cell, opening, png, table_box, theme
+from .report import curves, provenance_part, publish, setup_part
 from .store import Run, append_line, described, find_run, open_run, read_lines
-from .studies import _publish
 from .train import train
 from .tuples import fold_increase, mean_cosine, retrieved, tuples, under_attack
 
@@ -278,7 +278,7 @@ def curve(
 )->'Axes':
     "R@1 under attack over the radius or the steps, one line per seed; the contrastive loss dashed."
     with theme():
-        ax = ax or _figure(6.4, 3.6).subplots()
+        ax = ax or new_figure(6.4, 3.6).subplots()
         for line,seeds in by_line(records, CURVED).items():
             for n,r in enumerate(seeds):
                 colour, marker = look(r)
@@ -292,7 +292,7 @@ def curve(
 def both_curves(records:Sequence[Mapping[str,Any]])->'Any':
     "The figure of B4."
     with theme():
-        fig = _figure(10.5, 4)
+        fig = new_figure(10.5, 4)
         for ax,what in zip(fig.subplots(1, 2, sharey=True), ('eps', 'steps')): curve(records, what, ax)
         handles, labels = ax.get_legend_handles_labels()
         if handles: fig.legend(handles, labels, loc='outside upper left', ncols=4)
@@ -315,7 +315,7 @@ def words(records:Sequence[Mapping[str,Any]])->list[str]:
     of, said = by_line(records, LINES), []
     for line in ('tuples_triplet', 'tuples_contrastive'):
         if line not in of or (fold := fold_of(records, line, 'gap')) == '–': continue
-        clean = [_spread([r['eval']['clean']['R@1'] for r in of[name]])[0] for name in (line, f"natural_{line.removeprefix('tuples_')}")]
+        clean = [mean_spread([r['eval']['clean']['R@1'] for r in of[name]])[0] for name in (line, f"natural_{line.removeprefix('tuples_')}")]
         said.append(f"{LINES[line].label}: under gap it answers {fold} times as many queries as natural training; without an attack R@1 is {clean[0]:.1f} against {clean[1]:.1f}.")
     together = {line: _cells([outcome(r)['R@1'] for r in of[line]], 1) for line in ('tuples_triplet', 'per_image', 'jointly') if line in of}
     if len(together) == 3: said.append('R@1 under gap after training with one element of each tuple moved: {}; with one perturbation per image: {}; with all images moved jointly: {}.'.format(*together.values()))
@@ -334,8 +334,8 @@ _WIDEST, _PART = 10, 8 # columns of numbers that fit on a page, and those of a p
 def _html(shown:'DataFrame', seeds:Sequence[Sequence[Mapping[str,Any]]])->str:
     "A table of texts, each line with the mark of its model; a wide one in several parts."
     def part(columns):
-        body = [_line([_name(records[0]), *(_cell(escape(text), False) for text in row)]) for records,row in zip(seeds, shown[columns].values.tolist())]
-        return _grid(_line([escape(c) for c in (shown.columns[0], *columns)], head=True), body, 'results')
+        body = [html_row([defence_name(records[0]), *(number_cell(escape(text), False) for text in row)]) for records,row in zip(seeds, shown[columns].values.tolist())]
+        return table_box(html_row([escape(c) for c in (shown.columns[0], *columns)], head=True), body, 'results')
     numbers = list(shown)[1:]
     size = _WIDEST if len(numbers) <= _WIDEST else _PART
     return ''.join(part(numbers[i:i + size]) for i in range(0, len(numbers), size))
@@ -347,7 +347,7 @@ def _section(records:Sequence[Mapping[str,Any]], name:str)->str:
     if not seeds: return f'{head}<p class="note">None of its models was asked for.</p>'
     if name != 'B4': return head + _html(table(records, name), [*seeds])
     caption = 'R@1 of gated queries under gap, over the radius (left, with the steps of the training) and over the steps (right, at the radius of the training). Solid: triplet; dashed: contrastive.'
-    return head + _picture(png(both_curves(records)), caption) + ''.join(_html(curve_table(records, what), [*seeds]) for what in ('eps', 'steps'))
+    return head + html_figure(png(both_curves(records)), caption) + ''.join(_html(curve_table(records, what), [*seeds]) for what in ('eps', 'steps'))
 
 def write_tuples(
     folder:Path,               # for example reports/tuples-glyphs-quick
@@ -358,7 +358,7 @@ def write_tuples(
     note = ('R@1 under attack counts queries that were right before it (gated); mAP@R counts all. Fold increase: R@1 under PGD over that of natural training with the same loss, in brackets numerator and denominator; '
             '≥ where natural training has no hit and one hit stands in for none. The paper was read without its result tables: it speaks of gains of 5 to 76 times, on data, networks and budgets of its own.')
     smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
-    lead, page = ''.join(f'<p class="lead">{escape(text)}</p>' for text in words(records)), ''.join(_section(records, name) for name in TABLES)
-    page += '<h2>Training</h2>' + _picture(png(curves(records)), 'Training, one thin line per seed. Distances that shrink together announce a collapse.')
-    return _publish(folder, results, f'<h1>{escape(results["title"])}</h1><p class="sub">Data {escape(results["dataset"])}, preset {escape(results["preset"])}.{smoke}</p>{lead}<p class="note">{escape(note)}</p>{page}'
-                    f'<h2>Configuration</h2>{_setup(results)}<h2>Provenance</h2>{_origin(results)}')
+    page = ''.join(_section(records, name) for name in TABLES)
+    page += '<h2>Training</h2>' + html_figure(png(curves(records)), 'Training, one thin line per seed. Distances that shrink together announce a collapse.')
+    return publish(folder, results, opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', words(records)) + f'<p class="note">{escape(note)}</p>{page}'
+                    f'<h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}')

@@ -61,7 +61,7 @@ def test_report(done, photos):
     out, found = done
     page = found.page.read_text()
     assert found.page == out/'audit-photos-toy'/'index.html' and len(page) < 3e6
-    assert '<script' not in page and 'http' not in page and page.count('data:image/png;base64') == 2 and str(photos) not in page + json.dumps(found.results)
+    assert page.count('<script') == 1 and 'http' not in page and page.count('data:image/png;base64') == 2 and str(photos) not in page + json.dumps(found.results)
     heads = ['How easily is toy fooled?', found.sentence, 'Can the numbers be believed?', 'Without an attack', 'Under attack', 'The worst of all attacks', 'Larger changes',
              'Queries that were lost', 'Classes that lose most', 'What it means, and what next', 'Cost', 'Provenance']
     places = [page.index(f'>{h}') for h in heads]

@@ -186,7 +186,7 @@ def test_known_errors_of_the_paper():
 def test_report(tmp_path):
     results = errata.errata_results()
     page = errata.write_errata(tmp_path, results).read_text()
-    assert '<script' not in page and '<img' in page and not re.search(r'\bnan\b', re.sub(r'base64,[^"]+', '', page))
+    assert page.count('<script') == 1 and '<img' in page and not re.search(r'\bnan\b', re.sub(r'base64,[^"]+', '', page))
     assert json.loads((tmp_path/'results.json').read_text())['repeated'] == results['repeated']
     lines = list(csv.DictReader(io.StringIO((tmp_path/'errata.csv').read_text())))
     assert {'score', 'not recomputed', 'initial value', 'replacement', 'swap', 'printed twice', 'sentence'} <= {l['kind'] for l in lines}
@@ -196,7 +196,7 @@ def test_report(tmp_path):
 def test_appendix_page(tmp_path):
     results, check = errata.appendix_results(errata.APPENDIX | dict(seed=1, out=str(tmp_path)), show=False)
     page = errata.write_appendix(tmp_path, results, errata.appendix_figures(results, check)).read_text()
-    assert page.count('<figure>') == 5 and '<script' not in page
+    assert page.count('<figure') == 5 and page.count('<script') == 1
     assert str(tmp_path) not in (tmp_path/'results.json').read_text()
     assert all((tmp_path/'figures'/name).stat().st_size < 150_000 for name in ('figure1.png', 'figure5.png', 'ratio.png', 'views.png', 'real.png'))
     for line in results['real'] + results['random']:

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save, save_file
 
 import robust_dml
-from robust_dml import archives, audit, core, data, experiments, report, store
+from robust_dml import archives, audit, core, data, experiments, pages, report, store
 from robust_dml.models import build
 
 PACKAGE = Path(robust_dml.__file__).resolve().parent
@@ -574,7 +574,7 @@ MARKUP = ('<script>alert(1)</script>', '"><img src=x onerror=alert(1)>', "'><svg
 @given(text=st.sampled_from(MARKUP) | st.text(max_size=20))
 def test_words_of_a_page_are_escaped(text):
     "The page has the same tags whatever the words are."
-    def page(words): return report.document(words, report._facts({words: words, 'nested': {words: [words]}}) + report._picture(b'', words))
+    def page(words): return pages.document(words, pages.facts_table({words: words, 'nested': {words: [words]}}) + pages.html_figure(b'', words))
     CASES['pages'] += 1
     assert tags(page(text)) == tags(page('x'))
 

@@ -126,6 +126,18 @@ def test_order_is_claimed_only_beyond_the_spread():
     assert 'no order is claimed' in report.summary(results)[0]
 
 
+def test_head_line_names_a_leader_only_beyond_the_spread():
+    results = made_up()
+    for r in results['records']: r['eval']['ers'] = {'natural': 5., 'act': 30., 'colo_tride': 40.}[r['defense']] + r['seed']
+    assert report.headline(results) == 'At ε = 32/255 COLO-TRIDE (official) leads in ERS with 41.0\xa0±\xa01.0 (without defence 6.0). Leads exceed the spread of the seeds.'
+    for r in results['records']: r['eval']['ers'] = 30. + r['seed'] + (r['defense'] == 'act')
+    assert report.headline(results) == 'At ε = 32/255 the defences have ERS 31.0 to 32.0, none leads by more than the spread of the seeds (without defence 31.0).'
+    one = made_up(seeds=[0])
+    assert 'one seed allows no order' in report.headline(one) and 'leads' not in report.headline(one)
+    for r in results['records']: r['eval']['collapsed'] = r['defense'] != 'natural'
+    assert report.headline(results) == ''  # a collapsed model cannot lead
+
+
 def test_undefined_cell_is_shown_and_left_out(tmp_path):
     results = made_up('table2', seeds=(0, 1))
     results['records'][0]['eval']['ars_cells']['CA-'] = None
@@ -156,13 +168,43 @@ def test_page_needs_nothing_from_outside(tmp_path):
     path = report.write_report(tmp_path/'deep'/'report', results, {'A ' + results['records'][0]['label']: pictures()})
     page = Page(path.read_text(encoding='utf-8'))
     assert page.open == [] and hostile in page.text and results == original
-    assert set(page.tags) <= {'html', 'head', 'meta', 'title', 'style', 'body', 'main', 'h1', 'h2', 'h3', 'p', 'a', 'div', 'span', 'table', 'thead', 'tbody', 'tr', 'th', 'td', 'b', 'br',
+    assert set(page.tags) <= {'html', 'head', 'meta', 'title', 'style', 'script', 'body', 'main', 'h1', 'h2', 'h3', 'p', 'a', 'div', 'span', 'i', 'table', 'thead', 'tbody', 'tr', 'th', 'td', 'b', 'br',
                               'dl', 'dt', 'dd', 'ul', 'li', 'code', 'figure', 'figcaption', 'img'}
-    assert all(value.startswith('data:image/png;base64,') if name == 'src' else (name, value) == ('href', '#setup') for name, value in page.links)
+    assert page.tags.count('script') == 1 and all(value.startswith('data:image/png;base64,') if name == 'src' else (name, value) == ('href', '#setup') for name, value in page.links)
     assert 'url(' not in page.text and '@import' not in page.text
     images = [base64.b64decode(value.partition(',')[2]) for name, value in page.links if name == 'src']
-    assert sorted(images) == sorted(p.read_bytes() for p in (path.parent/'figures').iterdir()) and len(images) == 3
+    charts = sorted(p for p in (path.parent/'figures').iterdir() if not p.name.startswith('queries'))
+    assert sorted(images) == sorted(p.read_bytes() for p in charts) and len(images) == 2
     for data in images: Image.open(io.BytesIO(data)).verify()
+
+
+def sheet(html):
+    "The picture of a viewer, as pixels."
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(html.partition('--sheet:url(data:image/png;base64,')[2].partition(')')[0]))))
+
+
+def test_viewer_shows_the_pictures_of_the_strip():
+    tensors = pictures(3)
+    html, page = report.viewer(tensors, 'made up'), Page(report.viewer(tensors, 'made up'))
+    shown = sheet(html)
+    assert shown.shape == (3*8, 13*8) and page.open == [] and 'black −8/255, grey 0, white +8/255' in page.text and 'difference × 15.9' in page.text
+    for row in range(3):
+        def at(place): return shown[8*row:8*row + 8, 8*place:8*place + 8]/255
+        change = (tensors['adv'] - tensors['clean'])[row, 0]
+        for place, image in enumerate((tensors['clean'][row, 0], tensors['adv'][row, 0], .5 + change*255/16)): np.testing.assert_allclose(at(place), image, atol=.51/255)
+        for k in range(5):
+            np.testing.assert_array_equal(at(3 + k)*255, tensors['before'][row, k, 0])
+            np.testing.assert_array_equal(at(8 + k)*255, tensors['after'][row, k, 0])
+    hits = int((tensors['label_after'] == tensors['label'][:, None]).sum() + (tensors['label_before'] == tensors['label'][:, None]).sum())
+    assert (html.count('tile hit'), html.count('tile miss'), html.count('class=moving'), html.count('class="query"')) == (hits, 30 - hits, 6, 3) and 0 < hits < 30
+
+
+def test_viewer_of_colours_and_few_results():
+    tensors = pictures()
+    colour = {k: v.expand(*v.shape[:-3], 3, 8, 8) if v.ndim > 2 else v for k, v in tensors.items()}
+    colour |= {k: v[:, :2] for k, v in colour.items() if k.endswith(('before', 'after'))}
+    html = report.viewer(colour, '<b>')
+    assert sheet(html).shape == (16, 104, 3) and html.count('role="img"') == 2*(3 + 4) and '<b>' not in html
 
 
 def test_files_of_a_report(tmp_path):

@@ -176,7 +176,7 @@ def test_the_page(done):
     tuned, results, page = done
     assert {f.name for f in page.parent.iterdir()} == {'index.html', 'results.json', 'table.csv'} and page.parent.name == 'tune-glyphs-smoke'
     text = page.read_text()
-    assert escape(tuning.RULE) in text and 'its numbers mean nothing' in text and '<script' not in text and text.count('data:image/png;base64') == 2
+    assert escape(tuning.RULE) in text and 'its numbers mean nothing' in text and text.count('<script') == 1 and text.count('data:image/png;base64') == 2
     rows = list(csv.DictReader((page.parent/'table.csv').read_text().splitlines()))
     assert len(rows) == len(results['points']) + len(results['confirmed'])
     assert str(tuned.plan.reports) not in (page.parent/'results.json').read_text()

@@ -110,7 +110,7 @@ def test_page(tmp_path):
     page = write_tuples(tmp_path, whole).read_text()
     assert '<Tuples>' not in page and '&lt;Tuples&gt;' in page and page.count('<img') == 2 and 'its numbers mean nothing' in page and all(f'<h2>{name}: ' in page for name in TABLES)
     assert '≥ 30.0 (30.0/0.0)' in page and json.loads((tmp_path/'results.json').read_text())['records'][0]['line'] == 'natural_triplet'
-    assert page.index('class="lead"') < page.index('class="note"') and [part.count('<table') for part in page.split('<h2>')[1:3]] == [2, 1]  # the wide table in two parts
+    assert page.index('class="headline"') < page.index('class="note"') and [part.count('<table') for part in page.split('<h2>')[1:3]] == [2, 1]  # the wide table in two parts
     alone = write_tuples(tmp_path, dict(whole, records=[made('moved_neg')])).read_text()
     assert alone.count('None of its models was asked for.') == 4
 
