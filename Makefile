@@ -18,6 +18,7 @@ help:
 	@echo "make faults   kills, full disks and damaged files, half an hour; writes reports/reliability.json"
 	@echo "make reports   writes every page in reports/ anew from its results.json and the store, and reports/index.html, which leads to them"
 	@echo "make lab   JupyterLab on nbs/"
+	@echo "make docs  HTML pages in build/docs/html/: notebooks, API, equations, reports; needs npm for the formulas"
 	@echo "make bench speed against its lower bounds, under 10 minutes; bench-full: the sizes of the papers, within an hour"
 
 venv: $(VENV)/.ready
@@ -76,6 +77,22 @@ faults: venv
 
 lab: venv
 	$(BIN)/jupyter lab nbs
+
+# Sphinx comes on top of the environment, with a stamp of its own, so that the tests do without it.
+$(VENV)/.docs: $(VENV)/.ready
+	@if [ -z "$(NO_UV)" ] && command -v uv >/dev/null; then install="uv pip install -q --python $(BIN)/python"; \
+	elif [ -z "$(NO_UV)" ] && [ -x $(BIN)/uv ]; then install="$(BIN)/uv pip install -q --python $(BIN)/python"; \
+	else install="$(BIN)/python -m pip install -q"; fi; \
+	$$install -c constraints.txt -e '.[docs]'
+	@touch $@
+
+.PHONY: docs
+docs: export OMP_NUM_THREADS := 1
+docs: $(VENV)/.docs
+	@began=$$SECONDS; set -e; \
+	$(BIN)/python docs/prepare.py build/docs/source; \
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -j auto -d build/docs/doctrees build/docs/source build/docs/html; \
+	echo "the pages took $$((SECONDS-began)) s; open build/docs/html/index.html"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
