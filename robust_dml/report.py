@@ -113,7 +113,7 @@ def _table(results:Mapping[str,Any], experiment:str)->'DataFrame':
     "One line per setting and defence: means, spreads (columns that end in ' sd'), collapsed seeds and number of seeds."
     lines = []
     for (setting, label), records in _rows(results).items():
-        line = {'Setting': setting, 'Defense': label, 'PGD steps': _steps(records[0], results['settings'])}
+        line:dict[str, Any] = {'Setting': setting, 'Defense': label, 'PGD steps': _steps(records[0], results['settings'])}
         for column in COLUMNS[experiment]:
             line[column.name], line[column.name + ' sd'] = _spread([_number(r, column.path) for r in records])
         lines.append(line | {'Collapsed': sum(bool(r['eval']['collapsed']) for r in records), 'Seeds': len(records)})

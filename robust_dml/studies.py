@@ -12,13 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from .core import kept_memory
 from .experiments import EXPERIMENTS, Cell, Plan, cells, defense, evaluate_cell, example_images, plan, replan, results, train_cell, trained_as, _shareable
 from .report import _facts, _figure, _grid, _join, _line, _name, _picture, _spread, document, look, png, summary, theme, write_report
 from .scores import HEADINGS, PAPER_MINUTES
 from .store import provenance, to_json, write_atomic
+
+if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% ../nbs/37_studies.ipynb #2ba7341c
 @kept_memory()
