@@ -1,4 +1,5 @@
-"""The wheel: built without notebooks, tests and reports, installed elsewhere, it holds everything that it needs."""
+"""The wheel: built without notebooks, tests and reports, installed elsewhere, it holds everything that it needs. One version everywhere."""
+import re
 import subprocess
 import sys
 import zipfile
@@ -89,3 +90,23 @@ print(set(scores.HEADINGS) - set(result.after), 0 < result.ers < 100)
 def test_evaluation_needs_no_extra(installed):
     "The ten numbers of a tiny model, with torch, torchvision, numpy, safetensors and tqdm only."
     assert isolated(installed, EVALUATION).strip() == 'set() True'
+
+
+def test_one_version_everywhere():
+    version = re.search(r'^version = (\S+)', (ROOT/'settings.ini').read_text(encoding='utf-8'), re.M)[1]
+    assert f'\nversion: {version}\n' in (ROOT/'CITATION.cff').read_text(encoding='utf-8')
+    assert f'\n## {version}' in (ROOT/'CHANGELOG.md').read_text(encoding='utf-8')
+    assert f'"{version}"' in (ROOT/'robust_dml'/'__init__.py').read_text(encoding='utf-8')
+
+
+@pytest.mark.parametrize('name', ('CONTRIBUTING.md', 'CHANGELOG.md', 'SECURITY.md'))
+def test_links_exist(name):
+    links = re.findall(r'\]\((?!http)([^)#]+)\)', (ROOT/name).read_text(encoding='utf-8'))
+    assert not [link for link in links if not (ROOT/link).exists()]
+
+
+def test_commands_exist():
+    "Every target that CONTRIBUTING names is one of the Makefile."
+    named = set(re.findall(r'make ([\w-]+)', (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8')))
+    targets = set(re.findall(r'^([\w-]+):', (ROOT/'Makefile').read_text(encoding='utf-8'), re.M))
+    assert len(named) > 5 and not named - targets
