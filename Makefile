@@ -8,13 +8,13 @@ export MPLBACKEND := agg
 export PYTHONUNBUFFERED := 1
 
 RUNS := data table1 table2 table3 table4 figure3 figure4 switches paper_switches hard_triplets lambda early_disabling limits timing fairness baselines locality stress compare tuples eat all_defenses audit harden errata appendix_a claims tune all cost scale
-.PHONY: help venv demo $(RUNS) reports bench bench-full test faults sync lab clean
+.PHONY: help venv demo $(RUNS) reports bench bench-full test types faults sync hooks lab clean
 help:
 	@echo "make demo  train, attack, score and report on the embedded images"
 	@echo "make table1 P='-p dataset omniglot -p root path/to/archives'   a table with parameters; also $(filter-out table1 cost data,$(RUNS))"
 	@echo "make cost P='-p dataset cub -p preset paper'   time and memory that a table will take here"
 	@echo "make table3 N=2   the same by torchrun in two processes, which share every training and evaluation"
-	@echo "make test  sync check, notebook tests, pytest"
+	@echo "make test  sync check, type check, notebook tests, pytest; make types  the type check alone"
 	@echo "make faults   kills, full disks and damaged files, half an hour; writes reports/reliability.json"
 	@echo "make reports   writes every page in reports/ anew from its results.json and the store, and reports/index.html, which leads to them"
 	@echo "make lab   JupyterLab on nbs/"
@@ -66,9 +66,18 @@ bench-full: venv
 sync: venv
 	@$(BIN)/python tests/check_sync.py
 
+# A commit that is out of sync is refused; notebooks merge cell by cell (the driver needs the environment on the path).
+hooks: venv
+	$(BIN)/nbdev_install_hooks
+	@hook="$$(git rev-parse --git-path hooks)/pre-commit"; mkdir -p "$$(dirname "$$hook")"; \
+	printf '#!/bin/sh\nexec make --no-print-directory sync\n' > "$$hook" && chmod +x "$$hook" && echo "$$hook runs make sync"
+
+types: venv
+	$(BIN)/mypy
+
 # One thread each: the work of a test is too small for threads, which wait for each other where cores are busy.
 test: export OMP_NUM_THREADS := 1
-test: sync
+test: sync types
 	$(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 

@@ -8,7 +8,7 @@ __all__ = ['LIMITS', 'QUERIES', 'LEFT_OUT', 'SHOWN', 'COLUMNS', 'prepare', 'clus
 
 # %% ../nbs/48_all_defenses.ipynb #be51f62d
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from html import escape
@@ -54,8 +54,8 @@ def cluster_cell(
 )->Run:             # folder with a `Clustered` in result.json
     "Read a trained model by neighbours, centres and clusters, clean and under attack; goes on where it stopped."
     r, (model, trained) = plan.recipe, train_cell(plan, cell, show=show)
-    few = dict(kmeans_seeds=1, kmeans_restarts=2, restarts=1) if plan.preset == 'smoke' else {}
-    protocol = dict(eps=cell.setting.eps, step_size=r.eval_step_size, steps=r.eval_steps, limit=LIMITS[plan.preset], batch_size=r.eval_batch, **few)
+    few:dict[str, Any] = dict(kmeans_seeds=1, kmeans_restarts=2, restarts=1) if plan.preset == 'smoke' else {}
+    protocol:dict[str, Any] = dict(eps=cell.setting.eps, step_size=r.eval_step_size, steps=r.eval_steps, limit=LIMITS[plan.preset], batch_size=r.eval_batch, **few)
     run = open_run(plan.reports, 'cluster', dict(format=1, train=trained.address, protocol=asdict(ClusterProtocol(**protocol)), backend=plan.backend))
     with alone(run, 'result.json'):
         if run.has('result.json'): return run
@@ -77,16 +77,18 @@ def all_results(
         record['cluster'] = dict(run.read('result.json'), address=run.address)
     return found
 
+def _clean(record:Mapping[str, Any], key:str)->float: return record['cluster']['clean'][key]
+
 def seeing(record:Mapping[str, Any], scope:str, key:str)->float:
     "A score under the worst of the four attacks, in percent; NaN where it is undefined."
     value = record['cluster']['worst'][scope].get(key)
     return math.nan if value is None else value
 
-COLUMNS = MappingProxyType({ # name of a column: what it reads of a record
+COLUMNS = MappingProxyType[str, Callable]({ # name of a column: what it reads of a record
     'R@1': lambda r: r['eval']['benign']['R@1'], 'ERS': lambda r: r['eval']['ers'], 'ARS': lambda r: r['eval']['ars'],
-    **{f'{key} clean': lambda r, key=key: r['cluster']['clean'][key] for key in SHOWN},
-    **{f'{key} attacked': lambda r, key=key: seeing(r, 'query', key) for key in SHOWN},
-    **{f'{key} all attacked': lambda r, key=key: seeing(r, 'all', key) for key in SHOWN},
+    **{f'{key} clean': partial(_clean, key=key) for key in SHOWN},
+    **{f'{key} attacked': partial(seeing, scope='query', key=key) for key in SHOWN},
+    **{f'{key} all attacked': partial(seeing, scope='all', key=key) for key in SHOWN},
     'Mean distance': lambda r: r['eval']['indicators']['mean_distance']})
 
 def means(

@@ -9,7 +9,7 @@ __all__ = ['SETS', 'FORMAT', 'PARAMETERS', 'Archive', 'instructions', 'locate', 
 
 # %% ../nbs/06_archives.ipynb #96e29e69
 import gzip, hashlib, json, math, os, shutil, stat, struct, time, warnings, zipfile, zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,7 +43,7 @@ class Archive:
 
 # %% ../nbs/06_archives.ipynb #81539f0e
 _IDX = tuple(f'{side}-{kind}-ubyte' for side in ('train', 't10k') for kind in ('images-idx3', 'labels-idx1'))
-_TEN = dict(marks=tuple(f'{stem}{end}' for stem in _IDX for end in ('.gz', '')), downloads=tuple(f'{stem}.gz' for stem in _IDX), layout=tuple(f'{stem}.gz' for stem in _IDX),
+_TEN = dict[str, Any](marks=tuple(f'{stem}{end}' for stem in _IDX for end in ('.gz', '')), downloads=tuple(f'{stem}.gz' for stem in _IDX), layout=tuple(f'{stem}.gz' for stem in _IDX),
             counts=dict(train=(60000, 10), test=(10000, 10)), ranges=dict(train=(0, 9), test=(0, 9)), size=28, channels=1)
 SETS = dict(
     cub=Archive(('CUB_200_2011',), ('image_class_labels.txt', 'train_test_split.txt'), ('CUB_200_2011.tgz',), 'https://data.caltech.edu/records/65de6-vp158',
@@ -145,8 +145,8 @@ def find(
 class Listing:
     "What the list files of a set say."
     lists:tuple[Path, ...]                           # the files it was read from
-    sides:dict[str, list[tuple[int|str, str]]]       # 'train' first: (class, file relative to the set's folder)
-    names:dict[int|str, str]=field(default_factory=dict) # class names where there are any
+    sides:Mapping[str, list[tuple[Any, str]]]        # 'train' first: (class, file relative to the set's folder)
+    names:Mapping[Any, str]=field(default_factory=dict) # class names where there are any
     pixels:np.ndarray|None=None                      # (N, 28, 28) uint8 in the order of the sides, for sets that are one array
 
 # %% ../nbs/06_archives.ipynb #80f31431
@@ -261,11 +261,11 @@ def _cars(folder:Path)->Listing:
     "The list of Cars-196, sorted by path."
     path = folder/'cars_annos.mat'
     mat = _mat(path)
-    records, names = (mat.get(key) for key in ('annotations', 'class_names'))
+    records, names = mat.get('annotations'), mat.get('class_names')
     fields = list(records if isinstance(records, dict) else mat)
     if not {'relative_im_path', 'class'} <= set(fields):
         raise ValueError(f'{path} must hold annotations with relative_im_path and class, found {_some(fields, 9)[:200] or "nothing"}; take cars_annos.mat, not a file of the development kit')
-    rows = list(zip(records['relative_im_path'], records['class']))
+    rows = list(zip(*((records if isinstance(records, dict) else mat)[key] for key in ('relative_im_path', 'class'))))
     if not rows: raise ValueError(f'{path} must list images, found an empty list; download it again')
     astray = [str(row)[:80] for row in rows if not (isinstance(row[0], str) and isinstance(row[1], np.ndarray) and row[1].size == 1 and row[1][0]%1 == 0)]
     if astray: raise ValueError(f'{path} must give each image a path and the number of its class, found {_some(astray, 1)}; download it again')
@@ -371,7 +371,7 @@ def decode(
     channels:int, # 1 grey, 3 RGB
 )->np.ndarray:    # (C, S, S) uint8
     "An image file, resized to size x size."
-    image = np.asarray(read_image(path, channels=channels).resize((size, size), Image.Resampling.BILINEAR))
+    image = np.asarray(read_image(Path(path), channels=channels).resize((size, size), Image.Resampling.BILINEAR))
     return np.ascontiguousarray(image.reshape(size, size, channels).transpose(2, 0, 1))
 
 def _attempt(path:str, size:int, channels:int)->np.ndarray|str:
@@ -497,6 +497,7 @@ def decoded(
     if images is None:
         _decode_into(path, folder, [file for file, *_ in there], key=key, size=size, channels=channels, show=show)
         images, broken, _ = _open_cache(path, *asked)
+        assert images is not None
     return images, broken
 
 # %% ../nbs/06_archives.ipynb #bb67f5af
@@ -511,7 +512,7 @@ class QueryGallery(Split):
         return dict(card, queries=self.queries, gallery=gallery, search=f'queries and gallery apart: {self.queries} queries, {gallery} gallery images', checksum=fingerprint([card['checksum'], self.queries]))
 
 # %% ../nbs/06_archives.ipynb #6dcdd626
-def _limited(sides:dict[str, list[tuple]], train_classes:int|None, test_classes:int|None)->dict[str, list[tuple]]:
+def _limited(sides:Mapping[str, list[tuple]], train_classes:int|None, test_classes:int|None)->dict[str, list[tuple]]:
     "The images of the first classes of each side; query and gallery count as one."
     out = {}
     for group, name, limit in ((list(sides)[:1], 'train_classes', train_classes), (list(sides)[1:], 'test_classes', test_classes)):
@@ -520,7 +521,7 @@ def _limited(sides:dict[str, list[tuple]], train_classes:int|None, test_classes:
         out |= {side: [item for item in sides[side] if item[0] in kept] for side in group}
     return out
 
-def _image_set(items:list[tuple[int|str, str]], images:Tensor, names:dict, crop:int|None)->ImageSet:
+def _image_set(items:list[tuple[int|str, str]], images:Tensor, names:Mapping, crop:int|None)->ImageSet:
     "Images whose labels count the classes in sorted order."
     if not items: raise ValueError('each side of a split needs a readable image, found none; unpack the archive again')
     number = {n: k for k, n in enumerate(sorted({n for n, _ in items}))}
@@ -529,8 +530,9 @@ def _image_set(items:list[tuple[int|str, str]], images:Tensor, names:dict, crop:
 def _from_array(found:Listing, files:list[str], size:int, channels:int)->Tensor: # (N, C, S, S) uint8
     "Images of a set that is one array, resized if need be."
     row = {file: k for k, (_, file) in enumerate(item for items in found.sides.values() for item in items)}
+    assert found.pixels is not None
     images = found.pixels if len(files) == len(row) else found.pixels[[row[file] for file in files]]
-    if size != images.shape[-1]: images = np.stack([Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR) for image in images])
+    if size != images.shape[-1]: images = np.stack([np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)) for image in images])
     return torch.from_numpy(images)[:, None].expand(-1, channels, -1, -1)
 
 def _photographs(name:str, folder:Path, lists:tuple[Path, ...], files:list[str], *, size:int, channels:int, cache:Any, limits:str, show:bool)->tuple[Tensor, dict[str, str]]:
@@ -570,7 +572,7 @@ def read(
         raise ValueError(f'all {len(files)} images of {name} must be readable, found {len(broken)} that are not: {some}; unpack them again, or set skip_unreadable=True')
     train, *test = ([item for item in items if item[1] not in broken] for items in sides.values())
     n = len(train)
-    both = dict(train=_image_set(train, images[:n], found.names, crop), test=_image_set(sum(test, []), images[n:], found.names, crop), skipped=tuple(broken))
+    both:dict[str, Any] = dict(train=_image_set(train, images[:n], found.names, crop), test=_image_set(sum(test, []), images[n:], found.names, crop), skipped=tuple(broken))
     return Split(name, **both) if len(test) == 1 else QueryGallery(name, **both, queries=len(test[0]))
 
 # %% ../nbs/06_archives.ipynb #6e293ead

@@ -197,9 +197,10 @@ def _from_file(path:Path, trust:bool)->nn.Module:
 
 def _without_head(net:nn.Module, name:str)->str:
     "Take the classifier off; its name. timm says itself where it is, elsewhere it is the last linear layer."
-    if hasattr(net, 'reset_classifier'):
-        net.reset_classifier(0)
-        return str(net.default_cfg.get('classifier', ''))
+    timm:Any = net if hasattr(net, 'reset_classifier') else None
+    if timm:
+        timm.reset_classifier(0)
+        return str(timm.default_cfg.get('classifier', ''))
     layers = _named(net, nn.Linear)
     if not layers: raise ValueError(f'{name} must end in a linear layer, found none; write a function that builds the model and pass module:function')
     _replace(net, layers[-1][0], nn.Identity())
@@ -597,7 +598,7 @@ def _report(task:Task, name:str, notes:Sequence[str], folder:Path)->Audit:
                    data=data.summary() | dict(queries=task.pictures.queries, listed=task.pictures.total, skipped=len(task.pictures.skipped), sha256=data.checksum()),
                    model=dict(sha256=checksum(task.model), weights=sum(p.numel() for p in task.model.parameters()), length=gallery.emb.shape[1]))
     results = json.loads(to_json(results)) # as it will be read
-    figures = _figures(task, queries, gallery, curves, rows[lost_first(records, headings)[:6]], min(reversed(headings), key=worst.each.get))
+    figures = _figures(task, queries, gallery, curves, rows[lost_first(records, headings)[:6]], min(reversed(headings), key=worst.each.__getitem__))
     for file, (picture, _) in figures.items(): write_atomic(folder/'figures'/file, picture)
     write_atomic(folder/'attacks.csv', _csv([['attack', 'before', 'after', 'low', 'high'], *([h, b, a, *sure] for h, b, a, sure in _attack_rows(evaluation))]))
     write_atomic(folder/'queries.csv', _csv(_query_rows(records, rows, task.pictures)))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, repeat
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -243,7 +243,7 @@ def drawing_from(
     "Inside the block PyTorch's global random state is a copy of `gen`; after it, what it was."
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
         torch.set_rng_state(gen.get_state())
-        if device.type == 'cuda': torch.cuda.manual_seed(torch.randint(2**62, ()).item())
+        if device.type == 'cuda': torch.cuda.manual_seed(int(torch.randint(2**62, ())))
         yield
 
 # %% ../nbs/23_baselines.ipynb #a62355d3
@@ -314,7 +314,7 @@ def multi_similarity(
 )->Defense:
     "Robust training with the multi-similarity loss."
     if min(alpha, beta) <= 0: raise ValueError(f'alpha and beta must be positive, found {alpha} and {beta}')
-    options = dict(alpha=alpha, beta=beta, base=base)
+    options:dict[str, Any] = dict(alpha=alpha, beta=beta, base=base)
     return robust_loss(partial(multi_similarity_loss, **options), name='multi_similarity', eps=eps, step_size=step_size, steps=steps,
                        moved=moved, clean_weight=clean_weight, options=options)
 
@@ -347,7 +347,7 @@ def topweighted(
     "Robust training with a loss between the nearest negative and all others."
     check_inner(eps, step_size, steps, margin)
     check_between('top', top, 0, 1)
-    options = dict(margin=margin, top=top)
+    options:dict[str, Any] = dict(margin=margin, top=top)
     return robust_loss(partial(topweighted_loss, **options), name='topweighted', eps=eps, step_size=step_size, steps=steps,
                        moved=moved, clean_weight=clean_weight, options=options)
 
@@ -380,7 +380,7 @@ def library_loss(
                        options=dict(loss=loss, loss_options=loss_options or {}, miner=miner, miner_options=miner_options or {}))
 
 # %% ../nbs/23_baselines.ipynb #a3ecaa7e
-BASELINES = dict(est=est, ses=ses, minmax=minmax, free=free, multi_similarity=multi_similarity, topweighted=topweighted, library_loss=library_loss)
+BASELINES = dict[str, Callable[..., Defense]](est=est, ses=ses, minmax=minmax, free=free, multi_similarity=multi_similarity, topweighted=topweighted, library_loss=library_loss)
 
 def valid_options(
     name:str,       # key of `tride.DEFENSES` or of `BASELINES`

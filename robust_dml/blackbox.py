@@ -293,7 +293,7 @@ def topk(
     lists, trials = Lists(model, queries, gallery, k), max(0, budget - 1)
     propose = squares(x, streams(queries, seed=seed, method='topk', name=attack.name), eps=eps, budget=trials, share=share)
     with frozen(model):
-        clean = lists(x) if trials else None
+        clean = lists(x) if trials else x.new_empty(0)
         images = random_search(lambda images: -relevance(lists(images), clean), propose, x, budget=trials, drift=True)
     return Probed(measured(model, attack, images, queries, gallery, seed=seed), lists.asked)
 

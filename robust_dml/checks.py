@@ -9,7 +9,7 @@ __all__ = ['Flag', 'twins', 'sample_of_classes', 'standardised', 'check_range', 
 # %% ../nbs/19_checks.ipynb #9d0cc70e
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +144,8 @@ def check_attacks(
     budget:int,      # images shown to the model by the search without gradient, per query
 )->list[Flag]:
     "What a better attack would have found."
-    attack, given = SUITE['ES'], dict(eps=eps, step_size=step_size, steps=steps, seed=seed)
+    attack = SUITE['ES']
+    given:dict[str, Any] = dict(eps=eps, step_size=step_size, steps=steps, seed=seed)
     search = partial(run_attack, model, attack, x, queries, gallery)
     if not eps or not steps: return _unmeasured('Without a budget or without steps nothing was attacked.', raised=False)
     try: far, hit = _outcome(search(**given).after)

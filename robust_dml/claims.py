@@ -841,7 +841,7 @@ def _outcomes(c:Mapping[str, Any])->str:
 
 def _claim_blocks(c:Mapping[str, Any])->list[tuple]:
     "One claim."
-    found = [('h2', f'Claim {c["number"]}: {c["verdict"]}'), ('p', f'Claim of {c["paper"]}: {c["text"]}'), ('p', f'Verdict: {c["verdict"]}. Reason: {c["reason"]}.'), ('p', f'Rule: {c["rule"]}'), ('p', f'Runs: {c["ran"]}.')]
+    found:list[tuple] = [('h2', f'Claim {c["number"]}: {c["verdict"]}'), ('p', f'Claim of {c["paper"]}: {c["text"]}'), ('p', f'Verdict: {c["verdict"]}. Reason: {c["reason"]}.'), ('p', f'Rule: {c["rule"]}'), ('p', f'Runs: {c["ran"]}.')]
     if c['lacks']: found.append(('p', f'Not in the results: {c["lacks"]}'))
     if c['printed']: found += [('p', 'Printed:'), ('table', c['printed'])]
     if c['readings']: found += [('p', 'As printed:'), ('table', [('Reading', 'Sentence'), *((f'{r["reading"]} {r["verdict"]}', r['text']) for r in c['readings'])])]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ def matched_clusters(
     table = torch.zeros(len(a), len(b), dtype=torch.long, device=shared.device).index_put((pair[:,0], pair[:,1]), shared)
     row, column = need('scipy.optimize', 'Hungarian accuracy').linear_sum_assignment(table.cpu().numpy(), maximize=True)
     row, column = (torch.from_numpy(v).to(shared.device) for v in (row, column))
-    return row, column, table[row, column].sum().item()
+    return row, column, int(table[row, column].sum())
 
 def hungarian_accuracy(
     label:Tensor,   # (N,) long
@@ -165,7 +165,7 @@ def clusters(
     check_embeddings('emb', emb), check_choice('start', start, ('++', 'random')), check_between('restarts', restarts, 1, math.inf), check_between('rounds', rounds, 1, math.inf)
     if not 1 <= k <= len(emb): raise ValueError(f'k-means needs at least one image per cluster, found {len(emb)} images for {k} clusters; add images or ask for fewer clusters')
     iterate = _faiss_rounds if resolve_backend(backend, emb.device) == 'faiss' else _torch_rounds
-    best = math.inf, None
+    best:tuple[float, Any] = math.inf, None
     for restart in range(restarts):
         gen = generator(seed, 'clusters', restart)
         rows = spread_start(emb, k, gen) if start == '++' else torch.randperm(len(emb), generator=gen)[:k].to(emb.device)
@@ -266,8 +266,8 @@ class ClusterProtocol:
     eps:float       # radius of the ball, fraction of the pixel range, in [0, 1]
     step_size:float # of one sign step, fraction of the pixel range
     steps:int       # gradient steps of a search
-    modes:tuple[str,...] = tuple(MODES) # ways of reading the model
-    scopes:tuple[str,...] = SCOPES      # what is perturbed
+    modes:tuple[Any,...] = tuple(MODES) # ways of reading the model
+    scopes:tuple[Any,...] = SCOPES      # what is perturbed
     seed:int = 0    # of random starts, references, k-means and the choice of classes under `limit`
     limit:int = 0   # take random whole classes with at most this many images (at least two classes); 0 takes all
     batch_size:int = 128     # images attacked together; changes no result beyond rounding
@@ -314,10 +314,16 @@ class Scene:
     reference:Tensor|None # (N,) bool: images that make the centres; None without the mode centre
     found:tuple[Clusters,...] # clean clusterings, one per seed; none without the mode kmeans
     protocol:ClusterProtocol
-    backend:str      # of k-means
+    backend:Any      # of k-means, as in `clusters`
 
     @property
     def classes(self)->int: return int(self.label.max()) + 1
+
+    @property
+    def references(self)->Tensor:
+        "(N,) bool: `reference`, where the mode centre is asked for."
+        assert self.reference is not None
+        return self.reference
 
     def cluster(self, emb:Tensor, number:int)->Clusters:
         "The clustering of `emb` by one of the seeds."
@@ -347,8 +353,8 @@ def recall_hits(emb:Tensor, other:Tensor, scene:Scene)->Tensor:
 
 def centre_hits(emb:Tensor, other:Tensor, scene:Scene)->Tensor:
     "1 where the nearest centre of the references in `other` is that of the class, else 0, for the images that are no references."
-    asks = ~scene.reference
-    return (_assign(emb[asks], scene.centres(other, scene.reference))[1] == scene.label[asks]).double()
+    asks = ~scene.references
+    return (_assign(emb[asks], scene.centres(other, scene.references))[1] == scene.label[asks]).double()
 
 _HITS = MappingProxyType({'retrieval': recall_hits, 'centre': centre_hits})
 
@@ -382,7 +388,8 @@ def attacked_images(
     gradient:Callable=autograd_gradient, # see `pgd`
 )->Attacked:         # of the search with the largest objective, image by image; `values` and `emb` are those of `images`
     "Attack one batch as the protocol says."
-    p, targets, best = protocol, attack.targets(queries, gallery, protocol.seed), None
+    p, targets = protocol, attack.targets(queries, gallery, protocol.seed)
+    best:Any = None
     def objective(emb): return attack.objective(emb, queries, targets, gallery)
     for restart in range(p.restarts):
         start = random_start(x, queries, ball=BALLS['linf'], eps=p.eps, seed=p.seed, name=attack.name, restart=restart) if restart or p.random_start else None
@@ -444,14 +451,14 @@ class AttackAll:
 def aims(
     attack:Attack,
     scene:Scene,
-)->list[tuple[str,tuple[str,...],Attack]]: # name of the aim, the modes it serves, the attack
+)->list[tuple[str,tuple[Any,...],Attack]]: # name of the aim, the modes it serves, the attack
     "The versions of an attack that the modes call for: two for `centre`, one for all others."
     modes = scene.protocol.modes
     if attack.targets is not centre_targets: return [('references clean', modes, attack)]
     def at(centres): return replace(attack, targets=partial(centre_targets, centres=centres))
     rest = tuple(m for m in modes if m != 'centre')
     found = [('centres of all', rest, at(scene.centres(scene.emb)))] if rest else []
-    return found + ([('centres of references', ('centre',), at(scene.centres(scene.emb, scene.reference)))] if 'centre' in modes else [])
+    return found + ([('centres of references', ('centre',), at(scene.centres(scene.emb, scene.references)))] if 'centre' in modes else [])
 
 def new_centres(
     scene:Scene,
@@ -459,7 +466,7 @@ def new_centres(
     mode:Literal['centre','kmeans'],
 )->Tensor:      # (classes, D) float, unit length
     "What the defender would compare with after the attack."
-    if mode == 'centre': return scene.centres(emb, scene.reference)
+    if mode == 'centre': return scene.centres(emb, scene.references)
     found = scene.cluster(emb, 0)
     kind, column, _ = matched_clusters(scene.label, found.member)
     used = found.member.unique()[column]
@@ -485,7 +492,7 @@ def further_rounds(
 class Clustered:
     "One model read in several modes, clean and under attack; all scores in percent."
     clean:dict[str,float] # R@1, centre (accuracy), NMI, AMI, F1, Hungarian; those of the modes that were read
-    attacked:dict[str,dict[str,dict[str,float]]] # scope -> attack -> score, the lower one where there were several rounds
+    attacked:dict[Any,dict[str,dict[str,float]]] # scope -> attack -> score, the lower one where there were several rounds
     rounds:dict[str,dict[str,list[dict[str,float]]]] # attack -> mode -> scores of `scope='all'` after each round, the first of them against clean centres
     images:int
     classes:int
@@ -504,7 +511,7 @@ class Clustered:
 # %% ../nbs/18_clustering.ipynb #32f3d477
 def _under(attack_all:AttackAll, attack:Attack, scene:Scene)->tuple[dict,dict]:
     "Scores of one attack by scope, and by mode those of its rounds."
-    p, table, rounds = scene.protocol, {scope: {} for scope in scene.protocol.scopes}, {}
+    p, table, rounds = scene.protocol, dict[Any, dict]({scope: {} for scope in scene.protocol.scopes}), {}
     for aim,modes,aimed in aims(attack, scene):
         emb = attack_all(aimed, aim)
         for scope in p.scopes:

@@ -120,7 +120,8 @@ def swap_test(
     count = 2*(~first.isnan()).sum(1)                                          # (S, 19)
     middle, half = (first + second).nansum(1)/count, (first - second).nan_to_num()/count[:, None]
     def difference(moved): return (scored(middle + moved) - scored(middle - moved)).mean(-2)
-    found, gen, hits = difference(half.sum(1)).abs(), generator(seed, 'swap'), 0
+    found, gen = difference(half.sum(1)).abs(), generator(seed, 'swap')
+    hits = torch.zeros_like(found)
     for start in range(0, draws, block):
         signs = 2.*torch.randint(2, (min(block, draws - start), half.shape[1]), generator=gen).double() - 1
         hits = hits + (difference(torch.einsum('dq,sqk->dsk', signs, half)).abs() >= found - 1e-9).sum(0) # rounding must not break ties

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load
@@ -47,12 +47,14 @@ def generator(
     return torch.Generator().manual_seed(int(fingerprint([seed, *keys])[:15], 16))
 
 # %% ../nbs/00_core.ipynb #0a7d2563
+_Number = TypeVar('_Number', int, float)
+
 def check_between(
     name:str,    # name of the argument, for the message
-    value:float, # the argument
+    value:_Number, # the argument
     low:float,   # smallest valid value
     high:float,  # largest valid value; `math.inf` for none
-)->float:        # `value`
+)->_Number:      # `value`
     "Refuse a number outside [low, high]; NaN is outside of every range."
     if isinstance(value, str) or not hasattr(value, '__le__'): raise TypeError(f'{name} must be a number, found {value!r}')
     if low <= value <= high: return value
@@ -212,9 +214,10 @@ _keeping = 0 # blocks of `kept_memory` that are open
 def kept_memory()->Iterator[None]:
     "Freed memory waits for the next allocation inside the block, and goes back to the system at its end."
     global _keeping
+    libc:Any = None
     try: libc = ctypes.CDLL(None)
-    except (OSError, TypeError): libc = None # Windows
-    known = libc is not None and hasattr(libc, 'mallopt') and hasattr(libc, 'malloc_trim')
+    except (OSError, TypeError): pass # Windows
+    known = hasattr(libc, 'mallopt') and hasattr(libc, 'malloc_trim')
     def set_all(values:Mapping[int,int]):
         for name,value in values.items(): libc.mallopt(name, value)
     if known and not _keeping: set_all({_MMAPS: 0, _TRIM: 2**31 - 1, _TOP: 2**26})

@@ -9,12 +9,12 @@ __all__ = ['FONTS', 'BLOCKS', 'SUFFIXES', 'FORMATS', 'ARCHIVES', 'centre_crop', 
 
 # %% ../nbs/01_data.ipynb #1b966c8c
 import hashlib, math, os, unicodedata, warnings, zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ def _floats(x:Tensor, device:Any, dtype:torch.dtype)->Tensor:
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     "Labelled images whose labels count from 0."
-    images:Tensor           # (N, C, H, W) uint8, or anything with that shape that a tensor of rows can index
+    images:Tensor|Any       # (N, C, H, W) uint8, or anything with that shape that a tensor of rows can index
     labels:Tensor           # (N,) long in 0..len(classes)-1
     classes:tuple[str, ...] # name of each class
     crop:int|None=None      # side of the window a batch shows; None: the whole image
@@ -164,7 +164,7 @@ def bitmap(
 )->Tensor:           # (256,) float in [0, 1]
     "The glyph centred in a square and reduced to 16 x 16 pixels."
     square = Image.new('L', (max(ink.size),)*2)
-    square.paste(ink, tuple((square.width-side)//2 for side in ink.size))
+    square.paste(ink, ((square.width-ink.width)//2, (square.width-ink.height)//2))
     return torch.from_numpy(np.array(square.resize((16, 16), Image.Resampling.BOX))).flatten()/255
 
 # %% ../nbs/01_data.ipynb #1d988f65
@@ -220,7 +220,9 @@ def _glyph(
     canvas = Image.new('L', (2*size, 2*size))
     stroke, blur = u[6]*size/16, u[7]*size/21
     ImageDraw.Draw(canvas).text((size, size), char, fill=255, font=font, anchor='mm', stroke_width=stroke)
-    left, top, right, bottom = canvas.getbbox()
+    box = canvas.getbbox()
+    assert box is not None, f'{char} leaves no ink' # `characters` keeps those that do
+    left, top, right, bottom = box
     warp = _affine(2*size, ((left+right)/2, (top+bottom)/2), u)
     canvas = canvas.transform(canvas.size, Image.Transform.AFFINE, warp, Image.Resampling.BILINEAR)
     ink = np.asarray(canvas.filter(ImageFilter.GaussianBlur(blur)).reduce(2), dtype=np.float32)
@@ -282,7 +284,7 @@ def _why(error:Exception)->str: # a decoder may fail in any way
 
 # %% ../nbs/01_data.ipynb #a685a731
 def read_image(
-    file:Path|BinaryIO,
+    file:Path|IO[bytes],
     *,
     channels:int, # 1 grey, 3 RGB
 )->Image.Image:   # mode 'L' or 'RGB'
@@ -437,11 +439,11 @@ def image_folder(
     if not os.path.isdir(folder): raise FileNotFoundError(f'a folder of class folders is needed, found nothing of that kind at {folder}')
     classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith(('.', '__')))
     if len(classes) < 2: raise ValueError(f'{folder} must hold one folder per class, at least two, found {len(classes)}')
-    items = [[(name, file) for name in side for file in _class_files(folder/name)] for side in (classes[:len(classes)//2], classes[len(classes)//2:])]
+    train, test = ([(name, file) for name in side for file in _class_files(folder/name)] for side in (classes[:len(classes)//2], classes[len(classes)//2:]))
     def read(file):
         image = np.asarray(read_image(folder/file, channels=channels).resize((size, size), Image.Resampling.BILINEAR))
         return image.reshape(size, size, channels).transpose(2, 0, 1)
-    return _split(folder.resolve().name, *items, read, (channels, size, size), crop=crop, skip_unreadable=skip_unreadable,
+    return _split(folder.resolve().name, train, test, read, (channels, size, size), crop=crop, skip_unreadable=skip_unreadable,
                   train_classes=train_classes, test_classes=test_classes)
 
 # %% ../nbs/01_data.ipynb #8f05a25a
@@ -503,7 +505,7 @@ def prefetch(
     items:Iterable, # walked through by a thread; nobody else may use it meanwhile
     *,
     depth:int=1,    # items that may be ready before they are asked for
-)->Iterator:        # the same items in the same order
+)->Generator:       # the same items in the same order
     "Get the next items in a thread while the caller works on this one; close it to end the thread."
     check_between('depth', depth, 1, math.inf)
     ready, room, closed = SimpleQueue(), Semaphore(depth), Event()
@@ -535,7 +537,7 @@ def training_batches(
     device:Any='cpu',
     dtype:torch.dtype=torch.float32,
     ahead:bool|None=None,     # prepare the next batch in a thread; None: on a GPU, and for images outside of memory
-)->Iterator[tuple[Tensor, Tensor]]: # images (B, C, S, S) in [0, 1] and labels (B,), on `device`; close it when stopping early
+)->Generator[tuple[Tensor, Tensor], None, None]: # images (B, C, S, S) in [0, 1] and labels (B,), on `device`; close it when stopping early
     "Augmented images and labels of each batch."
     def make():
         for rows in batches: yield dataset.augment(rows, gen, device, dtype), to_device(dataset.labels[rows], device)

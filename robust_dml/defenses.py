@@ -82,7 +82,7 @@ def triplet_distances(
 # %% ../nbs/21_defenses.ipynb #1017805f
 class Perturbed(NamedTuple):
     "Images of the triplets after the inner maximisation."
-    images:tuple[Tensor, Tensor, Tensor] # anchors, positives, negatives: (B, C, H, W) each, in [0, 1], detached
+    images:tuple[Tensor, ...] # anchors, positives, negatives: (B, C, H, W) each, in [0, 1], detached
     steps:int                            # PGD updates done; 0: the images are clean
 
 # %% ../nbs/21_defenses.ipynb #7a40257c
@@ -273,16 +273,17 @@ def hm(
     ics:float,                # weight of the intra-class structure loss; 0 leaves it out
     source:str='softhard',    # miner of the triplets that are perturbed
     destination:str='semihard', # miner of the benign destination; used only if `pseudo` is None
-    pseudo:str|float|None='gLGA', # 'gLGA', 'g_B', 'g_2', 'g_1/2', a constant, or None: benign destination
+    pseudo:Literal['gLGA', 'g_B', 'g_2', 'g_1/2']|float|None='gLGA', # a number is a constant; None: benign destination
     loss_cap:float|None=None, # u of the gradual adversary; None: the margin
     allow_self:bool=True,     # whether the softhard miner may fall back to an anchor as its own positive, as the reference code does
 )->Defense:
     "Hardness manipulation, HM[S, gLGA]&ICS by default."
     check_inner(eps, step_size, steps, margin)
     for key,miner in dict(source=source, destination=destination).items(): check_choice(key, miner, tuple(MINERS))
+    cap = margin if loss_cap is None else loss_cap
     options = dict(eps=eps, step_size=step_size, steps=steps, margin=margin, ics=ics, source=source, destination=destination,
-                   pseudo=pseudo, loss_cap=margin if loss_cap is None else loss_cap, allow_self=allow_self)
-    if options['loss_cap'] <= 0: raise ValueError(f"loss_cap must be positive, found {options['loss_cap']}")
+                   pseudo=pseudo, loss_cap=cap, allow_self=allow_self)
+    if cap <= 0: raise ValueError(f'loss_cap must be positive, found {cap}')
     check_between('ics', ics, 0, float('inf'))
-    if pseudo is not None: pseudo_hardness(2., margin=margin, cap=options['loss_cap'], kind=pseudo)
+    if pseudo is not None: pseudo_hardness(2., margin=margin, cap=cap, kind=pseudo)
     return Defense('hm', options, partial(dict, loss=2.), partial(_hm_step, **options))

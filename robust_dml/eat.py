@@ -12,13 +12,13 @@ __all__ = ['CRAFT', 'COMBINE', 'SELF_TRANSFER', 'PROXY', 'pal', 'pal_sample', 'p
 
 # %% ../nbs/25_eat.ipynb #da021d25
 import inspect, warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import combinations
 from math import sqrt
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,9 @@ def joined(
 
 class Ensemble(nn.Module):
     "Several networks as one: the normalised concatenation of their embeddings."
+    members:Any # nn.ModuleList
+    proxies:Any # nn.ParameterList
+
     def __init__(
         self,
         members:Iterable[nn.Module],      # each (B, C, H, W) -> raw (B, D)
@@ -316,7 +319,7 @@ def climb(b:Batch, model:nn.Module, objective:Callable, x:Tensor, **options)->tu
 @contextmanager
 def held(
     module:nn.Module|None,
-)->nn.Module|None:
+)->Iterator[nn.Module|None]:
     "No gradients for the weights of `module` in what is computed inside the block."
     flags = [(p, p.requires_grad) for p in module.parameters()] if module is not None else []
     try:
@@ -338,8 +341,8 @@ def member_update(
     with held(member.backbone if warm else None):
         weights = [w for w in (*member.parameters(), model.proxies[m]) if w.requires_grad]
         embs = embed_together(member, *(v.images[rows] for v in lesson.views))
-        loss = sum(weight*pal(emb, label[rows], model.proxies[m], scale=s.scale, margin=s.margin, known=b.parts.known[m])
-                   for view,emb in zip(lesson.views, embs) for weight,label in view.targets)
+        loss:Any = sum(weight*pal(emb, label[rows], model.proxies[m], scale=s.scale, margin=s.margin, known=b.parts.known[m])
+                       for view,emb in zip(lesson.views, embs) for weight,label in view.targets)
         if lesson.extra: loss = loss + lesson.extra(embs, rows)
         grads = torch.autograd.grad(loss, weights, allow_unused=True)
     shift = paired_distance(embs[0].detach(), b.clean[m][rows]).mean().item() if lesson.moved else torch.nan
@@ -598,7 +601,8 @@ def adp_term(
     diversity:float,
 )->Tensor: # () float
     "Minus the weighted entropy of the mean prediction and the members' diversity."
-    cosine = torch.stack([_cosines(embed(m, b.x), p) for m,p in zip(train_mode(model).members, model.proxies)], 1) # (B, M, C)
+    train_mode(model)
+    cosine = torch.stack([_cosines(embed(m, b.x), p) for m,p in zip(model.members, model.proxies)], 1) # (B, M, C)
     chance = (32*cosine).softmax(2)
     mean, own = chance.mean(1), torch.arange(chance.shape[2], device=b.label.device) == b.label[:,None]
     wrong = normalise(chance.masked_fill(own[:,None], 0.).double())
@@ -614,7 +618,8 @@ def gal_term(
 )->Tensor: # () float, differentiable twice
     "Weighted log-sum-exp of the cosines between the members' input gradients."
     x, s = b.x.detach().requires_grad_(), b.shared
-    losses = [pal_sample(embed(m, x), b.label, p, known=b.parts.known[0], scale=s.scale, margin=s.margin).sum() for m,p in zip(train_mode(model).members, model.proxies)]
+    train_mode(model)
+    losses = [pal_sample(embed(m, x), b.label, p, known=b.parts.known[0], scale=s.scale, margin=s.margin).sum() for m,p in zip(model.members, model.proxies)]
     slopes = [normalise(torch.autograd.grad(loss, x, create_graph=True)[0].flatten(1)) for loss in losses]
     return weight*torch.stack([(u*v).sum(1) for u,v in combinations(slopes, 2)]).logsumexp(0).mean()
 

@@ -30,7 +30,7 @@ from .compare import seed_interval
 from .core import fingerprint, generator, kept_memory, listed, need, progress
 from .data import ImageSet
 from .distances import normalise
-from .eat import PROXY, make, network, sequential_gradient, transfer_matrix
+from .eat import PROXY, Ensemble, make, network, sequential_gradient, transfer_matrix
 from .experiments import PAPER_224, Cell, Plan, Setting, alone, check_weights, defense, overrides, parameters, plan, recipe, table_row, train_cell, trained_as, _shareable
 from .forecast import noise_set, _peak
 from .jobs import only_inline
@@ -121,7 +121,8 @@ def cell_of(
 )->Cell:
     "The cell of the experiments that trains a line."
     label, entry, *_ = LINES[line]
-    row, more = table_row(entry), {}
+    row = table_row(entry)
+    more:dict[str, Any] = {}
     if row.defense in PROXY and plan.preset == 'paper' and plan.recipe.weights: more = dict(warm_epochs=5, decay_every=5 if plan.dataset == 'cub' else 10)
     if row.defense == 'eat' and plan.data.train.labels.bincount().min() < row.options.get('members', 3): more['absent'] = 'negative'
     switches = '+'.join(f'{key}={value}' for key,value in more.items())
@@ -189,8 +190,9 @@ def measured_apart(
     "Measure one task after the other; ends with a warning at one that fails."
     if not tasks: return
     with tempfile.TemporaryFile('w+') as said, subprocess.Popen([sys.executable, '-W', 'ignore', '-c', _CHILD, json.dumps(tasks)], stdout=subprocess.PIPE, stderr=said, text=True) as process:
+        assert process.stdout is not None
         for task,line in zip(tasks, process.stdout): yield task, int(line)
-        if process.wait(): said.seek(0); warnings.warn(f'expected the peak memory of every model, found a measurement that failed: {(said.read().strip().splitlines() or [process.returncode])[-1]}; the table of the cost has gaps')
+        if process.wait(): said.seek(0); warnings.warn(f'expected the peak memory of every model, found a measurement that failed: {(said.read().strip().splitlines() or [str(process.returncode)])[-1]}; the table of the cost has gaps')
 
 # %% ../nbs/47_eat_tables.ipynb #464154bb
 def protocol(plan:Plan)->dict:
@@ -214,7 +216,7 @@ _SEARCHES = len(ATTACKS) + 3 # `centre` aims at two kinds of centres, each with 
 
 def gradient_of(preset:str, model:nn.Module)->Callable:
     "White-box gradient of a model, member by member where members are deep networks."
-    return sequential_gradient(model) if preset == 'paper' and len(getattr(model, 'members', ())) > 1 else autograd_gradient
+    return sequential_gradient(model) if preset == 'paper' and isinstance(model, Ensemble) and len(model.members) > 1 else autograd_gradient
 
 def _lowest(found)->dict[str,dict[str,float]]: return {scope: found.worst(scope) for scope in found.attacked}
 
@@ -227,7 +229,7 @@ def part_of(
     kinds, label = data.labels[rows].unique(return_inverse=True)
     return replace(data, images=data.images[rows], labels=label, classes=tuple(data.classes[k] for k in kinds.tolist()))
 
-def ten_classes(attack_all:Callable)->dict[str,Tensor]: # clean, attacked (B, D) float16; label (B,)
+def ten_classes(attack_all:Any)->dict[str,Tensor]: # clean, attacked (B, D) float16; label (B,)
     "Embeddings of the first ten classes, clean and under `centre`."
     shelf, p = attack_all.gallery, replace(attack_all.protocol, modes=('retrieval',))
     (aim, _, aimed), = aims(ATTACKS['centre'], Scene(shelf.emb, shelf.label, None, (), p, ''))

@@ -137,7 +137,7 @@ def rows(cells:Cells)->list[tuple[str, str]]:
     return list(dict.fromkeys(key.row for key in cells))
 
 # %% ../nbs/36_errata.ipynb #a309fdb7
-def _spans(check:Check, cells:Cells)->dict[str, Span|None]:
+def _spans(check:Check, cells:Cells)->dict[str, Any]: # of Span; None where a source is no number of its range
     "The values that each source may have."
     resistances = check.name == 'mean of the ARS'
     return {h: span(cells[k], h, resistances) for h, k in check.sources.items()}
@@ -702,7 +702,9 @@ def appendix_figures(
                 theory.draw_scheme(ax, theta, scheme, h=.8).set_title(f'({name}) {scheme.upper()}, {"θ = 75°" if name in "abc" else "θ = π"}: s = {s:.2f}')
         theory.draw_ratio(ratio.subplots(), [(l['theta'], l['R exact']) for l in results['angles']])
         theory.draw_views(*views.subplots(1, 2))
-        if check: theory.draw_check(*real.subplots(1, 2), check)
+        if check:
+            shifts, ratios = real.subplots(1, 2)
+            theory.draw_check(shifts, ratios, check)
     n, lost = results['triplets']['triplets'], 'Reconstructed: the printed figure is not at hand, '
     made = {'figure1.png': (png(sketch), f'Figure 1, a sketch on the unit circle. All three attacks raise the hardness of the same triplet by 0.7; SIP moves each point about half as far as CAP or ANP. Ways are arcs, to scale. {lost}its message is.'),
             'figure5.png': (png(geometry), f'Figure 5 (a) to (f): the geometry of Appendix A for a gain of 0.8. Grey and solid: before, coloured and dashed: after; arrows to scale, lengths s by bisection on the exact hardness. {lost}panels and angles follow the text.'),

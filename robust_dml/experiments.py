@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ class Recipe:
     train_classes:int=0   # 0: all
     test_classes:int=0
     limit:int=0           # attacked queries; 0: all
-    precision:str='float32' # of the network in training and in the search of the attacks: 'float32' or 'bfloat16'; distances and outcomes are always float32
+    precision:Literal['float32','bfloat16']='float32' # of the network in training and in the search of the attacks; distances and outcomes are always float32
 
 # %% ../nbs/33_experiments.ipynb #09c84e89
 PAPER_28 = Recipe(settings=(Setting('28', eps=77/255, step_size=3/255, steps=32, colo_steps=16),), seeds=(0,), model='c2f2', weights='', dim=512,
@@ -150,7 +150,7 @@ DEFENSES = dict(
     natural_contrastive=Row('Natural (tuples, contrastive)', 'tuples', dict(loss='contrastive', attack_rate=0.)), tuples_contrastive=Row('Robust tuples, contrastive', 'tuples', dict(loss='contrastive')),
     topweighted=Row('Top-weighted', 'topweighted', dict(top=.5)), library_loss=Row('Contrastive', 'library_loss', dict(loss='ContrastiveLoss')))
 TABLE_DEFENSES = ('natural', 'act', 'hm', 'colo_tride')
-PARAMETERS = dict(dataset='glyphs', root='', preset='quick', defenses='', seeds='', profile='', device='auto', epochs=0, limit=0, weights='',
+PARAMETERS = dict[str, Any](dataset='glyphs', root='', preset='quick', defenses='', seeds='', profile='', device='auto', epochs=0, limit=0, weights='',
                   backend='auto', precision='', compiled=False, out='', skip_unreadable=False, backbone='', executor='inline')
 
 # %% ../nbs/33_experiments.ipynb #ff729e18
@@ -269,7 +269,7 @@ class Plan:
     data:Split
     card:dict      # of the data: counts and checksum
     device:str
-    backend:str
+    backend:Literal['torch','faiss']
     reports:Path
 
     @property
@@ -293,7 +293,8 @@ def plan(
 
 def _place(p:dict)->tuple[str, str]:
     "The data set and the folder of its files."
-    return tuple(str(Path(p[key]).expanduser()) if p[key] else '' for key in ('dataset', 'root'))
+    dataset, root = (str(Path(p[key]).expanduser()) if p[key] else '' for key in ('dataset', 'root'))
+    return dataset, root
 
 def _data(p:dict, r:Recipe)->Split:
     "The images of a run."
@@ -393,9 +394,9 @@ def defense(
 )->Defense:
     "The defence of a cell with all its switches."
     s, row = cell.setting, table_row(cell.defense)
-    inner = dict(eps=s.eps, step_size=s.step_size, margin=recipe.margin)
+    inner:dict[str, Any] = dict(eps=s.eps, step_size=s.step_size, margin=recipe.margin)
     shared = dict(eps=s.eps, step_size=s.step_size, steps=s.steps) | ({} if recipe.weights else dict(warm_epochs=0, clean_epochs=min(1, recipe.epochs - 1), ramp_epochs=recipe.epochs//3)) # nothing to warm up without pretrained weights
-    base = dict.fromkeys(PROXY, shared) | {'natural': dict(margin=recipe.margin, miner=recipe.natural_miner), 'act': dict(inner, steps=s.steps), 'hm': dict(inner, steps=s.steps, ics=recipe.ics), **dict.fromkeys(('est', 'ses', 'minmax', 'topweighted', 'tuples'), dict(inner, steps=s.steps)),
+    base:dict[str, dict[str, Any]] = dict.fromkeys(PROXY, shared) | {'natural': dict(margin=recipe.margin, miner=recipe.natural_miner), 'act': dict(inner, steps=s.steps), 'hm': dict(inner, steps=s.steps, ics=recipe.ics), **dict.fromkeys(('est', 'ses', 'minmax', 'topweighted', 'tuples'), dict(inner, steps=s.steps)),
             'free': inner, **dict.fromkeys(('multi_similarity', 'library_loss'), dict(eps=s.eps, step_size=s.step_size, steps=s.steps))}
     profile = next(p for p in (cell.profile, *recipe.profiles) if p != 'tuned')
     given = base.get(row.defense, dict(inner, steps=s.colo_steps, lam=recipe.lam, profile=profile))
@@ -527,7 +528,7 @@ def compute_elsewhere(
     how = executor(plan.parameters['executor'])
     if how.kind != 'inline' and int(os.environ.get('WORLD_SIZE', 1)) > 1: raise ValueError(f'executor must be inline where several processes share a training, found {how.kind}; start one process to give cells away as jobs')
     if how.kind == 'inline' or not (todo := missing_cells(plan)): return
-    bare = replace(plan, data=None)
+    bare = replace(plan, data=None) # type: ignore[arg-type] # each job reads the images itself
     run_jobs({f'{cell.setting.name} {cell.label}, seed {cell.seed}': partial(compute_cell, bare, cell) for cell in todo}, how, plan.reports/'store', show=show)
 
 # %% ../nbs/33_experiments.ipynb #ca288ccb
@@ -595,7 +596,7 @@ def example_images(
 
 def example_tensors(
     reports:Path, # folder of the reports and their store
-    results:dict, # of `results`
+    results:Mapping[str, Any], # of `results`
 )->dict[str,dict[str,Tensor]]: # as `example_images`
     "The same for results that were read from a file."
     found = {}

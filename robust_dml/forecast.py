@@ -83,7 +83,8 @@ def split_workload(
     data:Split,
 )->Workload:
     "A data set in memory."
-    return Workload(name, len(data.train), len(data.test), len(data.test.classes), tuple(data.train.images.shape[1:]), data.train.crop or 0)
+    channels, height, width = data.train.images.shape[1:]
+    return Workload(name, len(data.train), len(data.test), len(data.test.classes), (channels, height, width), data.train.crop or 0)
 
 # %% ../nbs/35_forecast.ipynb #2db85cea
 class Noise:
@@ -233,7 +234,7 @@ def calibrate(
     show:bool=True, # progress bar
 )->dict[tuple[str, ...], Line]:
     "A line for every probe, from rounds of all probes in turn."
-    began = clock()
+    began = last = clock()
     def sizes(tried, rounds):
         limit = limit_each([cost*(p.most/size)**p.power for p in probes for size,cost in [tried[p.key]]], max(0., seconds - clock() + began)/rounds)
         return {p.key: affordable(p, *tried[p.key], limit) for p in probes}
@@ -256,7 +257,7 @@ def network(recipe:Recipe)->str:
 def _endless(chosen:Defense, phase:str, steps:int)->Defense:
     "A defence of one phase whose inner search makes all of its steps."
     if chosen.name == 'natural': return chosen
-    changes = dict(eps=.5, step_size=.05, steps=steps)
+    changes:dict[str, Any] = dict(eps=.5, step_size=.05, steps=steps)
     if chosen.name == 'hm': changes |= dict(pseudo=2.)
     elif chosen.name not in ('act', 'est', 'ses', 'minmax'): changes |= dict(phase=phase, step_schedule='const', early_stop=False, assist_start_frac=0.)
     return make(chosen.name, **chosen.options | changes)
@@ -274,6 +275,8 @@ def _update_seconds(model, recipe, device, chosen, pairs)->float:
     return done['parts']['defence'] + done['parts']['update']
 
 # %% ../nbs/35_forecast.ipynb #ac08cdfa
+def _update_probe(model, recipe, device, level, size, s)->float: return _update_seconds(model, recipe, device, level[s], size)
+
 def training_probes(
     recipe:Recipe,
     chosen:Mapping[str, Defense], # by `defense_key`
@@ -286,7 +289,7 @@ def training_probes(
         steps = (1, max(2, min(4, plain.options['steps']))) if plain.options.get('steps') else (0,)
         for phase in phases(plain):
             level = {s: _endless(plain, phase, s) for s in steps}
-            yield Probe(('train', net, key, phase), lambda size, s, level=level: _update_seconds(model, recipe, device, level[s], size),
+            yield Probe(('train', net, key, phase), partial(_update_probe, model, recipe, device, level),
                         least=2, most=4*recipe.pairs, batch=recipe.pairs, levels=steps)
     yield Probe(('optimiser', net), lambda size, updates: _adam_seconds(model, device, updates), least=1, most=1, levels=(1, 3))
     yield Probe(('folding', net), lambda size, level: _seconds(device, lambda: streamlined(model)), least=1, most=1)
@@ -390,7 +393,7 @@ def gallery_probes(
         records = attack_batches(free, images, gallery, {name: ATTACKS[name]}, Protocol(**protocol | dict(steps=steps, limit=queries)), device=device, show=False)
         return math.fsum(r['seconds'] for r in records)
     most = min(recipe.eval_batch, N)
-    for name in ATTACKS: yield Probe(('gallery', key, name), lambda size, steps, name=name: seconds(name, size, steps), least=min(32, most), most=most, levels=(1, 4))
+    for name in ATTACKS: yield Probe(('gallery', key, name), partial(seconds, name), least=min(32, most), most=most, levels=(1, 4))
     yield from _metric_probes(key, gallery, workload.test_classes, device, backend)
 
 def _metric_probes(key, gallery, classes, device, backend)->Iterator[Probe]:
@@ -623,7 +626,7 @@ def check_memory(
     "Forecast and measured memory of two updates."
     asked = json.dumps(dict(recipe=asdict(recipe), name=chosen.name, options=chosen.options, device=device, pairs=pairs))
     done = subprocess.run([sys.executable, '-c', _CHILD, asked], capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f'expected the memory of an update, found a process that failed: {(done.stderr.strip().splitlines() or [done.returncode])[-1]}')
+    if done.returncode: raise RuntimeError(f'expected the memory of an update, found a process that failed: {(done.stderr.strip().splitlines() or [str(done.returncode)])[-1]}')
     return dict(defense=chosen.name, pairs=pairs, predicted=training_bytes(recipe, chosen, device, pairs=pairs), measured=int(done.stdout.split()[-1]))
 
 # %% ../nbs/35_forecast.ipynb #3af57488

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from html import escape
 from importlib import import_module, resources
-from typing import NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import torch
 
@@ -54,8 +54,8 @@ def _module(name:str)->dict[str, Place]:
     lines, found = inspect.getsource(import_module(f'robust_dml.{name}')).splitlines(), {}
     for node in ast.parse('\n'.join(lines)).body:
         targets = getattr(node, 'targets', [node]) if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Assign)) else []
-        cell = next((m for line in lines[node.lineno-1::-1] if (m := re.match(r'# %% \.\./nbs/(\S+) #(\w+)', line))), None)
-        for target in targets if cell else []:
+        cell:Any = next((m for line in lines[node.lineno-1::-1] if (m := re.match(r'# %% \.\./nbs/(\S+) #(\w+)', line))), None)
+        for target in targets if cell is not None else []:
             code = getattr(target, 'name', getattr(target, 'id', ''))
             found[code] = Place(f'{name}.{code}', cell[1], f'{cell[1]}#cell-id={cell[2]}', mentions('\n'.join(lines[node.lineno-1:node.end_lineno])))
     return found
@@ -251,13 +251,17 @@ _ENSEMBLES = (
     ('second round', 'clustered anew, attacked anew', '', 'clustering.further_rounds'),
     ('A1 to A9', 'tables', '', 'eat_tables.TABLES', 'run_eat.ipynb'))
 
+def _alone(label:str, says:str, latex:str, code:str, run:str='')->Row:
+    "A line whose function stands alone."
+    return _row(label, says, latex, code, run, also=())
+
 def robust_tuples()->list[Row]:
     "The equations of the robust optimisation of tuples."
-    return [_row(*line, also=()) for line in _TUPLES]
+    return [_alone(*line) for line in _TUPLES]
 
 def ensembles()->list[Row]:
     "The equations of EAT, of the defences beside it, and of inference by clustering."
-    return [_row(*line, also=()) for line in _ENSEMBLES]
+    return [_alone(*line) for line in _ENSEMBLES]
 
 # %% ../nbs/39_guide.ipynb #932d0817
 _INK, _SOFT, _ATTACK, _ASSIST = '#333333', '#777777', '#d55e00', '#38761d'

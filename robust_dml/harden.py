@@ -18,6 +18,7 @@ from torch import nn
 
 from .archives import _some
 from .audit import PARAMETERS as AUDIT_PARAMETERS, Audit, Listed, audit, find_channels, list_images, placed, prepared as ready, read_images
+from .cards import model_card, of_hardening
 from .core import check_between, kept_memory
 from .defenses import Defense
 from .experiments import Cell, Setting, _versions, defense as made, recipe, table_row
@@ -76,7 +77,7 @@ def chosen_defense(
 # %% ../nbs/46_harden.ipynb #3c3b1a31
 class Hardened(NamedTuple):
     "What a hardening made."
-    page:Path         # index.html; beside it results.json and the weights
+    page:Path         # index.html; beside it results.json, the weights and their model card
     sentence:str      # the result
     weights:Path      # safetensors file, for `weights` of `audit.load_model`
     model:nn.Module   # the hardened copy
@@ -85,7 +86,8 @@ class Hardened(NamedTuple):
 
 def _r_at_1(found:Audit)->tuple[float, float]:
     "R@1 of the attacked queries, without attack and under the worst of all; percent, NaN undefined."
-    return tuple(math.nan if v is None else v for v in (found.results['worst'][k] for k in ('before', 'after')))
+    before, after = (math.nan if v is None else v for v in (found.results['worst'][k] for k in ('before', 'after')))
+    return before, after
 
 def verdict(before:Audit, after:Audit)->str:
     "The result in a sentence or two."
@@ -158,7 +160,7 @@ def harden(
     model, device, _ = placed(model, device)
     chosen, net, (own, judged) = chosen_defense(defense, eps=eps, inner_steps=inner_steps), copy.deepcopy(model).requires_grad_(), divided(images, train_images)
     if not [*net.parameters()]: raise ValueError('model must have weights that can be trained, found none; an exported program keeps none, pass the module that it was made of')
-    common = dict(size=size, seed=seed, skip_unreadable=skip_unreadable, show=show)
+    common:dict[str, Any] = dict(size=size, seed=seed, skip_unreadable=skip_unreadable, show=show)
     pictures = read_images(own, channels=find_channels(model, size=size, device=device), **common).dataset
     config = dict(format=1, start=checksum(model), data=pictures.checksum(), defense=chosen.name, options=chosen.options, epochs=epochs, pairs=pairs, lr=lr, weight_decay=weight_decay, seed=seed)
     run, stem = open_run(reports_root(out), 'harden', config), Path(images).resolve().stem
@@ -169,11 +171,12 @@ def harden(
     after = audit(net, held, name=f'{name} {defense}', **common)
     folder = reports_root(out)/f'harden-{slug(stem)}-{slug(name)}-{slug(defense)}'
     sha = save_tensors(Run(folder), 'hardened.safetensors', dict(portable(net).state_dict()))
-    results = dict(name=name, sentence=verdict(before, after), defense=dict(name=defense, options=chosen.options), train=pictures.summary(), epochs=epochs, pairs=pairs, lr=lr, weight_decay=weight_decay, seed=seed,
+    results = dict(name=name, sentence=verdict(before, after), defense=dict(name=defense, options=chosen.options), train=pictures.summary() | dict(sha256=config['data']), epochs=epochs, pairs=pairs, lr=lr, weight_decay=weight_decay, seed=seed,
                    sha256=sha, log=done['log'], seconds=done['seconds'], before=before.results, after=after.results, run=run.address, provenance=provenance())
     figure = png(curves([dict(label=defense, setting='own', defense=chosen.name, profile='', place=0, seed=seed, train=done)]))
     write_atomic(folder/'results.json', to_json(results, compact=True))
     write_atomic(folder/'index.html', _page(results, before, after, folder/'hardened.safetensors', figure, folder).encode(errors='backslashreplace'))
+    write_atomic(folder/'model_card.md', model_card(of_hardening(results)).encode(errors='backslashreplace'))
     return Hardened(folder/'index.html', results['sentence'], folder/'hardened.safetensors', net, before, after)
 
 # %% ../nbs/46_harden.ipynb #38c95f1e

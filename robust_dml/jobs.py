@@ -21,7 +21,7 @@ from .core import check_choice, need, progress, typed
 
 # %% ../nbs/08_jobs.ipynb #5cd5bd7d
 _SHARED = dict(minutes=10080, restarts=100, gpus=0)
-OPTIONS = dict(inline={}, local=dict(_SHARED, jobs=2, threads=0), slurm=dict(_SHARED, jobs=0, minutes=1440, cpus=0, memory=0, partition='', account='', qos='', constraint=''))
+OPTIONS = dict[str, dict[str, Any]](inline={}, local=dict(_SHARED, jobs=2, threads=0), slurm=dict(_SHARED, jobs=0, minutes=1440, cpus=0, memory=0, partition='', account='', qos='', constraint=''))
 
 @dataclass(frozen=True)
 class Executor:

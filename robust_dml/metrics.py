@@ -9,8 +9,8 @@ __all__ = ['rankings', 'match_places', 'first_match_rank', 'recall_at_k', 'Retri
 
 # %% ../nbs/12_metrics.ipynb #12ca794f
 import math
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def rankings(
     "Distances of a few queries at a time, valid until the next are asked for, and the columns of their matches; queries of small classes first."
     check_choice('self_exclusion', self_exclusion, ('id', 'drop_first'))
     if (gallery is None) != (gallery_label is None): raise ValueError('gallery and gallery_label go together, found only one of them')
-    if gallery is None: gallery, gallery_label, rows = query, query_label, torch.arange(len(query))
+    if gallery is None or gallery_label is None: gallery, gallery_label, rows = query, query_label, torch.arange(len(query))
     for name, x, y in (('query', query, query_label), ('gallery', gallery, gallery_label)):
         check_embeddings(name, x), _check_labels(f'{name}_label', y, x)
     rows, label = check_rows(rows, query, gallery), query_label.long()
@@ -80,9 +80,9 @@ def rankings(
         yield which, mask_rows_(dist, own), _class_columns(label[which], own, order, ordered)
 
 # %% ../nbs/12_metrics.ipynb #7d08f065
-def _in_order(which:list[Tensor], values:list[Tensor])->Tensor:
+def _in_order(which:Iterable[Tensor], values:Iterable[Tensor])->Tensor:
     "Parts of a result in the order of the queries that they belong to."
-    return torch.cat(values)[torch.cat(which).argsort()]
+    return torch.cat([*values])[torch.cat([*which]).argsort()]
 
 # %% ../nbs/12_metrics.ipynb #9f5287c4
 def _equals_before(dist:Tensor, row:Tensor, column:Tensor)->Tensor:
@@ -142,7 +142,8 @@ def first_match_rank(
 )->Tensor:                       # (B,) long: 0 is a hit at 1; -1 where the class has no other item
     "Rank of the first item of the query's class."
     blocks = rankings(query, query_label, gallery, gallery_label, rows=rows, self_exclusion=self_exclusion, block=block)
-    return _in_order(*zip(*((which, _first_rank(dist, column)) for which, dist, column in blocks)))
+    found = [(which, _first_rank(dist, column)) for which, dist, column in blocks]
+    return _in_order([which for which, _ in found], [rank for _, rank in found])
 
 # %% ../nbs/12_metrics.ipynb #a32e6e49
 def _mean(values:Tensor)->float:
@@ -287,11 +288,12 @@ def benign(
     backend:Literal['auto','torch','faiss']='auto', # of k-means; the one taken is in the result
     seed:int=123,    # of k-means
     **options,       # `self_exclusion`, `block`: see `rankings`
-)->dict[str,float|int|str]: # 'R@1', 'R@2', 'mAP', 'NMI' in percent; 'undefined': queries left out of the first three; 'backend'
+)->dict[str,Any]: # 'R@1', 'R@2', 'mAP', 'NMI' in percent; 'undefined': queries left out of the first three; 'backend'
     "The benign columns of Tables 1 and 2; NMI is that of the gallery."
     found = retrieval(emb, label, gallery, gallery_label, **options)
     defined, backend = found.rank >= 0, resolve_backend(backend, emb.device)
-    items, classes = (emb, label) if gallery is None else (gallery, gallery_label)
+    items, classes = (emb, label) if gallery is None or gallery_label is None else (gallery, gallery_label)
     row = {'R@1': _mean(found.rank[defined] < 1), 'R@2': _mean(found.rank[defined] < 2), 'mAP': _mean(found.ap[defined]),
            'NMI': nmi(items, classes, seed=seed, backend=backend)}
-    return {name: 100*value for name, value in row.items()} | {'undefined': lone_queries(label, gallery_label), 'backend': backend}
+    percent = {name: 100*value for name, value in row.items()}
+    return dict(**percent, undefined=lone_queries(label, gallery_label), backend=backend)

@@ -7,6 +7,7 @@ __all__ = ['MINERS', 'Triplets', 'random_triplets', 'semihard', 'gradual_margin'
 
 # %% ../nbs/04_mining.ipynb #f859f3ae
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -134,4 +135,4 @@ def hardest(
     return Triplets(a, a + 1, cost.argmin(1))
 
 # %% ../nbs/04_mining.ipynb #abbf8083
-MINERS = dict(random=random_triplets, semihard=semihard, softhard=softhard, distance=distance_weighted, hardest=hardest)
+MINERS = dict[str, Callable[..., Triplets]](random=random_triplets, semihard=semihard, softhard=softhard, distance=distance_weighted, hardest=hardest)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
+from typing import Any, TypeVar, cast
 
 import torch, torch.fx
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ from .distances import normalise
 # %% ../nbs/03_models.ipynb #33ee4e50
 class EmbeddingNet(nn.Module):
     "A backbone with a linear embedding head; images in [0, 1] are standardised inside."
+    mean:Tensor # (1, C, 1, 1) float
+    std:Tensor  # (1, C, 1, 1) float
+
     def __init__(
         self,
         backbone:nn.Module, # (B, C, H, W) -> (B, F)
@@ -83,12 +87,14 @@ _ZOO = dict(resnet18={}, resnet34={}, resnet50={}, googlenet=dict(aux_logits=Fal
 _OWN = dict(small=_small, c2f2=_c2f2)
 MODELS = (*_OWN, *_ZOO)
 
+_Layer = TypeVar('_Layer', bound=nn.Module)
+
 def _replace(net:nn.Module, name:str, layer:nn.Module)->None:
     "Put `layer` in the place of the submodule called `name`."
     parent,_,child = name.rpartition('.')
     setattr(net.get_submodule(parent), child, layer)
 
-def _named(net:nn.Module, kind:type)->list[tuple[str, nn.Module]]:
+def _named(net:nn.Module, kind:type[_Layer])->list[tuple[str, _Layer]]:
     "Name and layer of every submodule of one kind, in order."
     return [(name, m) for name,m in net.named_modules() if isinstance(m, kind)]
 
@@ -101,7 +107,7 @@ def _zoo_backbone(name:str, size:int, channels:int)->tuple[nn.Module, int]:
     stem,conv = _named(net, nn.Conv2d)[0]
     small = name.startswith('resnet') and size < 64
     if small: net.maxpool = nn.Identity()
-    shape = dict(kernel_size=3, stride=1, padding=1) if small else dict(kernel_size=conv.kernel_size, stride=conv.stride, padding=conv.padding)
+    shape:dict[str, Any] = dict(kernel_size=3, stride=1, padding=1) if small else dict(kernel_size=conv.kernel_size, stride=conv.stride, padding=conv.padding)
     if small or channels != 3:
         _replace(net, stem, nn.Conv2d(channels, conv.out_channels, bias=conv.bias is not None, **shape))
     last,linear = _named(net, nn.Linear)[-1]
@@ -150,7 +156,7 @@ def _calibrate(model:EmbeddingNet, size:int)->None:
     model(interpolate(torch.rand(16, model.mean.shape[1], 7, 7), size=(side, side), mode='bilinear'))
     for m,momentum in zip(norms, usual):
         m.momentum = momentum
-        m.num_batches_tracked.zero_()
+        if m.num_batches_tracked is not None: m.num_batches_tracked.zero_()
 
 def build(
     name:str,                           # one of `MODELS`
@@ -206,11 +212,15 @@ def foldable(
     return tuple((node.args[0].target, node.target) for node in nodes
                  if is_a(node, nn.BatchNorm2d) and is_a(node.args[0], nn.Conv2d) and len(node.args[0].users) == 1)
 
+def _laid_out(model:nn.Module, order:torch.memory_format)->nn.Module:
+    "`model`, its convolution weights in another order of memory."
+    return model.to(memory_format=order) # type: ignore[call-overload] # a keyword that torch's own annotation lacks
+
 def _with(module:nn.Module, new:dict[str, nn.Module], prefix:str='')->nn.Module:
     "A copy of `module` that shares its parameters but has `new` submodules in some places."
     if prefix in new: return new[prefix]
     twin = copy.copy(module)
-    twin._modules = {name: _with(child, new, f'{prefix}.{name}'.lstrip('.')) for name,child in module._modules.items()}
+    twin._modules = {name: child if child is None else _with(child, new, f'{prefix}.{name}'.lstrip('.')) for name,child in module._modules.items()}
     return twin
 
 def streamlined(
@@ -219,12 +229,13 @@ def streamlined(
     compiled:bool=False, # translate it by torch.compile: worth its half minute for a long evaluation on a GPU
 )->nn.Module:        # in evaluation mode; shares weights with `model` and is valid until those change
     "The same function as `model` in evaluation mode, faster: each BatchNorm folded into its convolution."
-    new = {}
+    new:dict[str, nn.Module] = {}
     for conv,norm in model.folds if isinstance(model, EmbeddingNet) else foldable(model):
-        with torch.no_grad(): folded = fuse_conv_bn_eval(*(copy.copy(model.get_submodule(name)).eval() for name in (conv, norm)))
-        new |= {conv: folded.requires_grad_(False).to(memory_format=torch.channels_last), norm: nn.Identity()}
+        pair:tuple[Any, Any] = copy.copy(model.get_submodule(conv)).eval(), copy.copy(model.get_submodule(norm)).eval()
+        with torch.no_grad(): folded = fuse_conv_bn_eval(*pair).requires_grad_(False)
+        new |= {conv: _laid_out(folded, torch.channels_last), norm: nn.Identity()}
     twin = _with(model, new).eval()
-    return torch.compile(twin) if compiled else twin
+    return cast(nn.Module, torch.compile(twin)) if compiled else twin
 
 # %% ../nbs/03_models.ipynb #5511f5c2
 def train_mode(
@@ -246,9 +257,9 @@ def channels_last(
 )->Iterator[nn.Module]:
     "Convolution weights with the channels last inside the block, where the network is deep enough to gain."
     deep = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    try: yield model.to(memory_format=torch.channels_last) if deep else model
+    try: yield _laid_out(model, torch.channels_last) if deep else model
     finally:
-        if deep: model.to(memory_format=torch.contiguous_format)
+        if deep: _laid_out(model, torch.contiguous_format)
 
 # %% ../nbs/03_models.ipynb #57dd4527
 def embed(
@@ -280,7 +291,7 @@ def dtype_of(
 
 def embed_all(
     model:nn.Module,    # on `device`
-    images:ImageSet,    # any object with `len` and `batch(rows, device)`
+    images:ImageSet|Any, # any object with `len` and `batch(rows, device)`
     *,
     batch_size:int,     # images per forward pass
     device:str|torch.device='cpu',

@@ -112,7 +112,7 @@ def _from_bytes(data:Tensor)->Any: return json.loads(data.cpu().numpy().tobytes(
 def wait()->None:
     "Go on when every process has got here."
     if process_count() == 1: return
-    with _talking(): dist.barrier(**dict(device_ids=[torch.cuda.current_device()]) if _device() == 'cuda' else {})
+    with _talking(): dist.barrier(device_ids=[torch.cuda.current_device()] if _device() == 'cuda' else None)
 
 def gathered(
     part:Tensor,     # (n, ...) of this process
@@ -143,7 +143,7 @@ def agreed(
     data = _to_bytes(value if leads() else None)
     size = torch.tensor([len(data)], device=data.device)
     with _talking(): dist.broadcast(size, 0)
-    data = data if leads() else data.new_empty(size.item())
+    data = data if leads() else data.new_empty(int(size))
     with _talking(): dist.broadcast(data, 0)
     return _from_bytes(data)
 
@@ -237,8 +237,9 @@ def spread(
     try:
         for network,kind in zip(networks, kinds):
             if process_count() > 1:
-                network.__class__ = type(kind.__name__, (kind,), dict(forward=_forward))
-                network.__class__._spread = network.__class__
+                shared = type(kind.__name__, (kind,), dict(forward=_forward))
+                setattr(shared, '_spread', shared)
+                network.__class__ = shared
         yield
     finally:
         for network,kind in zip(networks, kinds): network.__class__ = kind

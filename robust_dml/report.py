@@ -109,7 +109,7 @@ def _table(results:Mapping[str,Any], experiment:str)->'DataFrame':
     "One line per setting and defence: means, spreads (columns that end in ' sd'), collapsed seeds and number of seeds."
     lines = []
     for (setting, label), records in _rows(results).items():
-        line = {'Setting': setting, 'Defense': label, 'PGD steps': _steps(records[0], results['settings'])}
+        line:dict[str, Any] = {'Setting': setting, 'Defense': label, 'PGD steps': _steps(records[0], results['settings'])}
         for column in COLUMNS[experiment]:
             line[column.name], line[column.name + ' sd'] = mean_spread([number_at(r, column.path) for r in records])
         lines.append(line | {'Collapsed': sum(bool(r['eval']['collapsed']) for r in records), 'Seeds': len(records)})
@@ -494,7 +494,7 @@ def _tile(place:int, label:str, kind:str='', under:str='')->str:
     "One picture of the sheet; `under` is what a slider uncovers."
     return f'<span class="tile {kind}" role="img" aria-label="{escape(label)}">{under}<i{" class=moving" if under else ""} style="--x:{place}"></i></span>'
 
-def _query(row:Sequence[tuple[int,Tensor,tuple|None]], y:int, sizes:tuple[float,float], scale:float)->str:
+def _query(row:Sequence[tuple[int,Tensor,tuple|None]], y:int, sizes:Sequence[float], scale:float)->str:
     "Clean, attacked, difference, then what was found before and after."
     change = f'difference × {.5/scale:.3g}'
     first = _tile(0, 'clean query') + _tile(1, 'attacked query', under='<i style="--x:0"></i>') + _tile(2, change, under='<i class="none"></i>')

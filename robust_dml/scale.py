@@ -67,7 +67,7 @@ def _line_through(sizes:Sequence[float], seconds:Sequence[float])->tuple[float, 
 # %% ../nbs/49_scale.ipynb #0efec1fb
 class Index(NamedTuple):
     "A way to search."
-    kind:str     # exact, ivf or ivf_pq
+    kind:Literal['exact','ivf','ivf_pq']
     probes:int=0 # lists that are looked into
 
     @property
@@ -145,7 +145,7 @@ def attacked(
     emb = embed_all(streamlined(model), dataset, batch_size=batch_size, device=device)
     everyone, gallery = queries_and_gallery(emb, dataset.labels.to(device))
     chosen, fast = query_rows(len(dataset), limit=queries, seed=seed), streamlined(model)
-    found = {'clean': emb[chosen], **{name: [] for name in attacks}}
+    found:dict[str, Any] = {'clean': emb[chosen], **{name: [] for name in attacks}}
     for rows in chosen.split(batch_size):
         asked = picked(everyone, rows)
         x = dataset.batch(asked.id, device=device, dtype=dtype_of(model))
@@ -162,7 +162,7 @@ def under_indexes(
 )->list[dict]: # a row per index: R@1 in percent of clean and attacked queries, share of queries with the exact answer, milliseconds per query, bytes per image
     "R@1 of the same queries by every index."
     right, rows, (images, dim) = {}, [], found.gallery.shape
-    search = {kind: searcher(found.gallery, kind) for kind in dict.fromkeys(['exact', *(i.kind for i in indexes)])}
+    search = {kind: searcher(found.gallery, kind) for kind in dict.fromkeys((Index('exact').kind, *(i.kind for i in indexes)))}
     exact = {name: search['exact'](q, found.rows, 0) for name,q in found.queries.items()}
     for index in indexes:
         began = clock()
@@ -279,7 +279,7 @@ def paper_job(
                dim=r.dim, pixels=r.channels*found.seen**2, seconds=seconds or image_step_seconds(model, size=found.seen, channels=r.channels, device=device), updates=updates)
 
 # %% ../nbs/49_scale.ipynb #64859265
-PARAMETERS = dict(images=60000, queries=500, preset='quick', gpus=1000, trainings=12, bandwidth=25., latency=10., speed=0., device='auto', out='')
+PARAMETERS = dict[str, Any](images=60000, queries=500, preset='quick', gpus=1000, trainings=12, bandwidth=25., latency=10., speed=0., device='auto', out='')
 GALLERIES, FASTER = (60_000, 1_000_000, 10_000_000), (1, 30, 1000)
 
 def checked(

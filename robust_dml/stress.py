@@ -109,7 +109,7 @@ def _same(queries, wanted)->Queries:
     return picked(queries, torch.cat([(queries.id == i).nonzero().flatten() for i in wanted.id]))
 
 # %% ../nbs/45_stress.ipynb #fb83250f
-def _subject(plan, cell)->tuple[Subject, Gallery]:
+def _subject(plan, cell)->Subject:
     "A trained model with its embeddings of the test set."
     model,_ = train_cell(plan, cell, show=False)
     emb = embed_all(streamlined(model), plan.data.test, batch_size=plan.recipe.eval_batch, device=plan.device)

@@ -104,7 +104,7 @@ class Ascent:
         check_between('momentum', momentum, 0., 1.)
         self.direction, self.onto, self.momentum = ball.direction, ball.onto(x_clean, eps), momentum
         self.step = x_clean.new_full((len(x_clean), *[1]*(x_clean.dim() - 1)), eps if steps == 1 else step_size)
-        self.checks, self.since, self.done = checkpoints(steps) if halve else frozenset(), 0, 0
+        self.checks, self.since, self.done, self.before = checkpoints(steps) if halve else frozenset(), 0, 0, x_clean
 
     def __call__(self, x:Tensor, grad:Tensor, values:Tensor)->Tensor:
         if self.checks: x, grad = self._review(x, grad, values)
@@ -200,7 +200,8 @@ def run_strong(
     (outcome, sign), ball = decisive(attack, by), BALLS[check_choice('norm', norm, tuple(BALLS))]
     if not isinstance(restarts, int) or restarts < 1: raise ValueError(f'restarts must be a whole number of at least 1, found {restarts!r}')
     if len(x) != len(queries.emb): raise ValueError(f'x and queries must match image by image, found {len(x)} and {len(queries.emb)}')
-    targets, best = attack.targets(queries, gallery, seed), None
+    targets = attack.targets(queries, gallery, seed)
+    best:Any = None
     def objective(emb): return attack.objective(emb, queries, targets, gallery)
     for restart in range(restarts):
         move = Ascent(x, ball=ball, eps=eps, step_size=step_size, steps=steps, momentum=momentum, halve=halve)

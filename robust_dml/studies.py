@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from .core import kept_memory
 from .experiments import EXPERIMENTS, Cell, Plan, cells, defense, evaluate_cell, example_images, plan, replan, results, train_cell, trained_as, _shareable
@@ -20,6 +20,8 @@ from .pages import defence_name, facts_table, html_figure, html_row, join_words,
 from .report import publish, summary, write_report
 from .scores import HEADINGS, PAPER_MINUTES
 from .store import provenance
+
+if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% ../nbs/37_studies.ipynb #2ba7341c
 @kept_memory()

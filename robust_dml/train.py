@@ -11,7 +11,7 @@ import math
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ def train_epoch(
     pairs:int,         # pairs per batch
     seed:int,
     allow_self:bool,   # whether an image may be its own partner, as in the reference code
-    precision:str,     # of the network: 'float32' or 'bfloat16'
+    precision:Literal['float32','bfloat16'], # of the network
     device:str,
     bar,               # progress bar, moved on by one per batch
     watch:Stopwatch,   # counts 'data', 'defence' and 'update'
@@ -176,19 +176,20 @@ def train(
     check_choice('precision', precision, ('float32', 'bfloat16'))
     model.to(device)
     if run and agreed(run.has('result.json') and run.has('model.safetensors')): return load_trained(run, model)
-    proxies, options = isinstance(defense, ProxyDefense), dict(lr=lr, weight_decay=weight_decay)
-    optimizer = defense.optimizer(model, **options) if proxies else Adam(model.parameters(), **options, fused=True)
-    parts = defense.parts(model, dataset, seed) if proxies else None
+    proxies, whole = defense if isinstance(defense, ProxyDefense) else None, cast(Any, model) # an `Ensemble` where there are proxies
+    options:dict[str, Any] = dict(lr=lr, weight_decay=weight_decay)
+    optimizer = proxies.optimizer(whole, **options) if proxies else Adam(model.parameters(), **options, fused=True)
+    parts = proxies.parts(whole, dataset, seed) if proxies else None
     _check_start(model, dataset)
-    with channels_last(model), spread(*(model.members if proxies else (model,))):
-        done = dict(epoch=0, state=defense.init(), log=[], updates=0, image_steps=0, seconds=0., parts={}, device=str(device))
+    with channels_last(model), spread(*(whole.members if proxies else (model,))):
+        done:dict[str, Any] = dict(epoch=0, state=defense.init(), log=[], updates=0, image_steps=0, seconds=0., parts={}, device=str(device))
         if run: done |= load_checkpoint(run, model, optimizer)
         batches, watch = math.ceil(len(dataset)/pairs), Stopwatch(device, seconds=done['parts'])
         began = watch.now() - done['seconds']
         def times(): return dict(seconds=watch.now()-began, parts=dict(watch.seconds))
         with progress(desc=desc or f'train {defense.name}', total=epochs*batches, initial=done['epoch']*batches, show=show and leads()) as bar:
             for epoch in range(done['epoch'], epochs):
-                if proxies: defense.set_rate(optimizer, epoch)
+                if proxies: proxies.set_rate(optimizer, epoch)
                 try: state,log = train_epoch(model, dataset, defense, optimizer, done['state'], Clock(epoch, epochs, epoch*batches),
                                              pairs=pairs, seed=seed, allow_self=allow_self, precision=precision, device=device, bar=bar, watch=watch, parts=parts)
                 except NotFinite as error:

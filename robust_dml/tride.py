@@ -10,9 +10,10 @@ __all__ = ['Orientation', 'CHOICES', 'PAPER', 'OFFICIAL', 'PROFILES', 'PARTS', '
 
 # %% ../nbs/22_tride.ipynb #54349709
 import inspect
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def gap(
     dist_an:Tensor, # (B,) float
     *,
     lam:float,      # sharpness λ, for 'weighted'
-    weighting:str,  # 'near', 'far', 'uniform', for 'weighted'
+    weighting:Literal['near', 'far', 'uniform'], # for 'weighted'
     adv_distance:Literal['mean', 'weighted']='mean',
 )->Tensor:          # () float: small means hard
     "J = D(A, N) - D(A, P), the part that eq. (10) and (11) share."
@@ -186,7 +187,7 @@ CHOICES = dict(weighting=('near', 'far', 'uniform'), collapse_eval=('once_clean'
 PAPER = {f.name: f.default for f in fields(Switches)[5:]}
 OFFICIAL = PAPER | dict(weighting='far', collapse_eval='per_step', adv_distance='weighted', cap_on_collapse='stop', cap_hinge=True,
     anp_main='assist_only', top_term_on_collapse=True, top_gain='per_step', assist_start_frac=0., top_loss_in='both')
-PROFILES = dict(paper=PAPER, official=OFFICIAL)
+PROFILES = dict[str, dict[str, Any]](paper=PAPER, official=OFFICIAL)
 
 # %% ../nbs/22_tride.ipynb #5bd19447
 def switches(
@@ -310,7 +311,7 @@ def tride(
     return Defense('colo_tride', asdict(s), partial(dict, phase=first), partial(_tride_step, s=s))
 
 # %% ../nbs/22_tride.ipynb #301b6fdc
-NAIVE = {f'naive_{name}': dict(phase=phase, orientation='attack', step_schedule='const', miner_margin='const', cap_hinge=False, anp_main='attack')
+NAIVE = {f'naive_{name}': dict[str, Any](phase=phase, orientation='attack', step_schedule='const', miner_margin='const', cap_hinge=False, anp_main='attack')
          for name,phase in dict(cap='cap', anp='anp', tride='alternate', sip='sip').items()}
 
 def naive(
@@ -322,7 +323,7 @@ def naive(
     return replace(tride(**NAIVE[name] | options), name=name)
 
 # %% ../nbs/22_tride.ipynb #c4d3d91a
-DEFENSES = dict(natural=natural, act=act, hm=hm, colo_tride=tride, **{name: partial(naive, name) for name in NAIVE})
+DEFENSES = dict[str, Callable[..., Defense]](natural=natural, act=act, hm=hm, colo_tride=tride, **{name: partial(naive, name) for name in NAIVE})
 
 def valid_options(
     name:str,       # key of `DEFENSES`

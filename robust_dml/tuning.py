@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from html import escape
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from .jobs import only_inline
 from .pages import defence_legend, defence_name, facts_table, html_figure, html_row, look, new_figure, opening, png, table_box, theme
 from .store import Run, provenance, to_json, write_atomic
 from .report import publish
+
+if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% ../nbs/40_tuning.ipynb #ffe7f6a3
 @dataclass(frozen=True, eq=False)
@@ -67,7 +69,7 @@ def holdout(
 # %% ../nbs/40_tuning.ipynb #43853e68
 IMAGES = dict(act=2., hm=3., colo_tride=1.5, naive_tride=1.5, naive_sip=3.) # images moved per triplet and inner step, by method
 _SCHEDULES = dict(profile=('official', 'paper'), lam=(1., 2., 5., 10.), step_schedule=('const', 'linear0', 'linear1'))
-_OWN = dict(act=dict(miner=('random', 'semihard', 'softhard')), hm=dict(ics=(0., .5, 1.), source=('softhard', 'semihard'), pseudo=('gLGA', 'g_2', 'g_1/2')),
+_OWN = dict[str, dict[str, tuple]](act=dict(miner=('random', 'semihard', 'softhard')), hm=dict(ics=(0., .5, 1.), source=('softhard', 'semihard'), pseudo=('gLGA', 'g_2', 'g_1/2')),
             colo_tride=_SCHEDULES | dict(collapse_eval=('per_step', 'once_clean')), **dict.fromkeys(('naive_tride', 'naive_sip'), _SCHEDULES | dict(miner_margin=('const', 'linear', 'gradual'))))
 
 def longest(

@@ -9,7 +9,7 @@ __all__ = ['LINES', 'PAPER_B', 'BUDGETS', 'CURVED', 'TABLES', 'Line', 'Budget', 
 
 # %% ../nbs/44_tuple_tables.ipynb #0d63c56d
 import json, math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from html import escape
 from pathlib import Path
@@ -191,7 +191,7 @@ def outcome(
     scope:str='query',
     eps:float|None=None, # None: that of the training
     steps:int|None=None, # None: as many as in training
-)->dict|None:            # of `tuples.retrieved`; None where it was not measured
+)->Any:                  # a dict of `tuples.retrieved`; None where it was not measured
     "What a record knows of one measurement."
     options = record['train']['config']['options']
     wanted = Probe(attack, method, options['eps'] if eps is None else eps, options['steps'] if steps is None else steps, scope)
@@ -227,13 +227,13 @@ TABLES = dict(
 
 def by_line(
     records:Sequence[Mapping[str,Any]],
-    lines:Sequence[str], # keys of LINES
+    lines:Iterable[str], # keys of LINES
 )->dict[str,list]:       # seeds of each line that was run, in the order of `lines`
     "Records by line."
     found = {line: [r for r in records if r['line'] == line] for line in lines}
     return {line: seeds for line,seeds in found.items() if seeds}
 
-def pooled(seeds:Sequence[Mapping[str,Any]], *what, **where)->dict|None:
+def pooled(seeds:Sequence[Mapping[str,Any]], *what, **where)->Any:
     "One measurement of all seeds together; None where a seed lacks it."
     found = [outcome(r, *what, **where) for r in seeds]
     if not all(found): return None

@@ -11,7 +11,7 @@ __all__ = ['LOSSES', 'ROLES', 'GRANULARITIES', 'mine', 'tuple_terms', 'tuple_los
 import inspect, math, warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ def tuple_loss(
     terms:tuple[Tensor, ...], # of `tuple_terms`
 )->Tensor:                    # () float; 0, with a gradient of 0, where nothing is left to do
     "Each kind of term averaged over those that are not zero, and added up."
-    return sum(t.sum()/(t > 0).sum().clamp(min=1) for t in terms)
+    return torch.stack([t.sum()/(t > 0).sum().clamp(min=1) for t in terms]).sum()
 
 # %% ../nbs/24_tuples.ipynb #ba28e286
 ROLES = dict(anc=0, pos=1, neg=2) # place of the perturbed element in a tuple
@@ -129,7 +129,7 @@ def on_batch(emb, tuples, chosen, *, terms, **_)->Aim:
     def objective(moved): return tuple_loss(terms(emb.index_copy(0, rows, moved), tuples))
     return Aim(rows, objective, redirected)
 
-GRANULARITIES = dict(tuple=per_tuple, image=per_image, batch=on_batch)
+GRANULARITIES = dict[str, Callable[..., Aim]](tuple=per_tuple, image=per_image, batch=on_batch)
 
 # %% ../nbs/24_tuples.ipynb #4ae6b22d
 def craft(
@@ -237,7 +237,8 @@ def find(
     restarts:int=1,  # of PGD
 )->Tensor:           # (B, C, H, W) float: adversarial images
     "The images that an attack finds for a batch of queries."
-    targets, best = attack.targets(queries, gallery, seed), None
+    targets = attack.targets(queries, gallery, seed)
+    best:Any = None
     def objective(emb): return attack.objective(emb, queries, targets, gallery)
     if method == 'fgsm': return pgd(model, objective, x, eps=eps, step_size=1., steps=1).images
     for restart in range(restarts):

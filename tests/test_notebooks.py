@@ -1,4 +1,5 @@
-"""The shape of the library notebooks: direction of imports, one title, no machine paths, small outputs."""
+"""The shape of the numbered notebooks: direction of imports, one title, short functions, small outputs, one line each in the README's map."""
+import ast
 import json
 import re
 from pathlib import Path
@@ -7,23 +8,81 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY = sorted(ROOT.glob('nbs/[0-9][0-9]_*.ipynb'))
+NUMBERED = sorted(ROOT.glob('nbs/[0-9][0-9]_*.ipynb'))
+
+
+def code(path): return [c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
+
+
+def exported(path): return [source for source in code(path) if source.startswith('#| export')]
+
+
+def module(path): return next((m[1] for source in code(path) if (m := re.search(r'^#\|\s*default_exp\s+(\w+)', source, re.M))), None)
+
+
+LIBRARY = [path for path in NUMBERED if module(path)] # the others are worked pages: they show how to use the library and export nothing
+PAGES = [path for path in NUMBERED if path not in LIBRARY]
 NUMBER = {path.stem[3:]: int(path.stem[:2]) for path in LIBRARY}
 
 
-@pytest.mark.parametrize('path', LIBRARY, ids=lambda p: p.stem)
-def test_library_notebook(path):
+@pytest.mark.parametrize('path', NUMBERED, ids=lambda p: p.stem)
+def test_numbered_notebook(path):
     cells = nbformat.read(path, 4).cells
     prose = [c.source for c in cells if c.cell_type == 'markdown']
     assert re.match(r'# \S.*\n\n> \S', prose[0]), 'the first cell is a title and a one-sentence purpose'
     assert not any(re.search(r'^# ', p, re.M) for p in prose[1:]), 'one first-level heading'
-    assert any(p.startswith('## Choices') for p in prose)
-    exported = '\n'.join(c.source for c in cells if c.cell_type == 'code' and c.source.startswith('#| export'))
-    imported = set(re.findall(r'^\s*from robust_dml\.(\w+) import', exported, re.M))
-    assert not [name for name in imported if NUMBER[name] >= int(path.stem[:2])], 'a module imports only from modules with smaller numbers'
     assert all(len(json.dumps(c.get('outputs', []))) < 200_000 for c in cells)
 
 
-def test_modules_are_in_the_readme():
-    text = (ROOT/'README.md').read_text(encoding='utf-8')
-    assert not [name for name, n in NUMBER.items() if f'| {n:02d} | `{name}` |' not in text]
+@pytest.mark.parametrize('path', LIBRARY, ids=lambda p: p.stem)
+def test_library_notebook(path):
+    assert module(path) == path.stem[3:], 'a notebook and its module have one name'
+    assert any(c.source.startswith('## Choices') for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
+    imported = set(re.findall(r'^\s*from robust_dml\.(\w+) import', '\n'.join(exported(path)), re.M))
+    assert not [name for name in imported if NUMBER[name] >= int(path.stem[:2])], 'a module imports only from modules with smaller numbers'
+
+
+@pytest.mark.parametrize('path', PAGES, ids=lambda p: p.stem)
+def test_worked_page(path):
+    assert not exported(path), 'a page exports nothing; a notebook that does says `#| default_exp`'
+    assert any('expect_fail' in source for source in code(path)), 'a page shows the error that a newcomer meets'
+    assert path.name in (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8') + (ROOT/'README.md').read_text(encoding='utf-8'), 'a page is linked'
+
+
+def test_the_readme_maps_the_modules():
+    "Every module has its line, no line is left of a module that went, and the lines are in order."
+    lines = re.findall(r'^\| (\d\d) \| `(\w+)` \| \S', (ROOT/'README.md').read_text(encoding='utf-8'), re.M)
+    assert [(name, int(n)) for n, name in lines] == list(NUMBER.items())
+
+
+LONGER = {('train', 'train'): 'one update after the other, with the checkpoint of each epoch and what may go wrong in between'}
+
+
+def long_functions(path):
+    "Functions whose body, without signature and docstring, is longer than 30 lines: (module, name, lines)."
+    for source in exported(path):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+                lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+                if lines > 30: yield path.stem[3:], node.name, lines
+
+
+def test_functions_are_short():
+    found = {(name, function): lines for path in LIBRARY for name, function, lines in long_functions(path)}
+    assert found.keys() == LONGER.keys(), 'a function has at most 30 lines below its signature; split it, or give a reason in LONGER (and take out what is short now)'
+
+
+EQUATIONS = {'triplet_loss': '1', 'hardness': '2', 'pgd': '3', 'collapseness': '5', 'inner_objective': '8', 'update_loss': '9', 'cap_objective': '10', 'anp_objective': '11',
+             'top_term': '12', 'top_loss': '13', 'gradual_margin': '32'}
+
+
+def test_equation_numbers_in_docstrings():
+    "A function that says which equation it is names the paper's number."
+    found = {}
+    for path in LIBRARY:
+        for source in exported(path):
+            for node in ast.walk(ast.parse(source)):
+                said = isinstance(node, ast.FunctionDef) and ast.get_docstring(node) or ''
+                if 'eq. (' in said and node.name in EQUATIONS: found[node.name] = re.findall(r'\((\d+)\)', said)
+    assert len(found) > 9 and not {name: numbers for name, numbers in found.items() if EQUATIONS[name] not in numbers}

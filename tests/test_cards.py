@@ -1,0 +1,53 @@
+"""Model cards of committed runs: every one can be written, and says what its files say."""
+import json
+from pathlib import Path
+
+import pytest
+
+from robust_dml.cards import TEMPLATE, model_card, of_run, rows
+from robust_dml.store import Run, StoreError, open_run
+
+STORE = Path(__file__).resolve().parent.parent/'reports'/'store'
+PAIRS = [(STORE/json.loads((folder/'card.json').read_text(encoding='utf-8'))['config']['train'], folder) for folder in sorted(STORE.glob('eval-*'))]
+PAIRS = [(train, folder) for train, folder in PAIRS if (train/'result.json').is_file() and (folder/'result.json').is_file()]
+SECTIONS = [line for line in TEMPLATE.splitlines() if line.startswith('## ')]
+
+
+def card_of(train, evaluation): return model_card(of_run(Run(train), Run(evaluation)))
+
+
+def tables(text):
+    "Every table of the page as a list of its lines' cells."
+    return [[line.strip('| ').split(' | ') for line in block.splitlines()] for block in text.split('\n\n') if block.startswith('| ')]
+
+
+@pytest.mark.parametrize('train,evaluation', PAIRS[::8], ids=lambda p: p.name)
+def test_committed_runs(train, evaluation):
+    text, result, found = card_of(train, evaluation), Run(train).read('result.json'), Run(evaluation).read('result.json')
+    assert [line for line in text.splitlines() if line.startswith('## ')] == SECTIONS
+    assert result['sha256'] in text and train.name in text
+    attacks = next({cells[0]: cells[1:] for cells in t[2:]} for t in tables(text) if t[0][0] == 'attack')
+    assert attacks.keys() == found['after'].keys()
+    assert all(float(cells[1]) == pytest.approx(found['after'][name], rel=1e-3, abs=1e-3) for name, cells in attacks.items())
+    assert all((f"* Flag *{flag['name'].replace('_', ' ')}*:" in text) == flag['raised'] for flag in found['flags'])
+    assert ('have collapsed' in text) == found['collapsed']
+    assert all(len({len(cells) for cells in table}) == 1 for table in tables(text)), 'ragged tables are shown as text'
+
+
+def test_there_are_runs(): assert len(PAIRS) > 50
+
+
+def test_another_models_evaluation_is_refused():
+    train, other = PAIRS[0][0], next(e for t, e in PAIRS if t != PAIRS[0][0])
+    with pytest.raises(ValueError, match=f'must be one of {train.name}'): card_of(train, other)
+
+
+def test_a_training_that_is_not_finished(tmp_path):
+    run = open_run(tmp_path, 'train', dict(format=1, model='small'))
+    with pytest.raises(StoreError, match='result.json'): of_run(run)
+
+
+@pytest.mark.parametrize('hostile', ('a|b', 'a\n| b', '{title}', '<script>'))
+def test_names_break_no_table(hostile):
+    lines = rows(('a', 'b'), [(hostile, 1)]).splitlines()
+    assert len(lines) == 3 and len(lines[2].replace('\\|', '').split('|')) == 4
