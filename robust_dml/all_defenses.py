@@ -163,5 +163,5 @@ def write_all(
     lines = [['setting', 'defense', *COLUMNS], *([s, label, *(f'{row[n][0]:.6g}' for n in COLUMNS)] for s,records in sections.items() for label,row in means(records).items())]
     write_atomic(Path(folder)/'table.csv', '\n'.join(','.join(f'"{c}"' if ',' in c else c for c in line) for line in lines).encode() + b'\n')
     smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
-    return publish(folder, results, opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', [f'Setting {s}. {text}' for s,records in sections.items() for text in words(records)]) + ''.join(_section(*item) for item in sections.items()) +
+    return publish(folder, results, opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', [' '.join([f'Setting {s}.', *words(records)]) for s,records in sections.items()]) + ''.join(_section(*item) for item in sections.items()) +
                     f'<p class="note">{escape(note)}</p><h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRITERS', 'report_folders', 'said_first', 'list_reports', 'list_runs', 'write_gallery', 'refresh', 'pictures_of',
-           'kind_of', 'rewrite', 'rewrite_all']
+           'rewrite', 'rewrite_all']
 
 # %% ../nbs/50_gallery.ipynb #5e3fb97e
 import base64, json, math, re
@@ -217,19 +217,13 @@ WRITERS:dict[str, Callable[[Path, Mapping[str, Any]], Path]] = dict.fromkeys(rep
     appendix_a=_appendix, errata=errata.write_errata, claims=_claims_page, timing=studies.write_timing, fairness=studies.write_fairness, tune=tuning.write_tuning, locality=locality.write_locality, compare=compare.write_compare,
     tuples=tuple_tables.write_tuples, stress=stress.write_stress, eat=_eat_report, all_defenses=all_defenses.write_all, scale=scale.write_scale, cost=_cost_report, all=_index)
 
-def kind_of(folder:Path, results:Mapping[str, Any])->str:
-    "Which function writes a page; ValueError when none does."
-    kind = results.get('experiment') or folder.name.partition('-')[0]
-    if kind not in WRITERS: raise ValueError(f'expected the results of one of {", ".join(sorted(WRITERS))} in {folder.name}, found {kind!r}; write this page with the notebook that made it')
-    return kind
-
 def rewrite(
-    folder:Path, # of one report
-)->Path:         # index.html
+    folder:Path,   # of one report
+)->Path|None:      # index.html; None for a page that only its notebook can write
     "Write a page anew from its results.json and the store."
     results = json.loads((Path(folder)/'results.json').read_text(encoding='utf-8'))
-    kind = kind_of(Path(folder), results)
-    return WRITERS[kind](Path(folder), _revived(results, _NUMBERS.get(kind, ())))
+    kind = results.get('experiment') or Path(folder).name.partition('-')[0]
+    return WRITERS[kind](Path(folder), _revived(results, _NUMBERS.get(kind, ()))) if kind in WRITERS else None
 
 def rewrite_all(
     reports:Path,
@@ -238,9 +232,6 @@ def rewrite_all(
 )->Path:            # the gallery
     "Write every page of a folder of reports anew, then the gallery."
     for folder in report_folders(reports):
-        try: page = rewrite(folder)
-        except ValueError as error:
-            if 'write this page with the notebook' not in str(error): raise
-            page = error
-        if show: print(page, flush=True)
+        page = rewrite(folder)
+        if show: print(page or f'{folder} stays: its notebook alone can write it', flush=True)
     return write_gallery(reports)

@@ -123,7 +123,7 @@ def write_locality(
     settings = dict.fromkeys(r['setting'] for r in results['records'])
     blocks = {s: [r for r in results['records'] if r['setting'] == s] for s in settings}
     page = ''.join(_section(*block) for block in blocks.items())
-    said = [f'Setting {s}. {text}' for s,records in blocks.items() for text in words(points(records))]
+    said = [' '.join([f'Setting {s}.', *words(points(records))]) for s,records in blocks.items()]
     note = ('Local: resistance (ARS) to GTM in its sound form. Global: mean resistance to QA+ and QA-. Resistance is 100 where an attack changes nothing and 0 where it reaches its goal. '
             'Loss and sweep are a construction of this project, made to ask a question that the paper leaves to future work.')
     smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
