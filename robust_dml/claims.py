@@ -12,8 +12,8 @@ __all__ = ['SEEDS', 'BEYOND', 'PRESETS', 'STUDIES', 'PAGES', 'Evidence', 'R1', '
            'course_of_collapse', 'hardness_and_collapse', 'embedding_shift', 'assist', 'fair_scores', 'anchors',
            'fold_of_tuples', 'benign_of_tuples', 'nothing', 'whole_batch', 'clusters_fall', 'ensembles_win',
            'splits_and_transfer', 'Cells', 'Claim', 'decide', 'printed_rows', 'readings', 'beaten', 'watched',
-           'contrasts', 'finding', 'claims_results', 'comparison_rows', 'limit_blocks', 'verdict_counts', 'blocks',
-           'as_markdown', 'as_html', 'draw_watched', 'page', 'write_claims']
+           'contrasts', 'finding', 'claims_results', 'comparison_rows', 'limit_blocks', 'verdict_counts', 'counted',
+           'blocks', 'as_markdown', 'as_html', 'draw_watched', 'page', 'write_claims']
 
 # %% ../nbs/38_claims.ipynb #6f995ad7
 import math, statistics
@@ -822,11 +822,14 @@ def verdict_counts(results:Mapping[str, Any])->str:
     verdicts = [c['verdict'] for c in results['claims']]
     return f'Of {len(verdicts)} claims: ' + ', '.join(f'{verdicts.count(v)} {v}' for v in (REPRODUCED, NOT_REPRODUCED, CANNOT, NOT_RUN)) + '.'
 
+def counted(results:Mapping[str, Any])->str:
+    "How many claims have which verdict."
+    return ', '.join(f"{sum(c['verdict'] == v for c in results['claims'])} {v}" for v in (REPRODUCED, NOT_REPRODUCED, CANNOT, NOT_RUN)) + '.'
+
 def blocks(results:Mapping[str, Any])->list[tuple]: # ('h2' or 'p', text), ('table', rows) or ('overview', rows): the table of all claims
     "The page as headings, paragraphs and tables."
     claims = results['claims']
-    count = {v: sum(c['verdict'] == v for c in claims) for v in (REPRODUCED, NOT_REPRODUCED, CANNOT, NOT_RUN)}
-    found = [('p', f'The rules were written before there was any result with {SEEDS} seeds; the verdicts are computed from finished reports: ' + ', '.join(f'{n} {v}' for v, n in count.items()) + '.'),
+    found = [('p', f'The rules were written before there was any result with {SEEDS} seeds; the verdicts are computed from finished reports: ' + counted(results)),
              ('p', f'A comparison holds when the difference exceeds {BEYOND:g} combined standard errors (SE) over the seeds, is reversed when it does so the other way, and is noise otherwise; one that needs only not to be contradicted says so in the rule. '
                    f'A data set counts with {SEEDS} seeds or more. "As printed" is the verdict of the paper\'s own tables, reading by reading.'),
              ('overview', [('Claim', 'In our words', 'As printed', 'In our runs'), *((f'{c["number"]}', c['text'], ', '.join(f'{r["reading"]} {r["verdict"]}' for r in c['readings']), c['verdict'] + _outcomes(c)) for c in claims)])]

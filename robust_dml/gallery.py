@@ -219,7 +219,7 @@ def _claims_page(folder:Path, results:Mapping[str, Any])->Path: return claims.wr
 
 def _index(folder:Path, results:Mapping[str, Any])->Path:
     "The page of all experiments of a data set."
-    return studies.write_index(folder, {name: (folder/page['page'], page['summary']) for name, page in results['pages'].items()}, title=results['title'])
+    return studies.write_index(folder, results['pages'], title=results['title'])
 
 WRITERS:dict[str, Callable[[Path, Mapping[str, Any]], Path]] = dict.fromkeys(report.COLUMNS, _table_report) | dict(
     appendix_a=_appendix, errata=errata.write_errata, claims=_claims_page, timing=_timing_report, fairness=studies.write_fairness, tune=tuning.write_tuning, locality=locality.write_locality, compare=compare.write_compare,
