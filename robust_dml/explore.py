@@ -277,7 +277,7 @@ def chosen(
     "Random queries that have another image of their class to find, no two of one class."
     sizes, taken, seen = labels[queries:].bincount(minlength=int(labels.max()) + 1), [], set()
     for q in torch.randperm(queries or len(labels), generator=torch.Generator().manual_seed(seed)).tolist():
-        label = labels[q].item()
+        label = int(labels[int(q)])
         if label not in seen and sizes[label] > (not queries): taken.append(q), seen.add(label)
         if len(taken) == count: return torch.tensor(sorted(taken))
     raise ValueError(f'expected {count} classes with a query that has another image to find, found {len(taken)}; ask for fewer queries')
