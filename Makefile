@@ -7,8 +7,8 @@ INPUTS := settings.ini setup.py pyproject.toml constraints.txt
 export MPLBACKEND := agg
 export PYTHONUNBUFFERED := 1
 
-RUNS := data table1 table2 table3 table4 figure3 figure4 switches paper_switches hard_triplets lambda early_disabling limits timing fairness baselines locality stress compare tuples eat all_defenses audit harden errata appendix_a claims tune all cost scale
-.PHONY: help venv demo $(RUNS) reports bench bench-full test types faults sync hooks lab clean
+RUNS := data table1 table2 table3 table4 figure3 figure4 switches paper_switches hard_triplets lambda early_disabling limits timing fairness baselines locality stress compare tuples eat all_defenses audit harden errata appendix_a claims tune all cost scale explore
+.PHONY: help venv demo $(RUNS) reports bench bench-full test types faults sync hooks lab browser-test clean
 help:
 	@echo "make demo  train, attack, score and report on the embedded images"
 	@echo "make table1 P='-p dataset omniglot -p root path/to/archives'   a table with parameters; also $(filter-out table1 cost data,$(RUNS))"
@@ -17,7 +17,8 @@ help:
 	@echo "make test  sync check, type check, notebook tests, pytest; make types  the type check alone"
 	@echo "make faults   kills, full disks and damaged files, half an hour; writes reports/reliability.json"
 	@echo "make reports   writes every page in reports/ anew from its results.json and the store, and reports/index.html, which leads to them"
-	@echo "make lab   JupyterLab on nbs/"
+	@echo "make lab   JupyterLab, opened at its start page"
+	@echo "make browser-test   notebooks, reports and pages in a real browser; needs node and Chromium"
 	@echo "make docs  HTML pages in build/docs/html/: notebooks, API, equations, reports; needs npm for the formulas"
 	@echo "make bench speed against its lower bounds, under 10 minutes; bench-full: the sizes of the papers, within an hour"
 
@@ -84,8 +85,14 @@ test: sync types
 faults: venv
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py
 
+# Opens the start page. Figures belong into the notebooks here, so MPLBACKEND goes; .jupyter/ turns the question about news off. LAB: further options.
+lab: export JUPYTER_CONFIG_PATH := $(CURDIR)/.jupyter$(if $(JUPYTER_CONFIG_PATH),:$(JUPYTER_CONFIG_PATH))
 lab: venv
-	$(BIN)/jupyter lab nbs
+	env -u MPLBACKEND $(BIN)/jupyter lab --ServerApp.root_dir='$(CURDIR)' --LabApp.default_url=/lab/tree/nbs/index.ipynb $(LAB)
+
+# Skipped with a sentence where node, npm or Chromium are absent; CI_REQUIRE_BROWSER=1 makes that a failure.
+browser-test: venv
+	@$(BIN)/python tests/browser/run.py $(T)
 
 # Sphinx comes on top of the environment, with a stamp of its own, so that the tests do without it.
 $(VENV)/.docs: $(VENV)/.ready

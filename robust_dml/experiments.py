@@ -252,6 +252,7 @@ EXPERIMENTS = dict(
     limits=Experiment('Where COLO-TRIDE does not hold: schedules and inner steps', ('hm', 'hm:steps=8', 'naive_tride', 'naive_tride:step_schedule=linear0+miner_margin=gradual', 'colo_tride:profile=official',
                                                                                   'colo_tride:profile=official+step_schedule=const+miner_margin=const', 'colo_tride:profile=official+steps=8', 'colo_tride:profile=official+anp_main=attack'), (B,)),
     stress=Experiment('Stress: stronger, blind and borrowed attacks', TABLE_DEFENSES),
+    explore=Experiment('Explorer: one search under attack', ('natural', 'hm', 'colo_tride:profile=official')),
     all_defenses=Experiment('Every defence of the three papers side by side', ('natural', 'est', 'ses', 'act', 'minmax', 'hm', 'colo_tride', 'natural_triplet', 'natural_contrastive', 'tuples_triplet', 'tuples_contrastive',
                                                                                     'pal_natural', 'pal_at', 'pal_mixup', 'pal_mixup_at', 'pal_trades', 'pal_alp', 'ensemble_at', 'joint_at', 'adp', 'gal', 'dverge', 'eat')),
     cost=Experiment('What the tables cost', TABLE_DEFENSES))

@@ -17,7 +17,7 @@ from robust_dml import everything, experiments, forecast, report, studies
 from robust_dml.tride import OFFICIAL, PAPER
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = [name for name in experiments.EXPERIMENTS if name not in ('cost', 'locality', 'stress', 'all_defenses')]
+TABLES = [name for name in experiments.EXPERIMENTS if name not in ('cost', 'locality', 'stress', 'all_defenses', 'explore')]
 
 
 @cache
