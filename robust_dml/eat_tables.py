@@ -505,7 +505,7 @@ class Claim(NamedTuple):
     line:str
     controls:tuple[str,...]
 
-CLAIMS = (Claim('The split', 'eat_none', ('ensemble_at',)), Claim('Self-transfer', 'eat', ('eat_none',)), Claim('EAT as a whole', 'eat', ('ensemble_at', 'joint_at')), Claim('EAT over a single network', 'eat', ADAPTED))
+CLAIMS = (Claim('The split', 'eat_none', ('ensemble_at',)), Claim('Self-transfer', 'eat', ('eat_none',)), Claim('EAT as a whole', 'eat', ('ensemble_at', 'joint_at')), Claim('EAT over a single network', 'eat', ADAPTED), Claim('EAT over one network trained three times as long', 'eat', ('at_long',)))
 
 def paired(
     records:Sequence[Mapping[str,Any]],
@@ -565,9 +565,10 @@ def compared(
 def headline(records:Sequence[Mapping[str,Any]])->str:
     "The first paragraph: EAT against the controls of the same cost; empty without EAT."
     of, whole = by_line(records, LINES), CLAIMS[2]
-    there = [line for line in (whole.line, *whole.controls) if line in of]
+    controls = (*whole.controls, *(['at_long'] if 'at_long' in of else [])) # the single network that costs as much to train
+    there = [line for line in (whole.line, *controls) if line in of]
     if whole.line not in there: return ''
-    if judged(records, whole): return f"At equal cost, with all images attacked (mean difference EAT minus control, in points, over the seeds): {'. '.join(compared(records, c) for c in whole.controls)}."
+    if judged(records, whole): return f"At equal cost, with all images attacked (mean difference EAT minus control, in points, over the seeds): {'. '.join(compared(records, c) for c in controls)}."
     def name(line): return 'EAT' if line == whole.line else LINES[line].label
     scores = '; '.join(f"{heading} {join_words([f'{fixed_text(mean_spread([_attacked(key)(r) for r in of[line]])[0], 1)} for {name(line)}' for line in there])}" for key,heading in MEASURES.items())
     return f'Whether EAT is better than a control of the same cost is not judged: that needs {LEAST_SEEDS} seeds of {join_words([LINES[line].label for line in (whole.line, *whole.controls)])}. With all images attacked: {scores}.'
@@ -620,6 +621,8 @@ def _section(records:Sequence[Mapping[str,Any]], name:str, shown:Mapping[str,Map
     seeds = [*by_line(records, TABLES[name].lines).values()]
     head = f'<h2>{name}: {escape(TABLES[name].title)}</h2>'
     if not seeds: return f'{head}<p class="note">None of its models was asked for.</p>'
+    absent = [LINES[line].label for line in TABLES[name].lines if line not in by_line(records, LINES)]
+    if absent: head += f'<p class="note">Not run here: {escape(join_words(absent))}.</p>'
     tables = [table(records, name)] if TABLES[name].columns else [curve_table(records, what, key) for key in _DRAWN for what in ('eps', 'steps')] if name == 'A6' else []
     return head + _figures(records, name, shown) + ''.join(_html(t, seeds) for t in tables)
 
