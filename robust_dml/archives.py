@@ -99,7 +99,7 @@ def state(
 )->str:        # 'whole', or what it is instead
     "What a file that should be an archive is; reads it to its end."
     with open(path, 'rb') as file: head = file.read(512)
-    if head.lstrip()[:1] == b'<': return 'an HTML page and no archive'
+    if head.lstrip(b'\xef\xbb\xbf \t\r\n')[:1] == b'<': return 'an HTML page and no archive' # with or without a byte order mark
     try:
         if head[:2] == b'PK':
             with zipfile.ZipFile(path) as archive: archive.namelist()
@@ -417,7 +417,9 @@ def _replacing(path:Path)->Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error: raise OSError(f'expected to write {path}, found: {error.strerror or error}; free space or set cache to another folder') from error
+    except OSError as error:
+        remedy = 'remove that folder' if path.is_dir() else 'free space or set cache to another folder'
+        raise OSError(f'expected to write {path}, found: {error.strerror or error}; {remedy}') from error
     finally: part.unlink(missing_ok=True)
 
 def _header(file:BinaryIO, count:int, shape:tuple[int, int, int])->None:
@@ -652,7 +654,7 @@ def describe(
     if broken is None and report['sides']: lines.append('  unreadable: not looked for (full=True decodes every image)')
     if broken is not None: lines.append(f'  unreadable: {len(broken)} images'+''.join(f'\n    {file}: {why}' for file, why in broken.items()))
     if report['problem']: lines.append(f'  problem: {report["problem"]}')
-    if not report['folder'] or report['missing']: lines += ['', instructions(name, report['root'])]
+    if not report['folder'] or report['missing'] or report['problem']: lines += ['', instructions(name, report['root'])]
     verdict = ('no files' if not report['folder'] else 'not the published set' if not report['complete'] else
                'all files are there' if broken is None else 'complete')
     return '\n'.join([*lines, '', f'{name}: {verdict}'])

@@ -485,8 +485,9 @@ def test_wrong_nesting_names_the_folder(tmp_path):
     (lambda path: tar(path), 'unpack .*CUB_200_2011.tgz again, all of it'),
     (lambda path: path.write_bytes(tar(path).read_bytes()[:-20]), 'CUB_200_2011.tgz is cut or damaged: download it again from https://data.caltech.edu'),
     (lambda path: path.write_text('\n <!doctype html>'), 'CUB_200_2011.tgz is an HTML page and no archive: download it again'),
+    (lambda path: path.write_bytes(b'\xef\xbb\xbf<html>'), 'CUB_200_2011.tgz is an HTML page and no archive: download it again'),
     (lambda path: path.with_suffix('.tar').write_bytes(gzip.decompress(tar(path).read_bytes())[:700]) and path.unlink(), 'CUB_200_2011.tar is cut or damaged')],
-    ids=('whole', 'cut', 'page', 'cut tar'))
+    ids=('whole', 'cut', 'page', 'page with a mark', 'cut tar'))
 @pytest.mark.parametrize('half', (False, True))
 def test_an_archive_beside(tmp_path, make, message, half):
     "Before anything was unpacked, and when images are missing."
