@@ -10,11 +10,15 @@ from robust_dml.store import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT/'README.md'
-BLOCK = re.compile(r'(<!-- (table|scores|summary): (\S+) -->\n)(.*?)(<!-- end -->)', re.S)
+BLOCK = re.compile(r'(<!-- (table|scores|summary|facts): (\S+) -->\n)(.*?)(<!-- end -->)', re.S)
 
 
 def markdown(kind, results):
     "A block of the README: metrics as rows and defences as columns, or the report's summary."
+    if kind == 'facts':
+        classes, attack, setting = (results['data'][side]['classes'] for side in ('train', 'test')), results['attack'], next(iter(results['settings'].values()))
+        queries, seeds = attack['limit'] or results['data']['test']['images'], len({r['seed'] for r in results['records']})
+        return '{} classes to train on and {} others to retrieve; '.format(*classes) + f"{'one seed' if seeds == 1 else f'{seeds} seeds'}, ε = {255*setting['eps']:g}/255, attacks of {attack['steps']} steps on {queries:,} queries.\n"
     if kind == 'summary': return '\n\n'.join(report.summary(results)) + '\n'
     experiment = results['experiment']
     frame = {'table1': report.table1, 'table2': report.table2}[experiment](results)
