@@ -12,8 +12,8 @@ __all__ = ['SEEDS', 'BEYOND', 'PRESETS', 'STUDIES', 'PAGES', 'Evidence', 'R1', '
            'course_of_collapse', 'hardness_and_collapse', 'embedding_shift', 'assist', 'fair_scores', 'anchors',
            'fold_of_tuples', 'benign_of_tuples', 'nothing', 'whole_batch', 'clusters_fall', 'ensembles_win',
            'splits_and_transfer', 'Cells', 'Claim', 'decide', 'printed_rows', 'readings', 'beaten', 'watched',
-           'contrasts', 'finding', 'claims_results', 'comparison_rows', 'limit_blocks', 'verdict_counts', 'counted',
-           'blocks', 'as_markdown', 'as_html', 'draw_watched', 'page', 'write_claims']
+           'contrasts', 'inert', 'finding', 'claims_results', 'comparison_rows', 'limit_blocks', 'verdict_counts',
+           'counted', 'blocks', 'as_markdown', 'as_html', 'draw_watched', 'page', 'write_claims']
 
 # %% ../nbs/38_claims.ipynb #6f995ad7
 import math, statistics
@@ -69,7 +69,7 @@ class Comparison(NamedTuple):
 
 # %% ../nbs/38_claims.ipynb #a429f9ae
 PRESETS = ('paper', 'medium', 'small', 'quick')
-STUDIES = ('table1', 'table2', 'table3', 'table4', 'figure3', 'figure4', 'timing', 'switches', 'fairness', 'early_disabling', 'limits', 'hard_triplets', 'tuples', 'eat', 'all_defenses')
+STUDIES = ('table1', 'table2', 'table3', 'table4', 'figure3', 'figure4', 'timing', 'switches', 'fairness', 'early_disabling', 'limits', 'paper_switches', 'hard_triplets', 'tuples', 'eat', 'all_defenses')
 PAGES = ('errata', 'appendix_a') # reports without data set and preset
 _KEYS = dict(timing=('trainings',), fairness=('records', 'settings', 'redraws')) # what a results.json must hold
 
@@ -736,9 +736,24 @@ def contrasts(found:Evidence)->list[dict[str, Any]]: # a line per scene and cont
                                                                         ars=differs(ARS), r1=differs(R1), collapsed=[sum(bool(r['eval']['collapsed']) for r in side) for side in sides], seeds=[*map(len, sides)]))
     return sorted(lines.values(), key=lambda c: [what for what, *_ in CONTRASTS].index(c['what']))
 
+def inert(found:Evidence)->list[dict[str, Any]]: # a line per scene and group of rows
+    "Versions of COLO-TRIDE that end in the same weights, and whether any of their batches was assisted."
+    lines = []
+    for experiment in ('switches', 'paper_switches'):
+        for scene in scenes(found, experiment) if found.get(experiment) else ():
+            for labels in alike(scene.records):
+                share = max(100*_mean(course(r, 'assisted')) for r in scene.records if r['label'] in labels)
+                lines.append(dict(dataset=scene.dataset, preset=scene.preset, setting=scene.setting, labels=labels, assisted=share))
+    return lines
+
+def _inert_text(line:Mapping[str, Any])->str:
+    "What equal weights say."
+    idle = ' None of their batches is assisted, so all that the reaction to C does in them is to end an attack.' if line['assisted'] == 0 else ''
+    return f'{line["dataset"]} {line["setting"]}: {"; ".join(line["labels"])} end in the same weights with every seed, so what differs between them never acts.{idle}'
+
 def finding(results:Mapping[str, Any])->list[str]: # of `claims_results`
     "What the figures of this section say, in sentences."
-    said = [_gate(results['watched'])] if results['watched'] else []
+    said = ([_gate(results['watched'])] if results['watched'] else []) + [_inert_text(line) for line in results['inert']]
     for what in dict.fromkeys(c['what'] for c in results['contrasts']):
         lines = [c for c in results['contrasts'] if c['what'] == what]
         def change(d): return f'{_digits(d["difference"], 1, "+")} ({_VERDICT[d["outcome"]]})'
@@ -768,7 +783,7 @@ def claims_results(
         verdict, reason = decide(claim, found, comparisons)
         lines.append(dict(number=claim.number, paper=claim.paper, text=claim.text, rule=' '.join((claim.judge.__doc__ or '').split()), verdict=verdict, reason=reason, lacks=claim.lacks, printed=printed_rows(claim), readings=readings(claim, found),
                           ran=_ran(claim, found), comparisons=[_plain(c) for c in comparisons]))
-    return dict(claims=lines, beaten=beaten(found), watched=watched(found), contrasts=contrasts(found))
+    return dict(claims=lines, beaten=beaten(found), watched=watched(found), contrasts=contrasts(found), inert=inert(found))
 
 def _plain(c:Comparison)->dict[str, Any]: return c._asdict() | dict(difference=c.difference, error=c.error, outcome=c.outcome if c.judged else 'shown')
 

@@ -392,3 +392,16 @@ def test_a_corrupted_report_changes_the_page(tmp_path):
         if r['defense'] == 'hm': r['eval']['ers'] += 30.
     path.write_bytes(to_json(broken))
     assert claims.as_markdown(claims.claims_results(tmp_path)) != before
+
+
+@pytest.mark.parametrize('assisted', [0., .25])
+def test_rows_of_equal_weights_are_named(tmp_path, assisted):
+    "Both versions end in the same weights: neither is ahead of the other, and the page says that what differs never acted."
+    world = made_world()
+    logs(world, 'switches', 'colo_tride', 'assisted', lambda v, e: assisted)
+    for r in world['switches-glyphs-small']['records']: r['eval']['weights'] = f'w{r["seed"]}'
+    found = claims.claims_results(saved(world, tmp_path))
+    assert [(line['labels'], line['assisted']) for line in found['inert']] == [(['COLO-TRIDE (official)', 'COLO-TRIDE (paper)'], 100*assisted)]
+    text = claims.as_markdown(found)
+    assert 'COLO-TRIDE (official); COLO-TRIDE (paper) end in the same weights with every seed' in text and ('all that the reaction to C does in them is to end an attack' in text) == (assisted == 0)
+    assert {line['rows'] for line in found['beaten'] if line['experiment'] == 'switches'} == {0}
