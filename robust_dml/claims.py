@@ -680,7 +680,7 @@ def beaten(found:Evidence)->list[dict[str, Any]]:
     lines = []
     for name, scene in _unique(found):
         for colo, in scene.versions('colo_tride'):
-            twins = {label for group in alike(scene.records) for label in group[group[0] != scene.label(colo):]} # rows of the same weights count once
+            twins = {label for group in alike(scene.records) for label in group[scene.label(colo) not in group:]} # rows of the same weights count once, those of the version itself not at all
             labels = [l for l in dict.fromkeys(r['label'] for r in scene.records) if l != scene.label(colo) and l not in twins]
             winners = [w for label in labels if (w := _beats(scene, label, colo))]
             if scene.rows(colo): lines.append(dict(experiment=name, dataset=scene.dataset, preset=scene.preset, setting=scene.setting, version=colo.version, collapsed=any(r['eval']['collapsed'] for r in scene.rows(colo)), rows=len(labels), winners=sorted(winners, key=lambda w: -w['lead'])))
