@@ -575,7 +575,8 @@ def warnings(results:Mapping[str,Any])->list[str]: # empty when no flag is raise
             count = f', {len(mine)} of {len(records)} seeds' if len(records) > 1 else ''
             about.setdefault(name, []).append(f"{label} in setting {setting}{count} ({_short(mine[0]['value'])})")
             means.setdefault(name, mine[0]['says'])
-    return [f"{_words(name)}: {join_words(rows)}. The first of them: {means[name]}" if len(rows) > 1 else f"{_words(name)}: {rows[0]}. {means[name]}" for name,rows in about.items()]
+    def some(rows): return join_words(rows if len(rows) < 4 else [*rows[:2], f'{len(rows) - 2} more'])
+    return [f"{_words(name)}: {some(rows)}. The first of them: {means[name]}" if len(rows) > 1 else f"{_words(name)}: {rows[0]}. {means[name]}" for name,rows in about.items()]
 
 def _words(name:str)->str: return name.replace('_', ' ')
 
