@@ -10,7 +10,7 @@ from faults import campaign
 
 def test_five_kills(tmp_path):
     "Each ends, started again, in the table of an undisturbed run."
-    done = subprocess.run([sys.executable, campaign.__file__, '--kills', '5', '--full', '0', '--damage', '0', '--out', tmp_path/'r.json'], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, campaign.__file__, '--kills', '5', '--full', '0', '--damage', '0', '--device', '0', '--workers-die', '0', '--out', tmp_path/'r.json'], capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     found = json.loads((tmp_path/'r.json').read_text())
     assert found['faults'][-1] == dict(fault='all', injected=5, survived=5, lost=0, wrong=0, unclear=0) and found['other'] == []

@@ -276,6 +276,17 @@ def test_launch_from_a_notebook(folder):
     assert [json.loads((folder/f'launched.{i}').read_text()) for i in range(2)] == [[0, 1], [0, 1]], made.stderr[-3000:]
 
 
+def test_a_launcher_that_starts_one_process_is_noticed(monkeypatch):
+    "The function is not called, also when it does not ask for a number of processes itself."
+    accelerate = pytest.importorskip('accelerate', reason='the launch from a notebook needs accelerate')
+    called = []
+    monkeypatch.setattr(accelerate, 'notebook_launcher', lambda function, args, **_: function(*args))
+    with pytest.raises(RuntimeError, match='expected 2 processes, found 1'): ranks.launch(called.append, 1, processes=2)
+    assert not called
+    ranks.launch(called.append, 1, processes=1)
+    assert called == [1]
+
+
 if __name__ == '__main__':
     asked, place = sys.argv[2:], Path(sys.argv[1])
     ranks.launch(launched, place, processes=2) if asked == ['launch'] else fault(place) if asked else work(place)
