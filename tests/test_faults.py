@@ -29,6 +29,12 @@ def test_another_table_is_wrong_and_work_done_twice_is_lost(tmp_path, monkeypatc
     assert campaign.verdict(tmp_path, b'1', {}).startswith('lost')
 
 
+def test_tables_that_differ_by_rounding_only():
+    table = b'Defense,R@1,TMA\nACT,50.0,0.900\n'
+    assert campaign.same_numbers(table, b'Defense,R@1,TMA\nACT,50.4,0.904\n')
+    for other in (b'Defense,R@1,TMA\nACT,50.6,0.900\n', b'Defense,R@1,TMA\nACT,50.0,0.910\n', b'Defense,R@1,TMA\nHM,50.0,0.900\n', b'Defense,R@1,TMA\n', table + b'HM,50.0,0.900\n'): assert not campaign.same_numbers(table, other)
+
+
 def test_rows_add_up():
     rows = campaign.summary([['disk full', 'survived'], ['kill', 'wrong: another table'], ['disk full', 'unclear: write 3']])
     assert rows[-1] == dict(fault='all', injected=3, survived=1, lost=0, wrong=1, unclear=1) and [r['fault'] for r in rows] == ['disk full', 'kill', 'all']

@@ -96,9 +96,9 @@ def deep(x, shared):
 ATTACK = dict(attacks={name: SUITE[name] for name in ('ES', 'CA+', 'LTM')}, eps=32/255, step_size=8/255, steps=2, show=False, backend='torch')
 
 
-def evaluated(run=None, batch_size=5):
+def evaluated(run=None, batch_size=5, dtype=torch.float64):
     "All that does not depend on the clock."
-    found = asdict(evaluate(network(None), images().test, run=run, batch_size=batch_size, **ATTACK)) # twelve queries in three batches
+    found = asdict(evaluate(network(None).to(dtype), images().test, run=run, batch_size=batch_size, **ATTACK)) # twelve queries in three batches
     return {k: v for k, v in found.items() if k not in ('seconds', 'parts')}
 
 
@@ -142,7 +142,7 @@ def work(folder):
         found |= dict(cut_off=cut_off(folder), stored=ranks.everyone(stored(folder)), refusals=refusals())
         x = torch.rand(5, 1, 32, 32, generator=generator(0, 'x'), dtype=torch.float64)
         found['deep'] = max((a - b).abs().max().item() for a, b in zip(deep(x, 0), deep(x, 1)))
-        found |= dict(evaluated=evaluated(Run(folder/'eval')), one_batch=evaluated(batch_size=50), counted=counted())
+        found |= dict(evaluated=evaluated(Run(folder/'eval')), one_batch=evaluated(batch_size=50), single=evaluated(dtype=torch.float32), counted=counted())
         emb = torch.randn(23, 4, generator=generator(0, 'shards'), dtype=torch.float64)
         found['search'] = knn_together(emb, emb.split([20, 3])[ranks.process_index()], k=5, rows=torch.arange(23))[1].tolist()
         found['same'] = ranks.everyone(found)
@@ -247,6 +247,14 @@ def test_two_processes_evaluate_as_one(found, folder):
     records, alone = (read_lines(Run(folder/name), 'queries.jsonl') for name in ('eval', 'alone'))
     for r in (*records, *alone): assert r.pop('seconds') > 0
     assert records == alone and [(r['attack'], r['start']) for r in records] == [(a, i) for a in ATTACK['attacks'] for i in (0, 5, 10)]
+
+
+def test_two_processes_evaluate_as_one_in_single_precision(found):
+    "Percentages within half a point, all other numbers within .005; the targets are the same."
+    one, two = evaluated(dtype=torch.float32), found['single']
+    for part in ('benign', 'before', 'after'):
+        assert one[part].keys() == two[part].keys()
+        for name, value in one[part].items(): assert two[part][name] == pytest.approx(value, abs=.005 if name in ('TMA', 'ES:D') else .5), (part, name)
 
 
 def test_one_process_goes_on_with_an_evaluation_of_two(found, folder):
