@@ -390,10 +390,10 @@ def best_index(
     *,
     within:float=.5,                  # points of R@1
 )->Mapping[str, Any]:
-    "The smallest index, then the fastest, whose R@1 of clean and attacked queries is that of exact search."
+    "The smallest approximate index, then the fastest, whose R@1 of clean and attacked queries is that of exact search; exact search when there is none."
     exact = next(r for r in rows if r['kind'] == 'exact')
-    near = [r for r in rows if all(abs(v - exact['r1'][name]) <= within for name,v in r['r1'].items())]
-    return min(near, key=lambda r: (r['bytes'], r['probes']))
+    near = [r for r in rows if r is not exact and all(abs(v - exact['r1'][name]) <= within for name,v in r['r1'].items())]
+    return min(near, key=lambda r: (r['bytes'], r['probes']), default=exact)
 
 def words(results:Mapping[str, Any])->list[str]:
     "What the figures say."
@@ -401,12 +401,14 @@ def words(results:Mapping[str, Any])->list[str]:
     for line in results['models']:
         exact, chosen = line['indexes'][0], best_index(line['indexes'])
         worst = max(line['indexes'], key=lambda r: abs(r['r1']['clean'] - exact['r1']['clean']))
-        said.append(f"{line['label']}, {results['images']:,} images: {chosen['index']} ({chosen['bytes']:.0f} bytes an image against {exact['bytes']:.0f}) leaves R@1 of clean and attacked queries within half a point of exact search; "
+        fits = 'no approximate index' if chosen is exact else f"{chosen['index']} ({chosen['bytes']:.0f} bytes an image and {chosen['ms']:.2g} ms a query, exact {exact['bytes']:.0f} and {exact['ms']:.2g})"
+        said.append(f"{line['label']}, {results['images']:,} images: {fits} leaves R@1 of clean and attacked queries within half a point of exact search; "
                     f"{worst['index']} changes clean R@1 by {worst['r1']['clean'] - exact['r1']['clean']:+.1f} points and R@1 under ES by {worst['r1']['ES'] - exact['r1']['ES']:+.1f}.".replace('-', '−').replace('IVF−PQ', 'IVF-PQ'))
     for line in results['processes']:
         train, attack = line['training_pct'], line['attacks_pct']
         said.append(f"{line['processes']} processes with one thread each, {line['network']}, {line['images']} images of {line['size']} x {line['size']}: a shared training uses {train['median']:.0f} % ({train['low']:.0f} to {train['high']:.0f}) of what they could do at best, measured "
                     f"against one process with one thread, attacks {attack['median']:.0f} % ({attack['low']:.0f} to {attack['high']:.0f}).")
+    if results['load'] > 1.5: said.append(f"Other programs were at work (load average {results['load']:.1f} on {results['provenance']['cores']} cores, 1 of it our own): seconds on this page are too long and their ratios uncertain; what an index finds does not depend on it.")
     most = max(u['gpus'] for u in results['updates'])
     for times in dict.fromkeys(u['times'] for u in results['updates']):
         of = [u for u in results['updates'] if u['times'] == times]
@@ -464,7 +466,7 @@ def write_scale(
                    [(l['network'], f'{l["images"]} of {l["size"]} x {l["size"]}', l['steps'], l['processes'], typical(l, 'alone'), typical(l, 'shared'), share(l['training_pct']), typical(l, 'apart'), share(l['attacks_pct'])) for l in results['processes']])
     cores = results['provenance']['cores']
     measured = (f'<h2>Several processes on this machine</h2><p>Measured: one update of ACT on {cores} cores, one thread for each process, in {len(results["processes"][0]["rounds"])} rounds of the three ways in turn; median and range of the rounds. '
-                f'The load average when it began was {results["load"]:.1f}; above zero, other programs had a part of the cores.</p>{shared}') if results['processes'] else ''
+                f'The load average when it began was {results["load"]:.1f}; what is above 1 are other programs. Ratios of one round above 100 % are their doing.</p>{shared}') if results['processes'] else ''
     held = '' if math.isnan(s['held']) else f' The largest gallery was predicted from the smaller ones with an error of {100*s["held"]:+.0f} %.'.replace('-', '−')
     body = (opening(results['title'], '', words(results)) + html_figure(png(sizes_figure(results)), f'Left: measured and extended.{held} Middle: computed. Right: measured, with the range of the rounds.') + measured +
             f'<h2>Approximate search under attack</h2><p>Measured on {results["images"]:,} images; the attacks climb against the exact gallery, then every index answers the same queries.</p>{indexes}'
