@@ -15,7 +15,7 @@ help:
 	@echo "make cost P='-p dataset cub -p preset paper'   time and memory that a table will take here"
 	@echo "make table3 N=2   the same by torchrun in two processes, which share every training and evaluation"
 	@echo "make test  sync check, type check, notebook tests, pytest; make types  the type check alone"
-	@echo "make faults   kills, full disks and damaged files, half an hour; writes reports/reliability.json"
+	@echo "make faults   kills, full disks, damaged files and dying workers, half an hour; writes reports/reliability.json"
 	@echo "make reports   writes every page in reports/ anew from its results.json and the store, and reports/index.html, which leads to them"
 	@echo "make lab   JupyterLab, opened at its start page"
 	@echo "make browser-test   notebooks, reports and pages in a real browser; needs node and Chromium"

@@ -149,6 +149,7 @@ def check_attacks(
     search = partial(run_attack, model, attack, x, queries, gallery)
     if not eps or not steps: return _unmeasured('Without a budget or without steps nothing was attacked.', raised=False)
     try: far, hit = _outcome(search(**given).after)
+    except torch.OutOfMemoryError: raise # says nothing of the model
     except (RuntimeError, ValueError) as error:
         return _unmeasured(f'The attack could not run ({str(error).splitlines()[0][:100]}), so nothing is known of a better one.', raised=True)
     blind = _outcome(square(model, attack, x, queries, gallery, eps=eps, budget=budget, seed=seed).outcome.after)[0]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['fingerprint', 'generator', 'check_between', 'check_choice', 'check_finite', 'check_images', 'typed', 'check_known',
-           'listed', 'pick_device', 'need', 'progress', 'Stopwatch', 'kept_memory', 'load_safetensors']
+           'listed', 'pick_device', 'need', 'progress', 'Stopwatch', 'in_halves', 'kept_memory', 'load_safetensors']
 
 # %% ../nbs/00_core.ipynb #411de53e
-import ctypes, dataclasses, hashlib, importlib, json, sys, time
+import ctypes, dataclasses, hashlib, importlib, json, sys, time, warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -205,6 +205,21 @@ class Stopwatch:
             with self(name): item = next(items, end)
             if item is end: return
             yield item
+
+# %% ../nbs/00_core.ipynb #b45f0c7e
+def in_halves(
+    work:Callable[[Tensor], Any], # rows (B,) -> anything
+    rows:Tensor,                  # (B,) long
+    *,
+    done:str,                     # what happens to the rows, for the warning: 'embedded', 'attacked'
+    device:Any,
+)->list[Any]:                     # what `work` returned for each part, in order; one part where there is room
+    "Work on rows at once, or on as many at a time as the device has room for."
+    try: return [work(rows)]
+    except torch.OutOfMemoryError:
+        if len(rows) == 1: raise
+        warnings.warn(f'expected room for {len(rows)} images to be {done} on {device}, found too little; they are {done} in halves, which changes no number beyond rounding (a smaller batch_size saves the attempt)')
+    return [found for half in rows.chunk(2) for found in in_halves(work, half, done=done, device=device)]
 
 # %% ../nbs/00_core.ipynb #42d00d34
 _TRIM, _TOP, _MMAPS, _MMAP = -1, -2, -4, -3 # names of glibc's parameters: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_MMAP_THRESHOLD

@@ -8,6 +8,7 @@ __all__ = ['Protocol', 'queries_and_gallery', 'query_rows', 'attack_batches', 'm
 
 # %% ../nbs/31_evaluate.ipynb #7a7c8e98
 import math, warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import FIXED, SUITE, Attack, Gallery, Queries, picked, run_attack, suite
-from .checks import checks
+from .checks import Flag, checks
 from .collapse import indicators, is_collapsed
-from .core import Stopwatch, check_between, check_choice, generator, kept_memory, progress
+from .core import Stopwatch, check_between, check_choice, generator, in_halves, kept_memory, progress
 from .data import ImageSet
 from .metrics import benign
 from .models import checksum, dtype_of, embed, embed_all, frozen, streamlined
@@ -110,13 +111,9 @@ def attack_batches(
 
 def _attack_rows(model, dataset, queries, gallery, attack, protocol, device)->dict:
     "Outcome of one attack on a batch of queries: per query before and after, and the seconds it took; in halves where the device has no room for all."
-    try: return _attack_at_once(model, dataset, queries, gallery, attack, protocol, device)
-    except torch.OutOfMemoryError:
-        count = len(queries.id)
-        if count == 1: raise
-        warnings.warn(f'expected room for {count} attacked images on {device}, found too little; they are attacked in halves, which changes no number beyond rounding (a smaller batch_size saves the attempt)')
-    parts = [_attack_rows(model, dataset, picked(queries, slice(*half)), gallery, attack, protocol, device) for half in ((0, count//2), (count//2, count))]
-    def joined(moment): return {h: parts[0][moment][h] + parts[1][moment][h] for h in parts[0][moment]}
+    def part(rows): return _attack_at_once(model, dataset, picked(queries, rows), gallery, attack, protocol, device)
+    parts = in_halves(part, torch.arange(len(queries.id)), done='attacked', device=device)
+    def joined(moment): return {h: [v for p in parts for v in p[moment][h]] for h in parts[0][moment]}
     return dict(before=joined('before'), after=joined('after'), seconds=math.fsum(p['seconds'] for p in parts))
 
 def _attack_at_once(model, dataset, queries, gallery, attack, protocol, device)->dict:
@@ -222,6 +219,14 @@ def check_size(
     "Queries of the sample on which the flags are measured: a tenth, from 8 to 64."
     return max(8, min(64, queries//10))
 
+def _flags(size:int, work:Callable[[int], list[Flag]], device:str)->list[Flag]:
+    "The flags by a sample for which the device has room."
+    try: return work(size)
+    except torch.OutOfMemoryError:
+        if size == 1: raise
+        warnings.warn(f'expected room for the {size} queries of the flags on {device}, found too little; they are measured on {size//2}')
+    return _flags(size//2, work, device)
+
 @kept_memory()
 def evaluate(
     model:nn.Module,   # images in [0, 1] to embeddings; normalisation inside
@@ -258,7 +263,8 @@ def evaluate(
     with watch('indicators'): signs = indicators(emb, label, gen=generator(seed, 'indicators'))
     with watch('metrics'): sure = intervals(records, seed=seed)
     attacked = sum(r['queries'] for r in records if r['attack'] == next(iter(attacks)))
-    with watch('checks'): flags = checks(streamlined(model), dataset, asked, gallery, signs, eps=eps, step_size=step_size, steps=steps, size=check_size(attacked), seed=seed, device=device)
+    def flagged(size): return checks(streamlined(model), dataset, asked, gallery, signs, eps=eps, step_size=step_size, steps=steps, size=size, seed=seed, device=device)
+    with watch('checks'): flags = _flags(check_size(attacked), flagged, device)
     attacking = {name: math.fsum(r['seconds'] for r in records if r['attack'] == name) for name in attacks}
     return Evaluation(
         benign={h: clean[h] for h in ('R@1', 'R@2', 'mAP', 'NMI')},
@@ -282,9 +288,10 @@ def examples(
     everyone, gallery = queries_and_gallery(emb, dataset.labels.to(device), queries)
     asked = picked(everyone, query_rows(len(everyone.id), limit=count, seed=protocol.seed))
     x = dataset.batch(asked.id, device=device, dtype=dtype_of(model))
-    adv = run_attack(model, SUITE['ES'], x, asked, gallery, eps=protocol.eps, step_size=protocol.step_size, steps=protocol.steps, seed=protocol.seed).images
+    def attacked(rows): return run_attack(model, SUITE['ES'], x[rows], picked(asked, rows), gallery, eps=protocol.eps, step_size=protocol.step_size, steps=protocol.steps, seed=protocol.seed).images
+    adv = torch.cat(in_halves(attacked, torch.arange(len(x)), done='attacked', device=device))
     found = dict(clean=x, adv=adv, label=asked.label)
-    with frozen(model), torch.no_grad(): moved = embed(model, adv)
+    with frozen(model), torch.no_grad(): moved = torch.cat(in_halves(lambda rows: embed(model, adv[rows]), torch.arange(len(x)), done='embedded', device=device))
     for moment,query in (('before', asked.emb), ('after', moved)):
         top = knn(query, gallery.emb, k=min(5, len(gallery.emb) - (not queries)), rows=asked.row)[1]
         found |= {moment: _thumbnails(dataset, queries + top), f'label_{moment}': gallery.label[top]}

@@ -36,7 +36,7 @@ from .models import MODELS, checksum
 from .ranks import joined, leads, wait
 from .scores import paper_table
 from .search import resolve_backend
-from .store import Run, StoreError, described, find_run, load_tensors, locked, open_run, reports_root, save_tensors
+from .store import Run, StoreError, described, find_run, load_tensors, locked, open_run, reports_root, save_tensors, sweep
 from .train import load_trained, train
 from .tride import OFFICIAL, PAPER, Switches
 
@@ -190,7 +190,7 @@ def _value(key:str, text:str):
     "A switch's value: a number, true, false or text; as a float where the switch is one, so that 2 and 2.0 are the same run."
     try: value = json.loads(text)
     except (ValueError, RecursionError): return text
-    return float(value) if type(value) is int and key in _FLOATS else value
+    return typed(key, value, 0.) if type(value) is int and key in _FLOATS else value
 
 def seed_list(text:str)->tuple[int,...]:
     "Seeds of a comma-separated parameter."
@@ -446,8 +446,9 @@ def alone(
     run:Run,
     *files:str, # that a finished run has
 )->Iterator[None]:
-    "Hold a run while it is computed; a finished one needs no lock. Of several processes of one training the first holds it for all."
+    "Hold a run while it is computed; a finished one needs no lock, and loses one that a killed process left. Of several processes of one training the first holds it for all."
     finished = all(run.has(name) for name in files)
+    if finished and leads(): sweep(run)
     with locked(run) if leads() and not finished else nullcontext():
         wait()
         yield

@@ -6,7 +6,7 @@
 __all__ = ['OPTIONS', 'Executor', 'executor', 'only_inline', 'stoppable', 'Job', 'JobError', 'private_folder', 'run_jobs']
 
 # %% ../nbs/08_jobs.ipynb #a6a9b2ef
-import os, shutil, signal, stat, subprocess, threading, time
+import os, re, shutil, signal, stat, subprocess, threading, time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +38,9 @@ def executor(
     pairs = [part.partition('=') for part in rest.split('+')] if rest else []
     if not all(key and value for key,_,value in pairs): raise ValueError(f"executor must be written as in 'slurm:partition=gpu+gpus=1', found {text!r}")
     if unknown := sorted({key for key,*_ in pairs} - known.keys()): raise ValueError(f'{kind} has no option {", ".join(unknown)}, found in executor {text!r}; it has {", ".join(known) or "none"}')
-    return Executor(kind, known | {key: typed(f'executor, option {key},', int(value) if value.isdecimal() else value, known[key]) for key,_,value in pairs})
+    for key,_,value in pairs: # these words stand in a script of the cluster
+        if not re.fullmatch(r'[\w.,&|*()-]{1,200}', value, re.ASCII): raise ValueError(f'option {key} of an executor must be at most 200 letters, digits and . , & | * ( ) - _, found {value[:50]!r}')
+    return Executor(kind, known | {key: typed(f'executor, option {key},', int(value) if value.isdecimal() and isinstance(known[key], int) else value, known[key]) for key,_,value in pairs})
 
 def only_inline(
     text:str, # of the parameter

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .core import check_between, check_choice, check_finite, generator, load_safetensors, need, progress
+from .core import check_between, check_choice, check_finite, generator, in_halves, load_safetensors, need, progress
 from .data import ImageSet
 from .distances import normalise
 
@@ -298,6 +298,7 @@ def embed_all(
     show:bool=False,    # a progress bar
 )->Tensor:              # (N, D) float on `device`, in the order of `images`
     "Embeddings of a whole set, in evaluation mode and without gradients."
-    rows = torch.arange(len(images)).split(batch_size)
+    def some(rows): return embed(model, images.batch(rows, device, dtype_of(model)))
+    parts = torch.arange(len(images)).split(batch_size)
     with frozen(model), torch.no_grad():
-        return torch.cat([embed(model, images.batch(r, device, dtype_of(model))) for r in progress(rows, desc='embed', show=show)])
+        return torch.cat([emb for rows in progress(parts, desc='embed', show=show) for emb in in_halves(some, rows, done='embedded', device=device)])

@@ -92,17 +92,22 @@ def joined(
     if only_first: os.environ['WORLD_SIZE'] = '1' # the launch is over
 
 # %% ../nbs/07_ranks.ipynb #d7fdf335
+def _counted(processes:int, function:Callable, *args:Any)->None:
+    "Call a function where so many processes were started."
+    check_started(processes)
+    function(*args)
+
 def launch(
     function:Callable, # called in every process; uses `joined`
     *args:Any,
     processes:int,
 )->None:
-    "Call a function in several processes, from a notebook."
+    "Call a function in several processes, from a notebook; RuntimeError when accelerate starts another number."
     launcher = need('accelerate', 'a launch from a notebook').notebook_launcher
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    launcher(function, args, num_processes=processes, use_port=str(port))
+    launcher(_counted, (processes, function, *args), num_processes=processes, use_port=str(port))
 
 # %% ../nbs/07_ranks.ipynb #5b1c8631
 def _device()->str: return 'cuda' if dist.get_backend() == 'nccl' else 'cpu'

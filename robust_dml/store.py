@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['reports_root', 'StoreError', 'write_atomic', 'to_json', 'Run', 'append_line', 'read_lines', 'save_tensors',
-           'load_tensors', 'provenance', 'find_run', 'open_run', 'described', 'locked']
+           'load_tensors', 'provenance', 'find_run', 'open_run', 'described', 'sweep', 'locked']
 
 # %% ../nbs/30_store.ipynb #0ca1b287
 import errno, hashlib, json, os, platform, subprocess, threading, time
 from _thread import interrupt_main
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -240,12 +240,17 @@ def _holder(path:Path)->tuple[dict, float]|None:
     except (ValueError, RecursionError): said = {}
     return (said if isinstance(said, dict) else {}), touched # just being written, or damaged: counts as dead when it stays so
 
+def _ended(owner:dict)->bool:
+    "Whether the holder of a lock was a process of this machine that is no more."
+    if owner.get('machine') != _machine() or os.name != 'posix': return False
+    try: os.kill(owner['pid'], 0)
+    except ProcessLookupError: return True
+    except PermissionError: pass
+    return False
+
 def _dead(path:Path, owner:dict, touched:float, expiry:float)->bool:
     "Whether the holder of a lock is gone: its process, or its sign of life by the clock of the file system."
-    if owner.get('machine') == _machine() and os.name == 'posix':
-        try: os.kill(owner['pid'], 0)
-        except ProcessLookupError: return True
-        except PermissionError: pass
+    if _ended(owner): return True
     probe = path.with_name(f'lock.{uuid4().hex[:12]}')
     try:
         probe.touch()
@@ -264,6 +269,14 @@ def _break(path:Path, owner:dict, expiry:float)->None:
         for part in path.parent.glob('*.part'): part.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
     finally: guard.unlink(missing_ok=True)
+
+def sweep(run:Run)->None:
+    "Remove the locks that ended processes of this machine left; a store that may only be read stays as it is."
+    for path in [*run.folder.glob('lock*')]:
+        with suppress(OSError, StoreError):
+            if not (found := _holder(path)) or not _ended(found[0]): continue
+            if path.name == 'lock': _break(path, found[0], _EXPIRY)
+            else: path.unlink(missing_ok=True)
 
 # %% ../nbs/30_store.ipynb #9652d589
 def _beating(path:Path, owner:dict, beat:float, stop:threading.Event, lost:threading.Event)->None:
@@ -294,6 +307,7 @@ def locked(
         if not said: print(_waiting(run, found[0]), flush=True)
         said = True
         time.sleep(min(1., expiry/10))
+    sweep(run)
     thread = threading.Thread(target=_beating, args=(path, owner, beat, stop, lost), daemon=True)
     thread.start()
     try: yield

@@ -301,7 +301,7 @@ def test_a_batch_that_has_no_room_is_halved(model, images, monkeypatch):
         if len(x) > 10: raise torch.OutOfMemoryError('full')
         return real(net, attack, x, *args, **kw)
     monkeypatch.setattr(module, 'run_attack', small)
-    with pytest.warns(UserWarning, match='expected room for 48 attacked images on cpu, found too little; they are attacked in halves'): halved = evaluate(model, few, **options)
+    with pytest.warns(UserWarning, match='expected room for 48 images to be attacked on cpu, found too little; they are attacked in halves'): halved = evaluate(model, few, **options)
     assert halved.queries == whole.queries and all(halved.after[h] == pytest.approx(whole.after[h], abs=.5) for h in whole.after)
     monkeypatch.setattr(module, 'run_attack', lambda *args, **kw: (_ for _ in ()).throw(torch.OutOfMemoryError('full')))
     with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError): evaluate(model, few, **options)

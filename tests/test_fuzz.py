@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save, save_file
 
 import robust_dml
-from robust_dml import archives, audit, core, data, experiments, pages, report, store
+from robust_dml import archives, audit, core, data, experiments, jobs, pages, report, store
 from robust_dml.models import build
 
 PACKAGE = Path(robust_dml.__file__).resolve().parent
@@ -513,7 +513,7 @@ def test_parameters(tmp_path_factory, name, value):
             found = experiments.parameters({name: value})[name]
             assert type(found) is type(experiments.PARAMETERS[name])
         if isinstance(value, str):
-            for read in (experiments.table_lines, experiments.seed_list, core.pick_device):
+            for read in (experiments.table_lines, experiments.seed_list, core.pick_device, jobs.executor):
                 with ours('parameters'): read(value)
             with ours('parameters'): core.listed(name, value, ('a', 'b'))
         with ours('parameters'): archives.parameters({'root': value, 'size': value})
@@ -521,7 +521,19 @@ def test_parameters(tmp_path_factory, name, value):
     assert not any(home.iterdir())
 
 
-@pytest.mark.parametrize('read', (lambda path: store.Run(path).read('x.json'), lambda path: store.read_lines(store.Run(path), 'x.json'), lambda path: experiments.table_row('colo_tride:lam=' + '['*5000), lambda path: experiments.table_row('colo_tride:lam=' + '9'*5000)), ids=('record', 'lines', 'nested switch', 'long switch'))
+@many(400)
+@given(seed=SEEDS, kind=st.sampled_from(sorted(jobs.OPTIONS)))
+def test_options_of_an_executor(seed, kind):
+    "Some of them stand in a script of the cluster: no line of it can begin with a word of a parameter, and nothing in it is quoted, expanded or ended."
+    rng = Random(seed)
+    option = rng.choice(sorted(jobs.OPTIONS[kind]) or ['jobs'])
+    said = words(rng, *CODE, 'gpu', 'a100&ib', 'x\n#SBATCH --uid=0', 'x\nmkdir ran', '1', '007')
+    with ours('executors'):
+        found = jobs.executor(f'{kind}:{option}={said}').options
+        assert found[option] == (said if isinstance(found[option], str) else int(said)) and not re.search(r"""[\s'"`$;\\<>#]""", str(found[option]))
+
+
+@pytest.mark.parametrize('read', (lambda path: store.Run(path).read('x.json'), lambda path: store.read_lines(store.Run(path), 'x.json'), lambda path: experiments.table_row('colo_tride:lam=' + '['*5000), lambda path: experiments.table_row('colo_tride:lam=' + '9'*5000), lambda path: experiments.table_row('colo_tride:lam=' + '9'*400)), ids=('record', 'lines', 'nested switch', 'long switch', 'large switch'))
 def test_deep_nesting(tmp_path, read):
     (tmp_path/'x.json').write_text('['*5000 + ']'*5000 + '\n')
     with ours('deep'): read(tmp_path)

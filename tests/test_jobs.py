@@ -227,7 +227,6 @@ def cluster():
 SLURM = 'slurm:partition=grid+cpus=1+minutes=30'
 
 
-
 def test_a_real_cluster_gives_the_same_bytes(cluster, inline, tmp_path, monkeypatch):
     monkeypatch.setitem(ENV, 'SLURM_CONF', cluster['SLURM_CONF'])
     done = table(tmp_path, SLURM)
@@ -248,6 +247,23 @@ def test_a_cluster_takes_a_job_away_and_it_goes_on(cluster, tmp_path, warning):
     assert process.wait(300) == 0, process.stderr.read()[-2000:]
     result, = (json.loads(p.read_text()) for p in tmp_path.glob('store/train-*/result.json'))
     assert [row['epoch'] for row in result['log']] == list(range(12))
+
+
+def test_a_cluster_that_needs_the_machine_starts_the_job_again(cluster, tmp_path):
+    "Pre-emption with requeue: SIGTERM, the lock is given back, and the same job goes on from the last whole epoch."
+    env = ENV | cluster
+    process = subprocess.Popen([sys.executable, '-c', LONG, tmp_path, SLURM], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until(lambda: epoch(tmp_path) >= 2)
+    owner = json.loads(lock_of(tmp_path, 'train').read_text())
+    subprocess.run(['scontrol', 'requeue', owner['job']], env=env, check=True)
+    until(lambda: not lock_of(tmp_path, 'train') or json.loads(lock_of(tmp_path, 'train').read_text())['pid'] != owner['pid'])
+    kept = epoch(tmp_path)
+    assert 2 <= kept < 12
+    again = until(lambda: (lock := lock_of(tmp_path, 'train')) and json.loads(lock.read_text()))
+    assert again['job'] == owner['job'] and again['pid'] != owner['pid'] and epoch(tmp_path) >= kept
+    assert process.wait(300) == 0, process.stderr.read()[-2000:]
+    result, = (json.loads(p.read_text()) for p in tmp_path.glob('store/train-*/result.json'))
+    assert [row['epoch'] for row in result['log']] == list(range(12)) and not [*tmp_path.rglob('lock*'), *tmp_path.rglob('*.part')]
 
 
 def test_a_cancelled_job_is_named_and_stays_away(cluster, tmp_path):

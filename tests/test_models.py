@@ -200,6 +200,20 @@ def test_embed_refuses_what_is_no_embedding():
     with pytest.raises(ValueError, match='must be finite, found 8'): embed(broken, images())
 
 
+def test_a_batch_that_has_no_room_is_embedded_in_halves():
+    "Eleven images where four have room: the embeddings of the whole, with one sentence for each batch that was cut."
+    data = ImageSet(torch.randint(256, (11, 1, 28, 28), dtype=torch.uint8, generator=generator(0, 'room')), torch.arange(11)//2, tuple('abcdef'))
+    model = build('small', dim=8, size=28, channels=1, seed=0)
+    class Small(torch.nn.Module):
+        def __init__(self, room): super().__init__(); self.net, self.room = model, room
+        def forward(self, x):
+            if len(x) > self.room: raise torch.OutOfMemoryError('full')
+            return self.net(x)
+    with pytest.warns(UserWarning, match='expected room for 11 images to be embedded on cpu, found too little; they are embedded in halves'): emb = embed_all(Small(4), data, batch_size=11)
+    assert torch.allclose(emb, embed_all(model, data, batch_size=11), atol=1e-6)
+    with pytest.warns(UserWarning, match='for 2 images'), pytest.raises(torch.OutOfMemoryError): embed_all(Small(0), data, batch_size=11)
+
+
 def test_embed_all_equals_one_batch_and_leaves_no_trace():
     data = ImageSet(torch.randint(256, (11, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), torch.arange(11), tuple('abcdefghijk'))
     net = build('small', **SMALL).double()

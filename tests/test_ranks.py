@@ -96,9 +96,9 @@ def deep(x, shared):
 ATTACK = dict(attacks={name: SUITE[name] for name in ('ES', 'CA+', 'LTM')}, eps=32/255, step_size=8/255, steps=2, show=False, backend='torch')
 
 
-def evaluated(run=None, batch_size=5):
+def evaluated(run=None, batch_size=5, dtype=torch.float64):
     "All that does not depend on the clock."
-    found = asdict(evaluate(network(None), images().test, run=run, batch_size=batch_size, **ATTACK)) # twelve queries in three batches
+    found = asdict(evaluate(network(None).to(dtype), images().test, run=run, batch_size=batch_size, **ATTACK)) # twelve queries in three batches
     return {k: v for k, v in found.items() if k not in ('seconds', 'parts')}
 
 
@@ -142,7 +142,7 @@ def work(folder):
         found |= dict(cut_off=cut_off(folder), stored=ranks.everyone(stored(folder)), refusals=refusals())
         x = torch.rand(5, 1, 32, 32, generator=generator(0, 'x'), dtype=torch.float64)
         found['deep'] = max((a - b).abs().max().item() for a, b in zip(deep(x, 0), deep(x, 1)))
-        found |= dict(evaluated=evaluated(Run(folder/'eval')), one_batch=evaluated(batch_size=50), counted=counted())
+        found |= dict(evaluated=evaluated(Run(folder/'eval')), one_batch=evaluated(batch_size=50), single=evaluated(dtype=torch.float32), counted=counted())
         emb = torch.randn(23, 4, generator=generator(0, 'shards'), dtype=torch.float64)
         found['search'] = knn_together(emb, emb.split([20, 3])[ranks.process_index()], k=5, rows=torch.arange(23))[1].tolist()
         found['same'] = ranks.everyone(found)
@@ -249,6 +249,14 @@ def test_two_processes_evaluate_as_one(found, folder):
     assert records == alone and [(r['attack'], r['start']) for r in records] == [(a, i) for a in ATTACK['attacks'] for i in (0, 5, 10)]
 
 
+def test_two_processes_evaluate_as_one_in_single_precision(found):
+    "Percentages within half a point, all other numbers within .005; the targets are the same."
+    one, two = evaluated(dtype=torch.float32), found['single']
+    for part in ('benign', 'before', 'after'):
+        assert one[part].keys() == two[part].keys()
+        for name, value in one[part].items(): assert two[part][name] == pytest.approx(value, abs=.005 if name in ('TMA', 'ES:D') else .5), (part, name)
+
+
 def test_one_process_goes_on_with_an_evaluation_of_two(found, folder):
     "The last records are lost in the middle of a line."
     path = folder/'eval'/'queries.jsonl'
@@ -274,6 +282,17 @@ def test_launch_from_a_notebook(folder):
     pytest.importorskip('accelerate', reason='the launch from a notebook needs accelerate')
     made = subprocess.run([sys.executable, __file__, str(folder), 'launch'], env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert [json.loads((folder/f'launched.{i}').read_text()) for i in range(2)] == [[0, 1], [0, 1]], made.stderr[-3000:]
+
+
+def test_a_launcher_that_starts_one_process_is_noticed(monkeypatch):
+    "The function is not called, also when it does not ask for a number of processes itself."
+    accelerate = pytest.importorskip('accelerate', reason='the launch from a notebook needs accelerate')
+    called = []
+    monkeypatch.setattr(accelerate, 'notebook_launcher', lambda function, args, **_: function(*args))
+    with pytest.raises(RuntimeError, match='expected 2 processes, found 1'): ranks.launch(called.append, 1, processes=2)
+    assert not called
+    ranks.launch(called.append, 1, processes=1)
+    assert called == [1]
 
 
 if __name__ == '__main__':

@@ -80,7 +80,16 @@ def test_the_best_index_is_near_and_small():
     def row(kind, probes, size, clean, es): return dict(kind=kind, probes=probes, bytes=size, r1=dict(clean=clean, ES=es), index=f'{kind} {probes}')
     rows = [row('exact', 0, 512, 70., 10.), row('ivf', 16, 520, 70.2, 10.), row('ivf_pq', 16, 40, 69.8, 11.), row('ivf_pq', 64, 40, 69.8, 10.3)]
     assert scale.best_index(rows)['index'] == 'ivf_pq 64' # the other one flatters under attack
-    assert scale.best_index(rows[:3])['index'] == 'exact 0'
+    assert scale.best_index(rows[:3])['index'] == 'ivf 16' and scale.best_index([rows[0], rows[2]])['index'] == 'exact 0'
+
+
+def test_processes_are_held_against_one():
+    "Each round has all three ways, and the efficiencies are ratios of one round."
+    line, = scale.process_scaling(works=[dict(network='small', size=28, channels=1, images=8, steps=1)], rounds=3)
+    assert [r.keys() for r in line['rounds']] == [{'alone', 'shared', 'apart'}]*3 and line['processes'] == 2
+    training, attacks = (sorted(100*r['alone']/r[way]/n for r in line['rounds']) for way, n in (('shared', 2), ('apart', 1)))
+    assert [line['training_pct'][k] for k in ('low', 'median', 'high')] == pytest.approx(training) and [line['attacks_pct'][k] for k in ('low', 'median', 'high')] == pytest.approx(attacks)
+    with pytest.raises(RuntimeError, match='expected 2 processes to measure an update, found a launch that failed'): scale.process_scaling(works=[dict(network='none', size=28, channels=1, images=8, steps=1)], rounds=1)
 
 
 @pytest.mark.parametrize('given, message', [(dict(images=100), 'images must'), (dict(speed=-1.), 'speed must'), (dict(speed='fast'), 'parameter speed must be a number'), (dict(gpu=3), 'unknown parameter gpu'), (dict(bandwidth=0.), 'bandwidth must')])
@@ -89,10 +98,12 @@ def test_bad_parameters_are_named(given, message):
 
 
 def test_the_report_at_smoke_size(tmp_path):
-    results = scale.measure(scale.checked(dict(images=4000, queries=20, preset='smoke', gpus=64, speed=500., device='cpu', out=str(tmp_path))), show=False)
+    results = scale.measure(scale.checked(dict(images=4000, queries=20, preset='smoke', gpus=64, speed=500., processes=1, device='cpu', out=str(tmp_path))), show=False)
+    assert results['processes'] == [] and 'Several processes on this machine' not in scale.write_scale(tmp_path/'scale', results).read_text()
+    results['processes'] = scale.process_scaling(works=[dict(network='small', size=28, channels=1, images=8, steps=1)], rounds=3)
     assert [m['label'] for m in results['models']] == ['Natural', 'HM'] and results['images'] == 4000
     assert results['models'][0]['indexes'][0]['same'] == 100 and results['job']['seconds'] == 1/500
     assert max(u['gpus'] for u in results['updates']) == 64 and {g['images'] for g in results['galleries']} == {60_000, 1_000_000, 10_000_000}
     html = scale.write_scale(tmp_path/'scale', results).read_text()
-    assert all(text in html for text in ('Approximate search under attack', 'IVF-PQ, 16 probes', *map(lambda w: w.replace('&', '&amp;').split(':')[0], scale.words(results))))
+    assert all(text in html for text in ('Approximate search under attack', 'IVF-PQ, 16 probes', 'Several processes on this machine', *map(lambda w: w.replace('&', '&amp;').split(':')[0], scale.words(results))))
     assert json.loads((tmp_path/'scale'/'results.json').read_text())['search']['sizes'][-1] == 4000

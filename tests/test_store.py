@@ -77,6 +77,22 @@ def test_a_killed_holder_on_this_machine_is_no_obstacle(tmp_path, capsys):
     assert capsys.readouterr().out == ''
 
 
+def test_leftovers_of_killed_processes_are_swept(tmp_path):
+    "A lock, and the file that was to become one, of a process that is no more; those of a living one and of other machines stay."
+    run = Run(tmp_path/'train-0')
+    kill(hold(run.folder))
+    (run.folder/'lock.0123456789ab').write_bytes((run.folder/'lock').read_bytes())
+    store.sweep(run)
+    assert names(run) == []
+    process = hold(run.folder)
+    store.sweep(run)
+    assert names(run) == ['lock']
+    kill(process)
+    elsewhere(run, silent=1e6)
+    store.sweep(run)
+    assert names(run) == ['lock']
+
+
 def elsewhere(run, silent, **changes):
     "The lock of another machine, last touched `silent` seconds ago."
     run.folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
-"""Kills, full disks and damaged files in a whole tiny run (data cache, training, attacks, report): after each fault the table must come out the same, byte for byte.
+"""Faults in a whole tiny run (data cache, training, attacks, report): after each the table must come out the same, byte for byte.
 
-python tests/faults/campaign.py [--kills 100] [--full every] [--damage every] [--out reports/reliability.json]
+SIGKILL at random moments, a full disk at every write, damaged files, too little memory, losses and gradients that are not finite, and workers that die.
+
+python tests/faults/campaign.py [--kills 100] [--full every] [--damage every] [--device every] [--workers-die 8] [--out reports/reliability.json]
 """
 import os
 
@@ -8,12 +10,15 @@ os.environ |= {'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg'}
 
 import argparse
 import builtins
+import csv
 import errno
 import io
 import json
+import math
 import mmap
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -22,6 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from PIL import Image
@@ -29,7 +35,7 @@ from safetensors.torch import load_file
 
 from robust_dml import experiments, report, store
 from robust_dml.core import generator
-from robust_dml.store import Run, save_tensors
+from robust_dml.store import Run, load_tensors, save_tensors
 
 STAGES = ('caching', 'training', 'attacks', 'training', 'attacks', 'report') # of the run, in order
 REFUSALS = {'StoreError', 'ValueError', 'FileNotFoundError', 'OSError'}
@@ -52,10 +58,10 @@ def images(root:Path)->None:
     (folder/'train_test_split.txt').write_text(''.join(f'{k} {k%2}\n' for k, *_ in rows))
 
 
-def job(home:Path, mark:Callable[[], None]=lambda: None)->None:
+def job(home:Path, mark:Callable[[], None]=lambda: None, executor:str='inline')->None:
     "Plan, train, attack and report two models; everything lies in one folder."
     mark()
-    plan = experiments.plan('table1', experiments.parameters(dict(dataset='cub', root=str(home/'images'), preset='smoke', defenses='natural,act', out=str(home/'out'), backend='torch')))
+    plan = experiments.plan('table1', experiments.parameters(dict(dataset='cub', root=str(home/'images'), preset='smoke', defenses='natural,act', out=str(home/'out'), backend='torch', executor=executor)))
     plan = replace(plan, recipe=replace(plan.recipe, dim=8, pairs=4, eval_steps=2, eval_batch=6))
     results = experiments.results(plan, show=False)
     mark()
@@ -84,29 +90,47 @@ def begun()->Callable[[], None]:
     return mark
 
 
-def start(home:Path, fault:Callable[[], None]=lambda: None)->int:
+def start(home:Path, fault:Callable[[], None]=lambda: None, rank:int=0, launch:dict=MappingProxyType({}), executor:str='inline')->int:
     "Fork a process that does the job in `home` with a fault prepared. It leaves its error, or the times of its stages and what the fault counted."
     stage[0] = 0
     if pid := os.fork(): return pid
-    with OPEN(home/'said', 'w') as said, redirect_stdout(said), redirect_stderr(said):
+    os.environ |= launch
+    with OPEN(home/f'said-{rank}', 'w') as said, redirect_stdout(said), redirect_stderr(said):
         try:
             mark, counted = begun(), fault()
-            job(home, mark)
+            job(home, mark, executor)
             with OPEN(home/'done', 'w') as file: json.dump(dict(times=[*mark.times, time.monotonic()], counted=len(counted or ())), file)
         except BaseException as error:
-            with OPEN(home/'error', 'w') as file: json.dump([type(error).__name__, str(error)], file)
+            if isinstance(error, SystemExit) and error.code == 0: os._exit(0) # the end of every process but the first
+            with OPEN(home/f'error-{rank}', 'w') as file: json.dump([type(error).__name__, str(error)], file)
             os._exit(1)
     os._exit(0)
 
 
-def finish(pid:int, home:Path)->list[str]:
+def finish(pid:int, home:Path, rank:int=0)->list[str]:
     "Wait for a process; type and text of its error, ['killed'], or nothing."
     _, status = os.waitpid(pid, 0)
     if os.WIFSIGNALED(status): return ['killed']
-    return json.loads((home/'error').read_text()) if status else []
+    return json.loads((home/f'error-{rank}').read_text()) if status else []
 
 
 def run(home:Path, fault:Callable[[], None]=lambda: None)->list[str]: return finish(start(home, fault), home)
+
+
+def two(home:Path)->list[int]:
+    "The job in two processes, as torchrun starts them."
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        launch = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE='2')
+    return [start(home, rank=rank, launch=launch | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)]
+
+
+def over(pid:int)->bool: return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+
+def run_two(home:Path)->list[str]:
+    "Two processes to their end; the error of the first that has one."
+    return next((error for error in [finish(pid, home, rank) for rank, pid in enumerate(two(home))] if error), [])
 
 
 class Full:
@@ -161,19 +185,19 @@ def begin(folder:Path)->Path:
 def finished(home:Path)->dict[str, bytes]: return {str(p.relative_to(home)): p.read_bytes() for p in home.glob('out/store/*/result.json')}
 
 
-def verdict(home:Path, expected:bytes, kept:dict[str, bytes])->str:
+def verdict(home:Path, expected:bytes, kept:dict[str, bytes], again:Callable[[Path], list[str]]|None=None)->str:
     "Start again and compare: 'survived', 'wrong' (another table) or 'lost' (no table, or work that was finished was done again)."
-    if error := run(home): return f'lost: started again it ended in {error}'
+    if error := (again or run)(home): return f'lost: started again it ended in {error}'
     if table(home) != expected: return 'wrong: another table'
-    again = [name for name, data in kept.items() if finished(home).get(name) != data]
+    twice = [name for name, data in kept.items() if finished(home).get(name) != data]
     rest = [p.name for pattern in ('*.part', 'lock*') for p in (home/'out'/'store').rglob(pattern)]
-    return f'lost: {again} computed again' if again else f'lost: {rest} left behind' if rest else 'survived'
+    return f'lost: {twice} computed again' if twice else f'lost: {rest} left behind' if rest else 'survived'
 
 
 def killed_in_stage(home:Path, number:int, wait:float)->list[str]:
     "SIGKILL some seconds after a stage has begun."
     pid = start(home)
-    while stage[0] < number and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG): time.sleep(.001)
+    while stage[0] < number and not over(pid): time.sleep(.001)
     time.sleep(wait)
     os.kill(pid, signal.SIGKILL)
     return finish(pid, home)
@@ -259,7 +283,7 @@ def repaired(home:Path, path:Path, calm:dict)->str:
     for doing in (lambda: path.unlink(missing_ok=True), lambda: shutil.rmtree(path.parent)):
         doing()
         if not run(home): return 'survived' if table(home) == calm['table'] else 'wrong: another table after deleting the damaged file'
-    return f'lost: neither without the file nor without its folder: {json.loads((home/"error").read_text())}'
+    return f'lost: neither without the file nor without its folder: {json.loads((home/"error-0").read_text())}'
 
 
 def damage(folder:Path, calm:dict, step:int)->Iterator[tuple[str, Callable[[], str]]]:
@@ -279,6 +303,120 @@ def damage(folder:Path, calm:dict, step:int)->Iterator[tuple[str, Callable[[], s
         yield f'{change.__name__} {"cache" if file.suffix == ".npy" else "run file"}', trial
 
 
+def small_device(room:int)->Callable[[], None]:
+    "A fault: the device has room for so many images at a time, attacked or embedded."
+    def fault():
+        from robust_dml import evaluate, models
+        def small(function):
+            def call(model, *args, **options):
+                x = next(a for a in args if isinstance(a, torch.Tensor))
+                if len(x) > room: raise torch.OutOfMemoryError('CUDA out of memory')
+                return function(model, *args, **options)
+            return call
+        evaluate.run_attack, models.embed = small(evaluate.run_attack), small(models.embed)
+    return fault
+
+
+def broken_update(name:str, update:int, breaks:Callable)->Callable[[], None]:
+    "A fault: one update of the training with the defence `name` breaks."
+    def fault():
+        train = experiments.train
+        def training(model, dataset, defense, **options):
+            def step(model, x, label, *, state, clock, gen):
+                out = defense.step(model, x, label, state=state, clock=clock, gen=gen)
+                return breaks(out) if clock.update == update else out
+            return train(model, dataset, replace(defense, step=step) if defense.name == name else defense, **options)
+        experiments.train = training
+    return fault
+
+
+def no_loss(out): return out._replace(loss=out.loss*math.nan)
+def no_gradient(out): return out._replace(loss=out.loss.detach() + (out.loss - out.loss.detach()).abs().sqrt())
+def no_room(out): raise torch.OutOfMemoryError('CUDA out of memory')
+
+
+def same_numbers(one:bytes, other:bytes)->bool:
+    "Two tables with the same words, percentages within half a point and all other numbers within .005."
+    rows = [list(csv.reader(text.decode().splitlines())) for text in (one, other)]
+    def close(head, a, b):
+        try: return abs(float(a) - float(b)) <= (.005 if head in ('TMA', 'ES:D') or abs(float(a)) <= 2 else .5)
+        except ValueError: return a == b
+    return [len(r) for r in rows[0]] == [len(r) for r in rows[1]] and all(close(*three) for a, b in zip(*rows) for three in zip(rows[0][0], a, b))
+
+
+def halved(folder:Path, calm:dict, room:int)->str:
+    "Attacks and embeddings that find too little memory go on in halves, and say so."
+    home = begin(folder)
+    if error := run(home, small_device(room)): return f'lost: room for {room}: {error}'
+    said = (home/'said-0').read_text()
+    if not all(f'found too little; they are {done} in halves' in said for done in ('attacked', 'embedded')): return f'unclear: room for {room}: no warning'
+    return 'survived' if same_numbers(table(home), calm['table']) else f'wrong: room for {room}: another table'
+
+
+def stopped(folder:Path, calm:dict, name:str, update:int, breaks:Callable)->str:
+    "A training that breaks stops with one sentence and the last whole epoch; where numbers are to blame, the update is stored."
+    home = begin(folder)
+    kind, text = (*run(home, broken_update(name, update, breaks)), '', '')[:2]
+    wanted = dict(no_room=('RuntimeError', 'expected room for'), no_loss=('NotFinite', 'expected a finite loss'), no_gradient=('NotFinite', 'expected a finite gradient'))[breaks.__name__]
+    if kind != wanted[0] or not text.startswith(wanted[1]) or '\n' in text: return f'unclear: {breaks.__name__} in update {update} of {name}: {kind}: {text}'
+    where = next(Run(p.parent) for p in home.glob('out/store/train-*/card.json') if not (p.parent/'result.json').exists())
+    epoch = where.read('checkpoint.json')['epoch'] if where.has('checkpoint.json') else 0
+    if epoch != update//calm['batches']: return f'lost: {breaks.__name__} in update {update} of {name}: {epoch} epochs kept'
+    if breaks is not no_room:
+        fault = where.read('fault.json', 'rows', 'sha256')
+        if load_tensors(where, 'fault.safetensors', fault['sha256'])['rows'].tolist() != fault['rows']: return f'lost: the batch of update {update} of {name} is not stored'
+    return verdict(home, calm['table'], finished(home))
+
+
+def device(folder:Path, calm:dict, step:int)->Iterator[tuple[str, Callable[[], str]]]:
+    "Too little memory, and losses and gradients that are not finite, in every `step`-th place."
+    for room in (1, 2, 3, 5)[::step]: yield 'no room for a batch', lambda room=room: halved(folder, calm, room)
+    faults = {no_room: 'no room for an update', no_loss: 'loss not finite', no_gradient: 'gradient not finite'}
+    places = [(name, update, breaks) for breaks in faults for name in ('natural', 'act') for update in range(calm['updates'])]
+    for place in places[::step]: yield faults[place[2]], lambda place=place: stopped(folder, calm, *place)
+
+
+def one_of_two(folder:Path, calm:dict, which:int, number:int, share:float)->str:
+    "SIGKILL one of two processes that share a run; the other must end, and two new ones must finish."
+    while True:
+        home = begin(folder)
+        pids = two(home)
+        while stage[0] < number and not any(map(over, pids)): time.sleep(.001)
+        time.sleep(share*calm['seconds_two'][number-1])
+        os.kill(pids[which], signal.SIGKILL)
+        end = time.monotonic() + 30
+        while not over(pids[1-which]) and time.monotonic() < end: time.sleep(.01)
+        if late := not over(pids[1-which]): os.kill(pids[1-which], signal.SIGKILL) # as torchrun does, after as long
+        outcome = [finish(pid, home, rank) for rank, pid in enumerate(pids)]
+        if outcome[which] == ['killed']: break
+        share *= .8 # the run was faster this time and had ended
+    if not late and outcome[1-which] and outcome[1-which][0] != 'ProcessLost': return f'unclear: the process that was left ended in {outcome[1-which]}'
+    return verdict(home, calm['table_two'], finished(home), run_two)
+
+
+def a_job(folder:Path, calm:dict, kind:str, wait:float)->str:
+    "SIGKILL the process of a job of the local executor while it holds a run; the table that asked for it must say so, and find the run free."
+    home = begin(folder)
+    pid = start(home, executor='local:jobs=1+threads=1')
+    while not (lock := next(home.glob(f'out/store/{kind}-*/lock'), None)) and not over(pid): time.sleep(.005)
+    try: holder = json.loads(lock.read_text())['pid']
+    except (AttributeError, FileNotFoundError, ValueError): holder = 0 # it was faster
+    time.sleep(wait)
+    if holder: os.kill(holder, signal.SIGKILL)
+    name, text = (*finish(pid, home), '', '')[:2]
+    if name != 'JobError' or 'it ended without a result' not in text: return f'unclear: {name}: {text}'
+    return verdict(home, calm['table'], finished(home))
+
+
+def workers_die(folder:Path, calm:dict, count:int, seed:int)->Iterator[tuple[str, Callable[[], str]]]:
+    "Deaths of one process of several: three quarters of two that share a run, a quarter of jobs."
+    for i in range(count):
+        gen = generator(seed, 'worker', i)
+        number, share = int(torch.randint(2, 6, (), generator=gen)), float(torch.rand((), generator=gen))
+        if i%4 == 3: yield 'job killed', lambda i=i, share=share: a_job(folder, calm, ('train', 'eval')[i//4%2], .05*share)
+        else: yield 'one of two killed', lambda i=i, number=number, share=share: one_of_two(folder, calm, i%2, number, share)
+
+
 def undisturbed(folder:Path)->dict:
     "The run without a fault: its table, the seconds of its stages, and how often it writes."
     home = begin(folder)
@@ -287,11 +425,23 @@ def undisturbed(folder:Path)->dict:
     writes = begin(folder)
     assert not (error := run(writes, full_disk(writes, float('inf')))), error
     assert table(home) == table(writes), 'two undisturbed runs must end in the same table'
-    return dict(home=home, table=table(home), seconds=[b - a for a, b in zip(done['times'], done['times'][1:])], flushes=done['counted'], writes=json.loads((writes/'done').read_text())['counted'])
+    trained = [json.loads(p.read_text()) for p in home.glob('out/store/train-*/result.json')]
+    return dict(home=home, table=table(home), seconds=between(done), flushes=done['counted'], writes=json.loads((writes/'done').read_text())['counted'], updates=trained[0]['updates'], batches=trained[0]['updates']//len(trained[0]['log']))
 
 
-def at_work(trials:list, workers:int, folder:Path)->list[list[str]]:
-    "Fault and outcome of every trial, done by forked workers."
+def between(done:dict)->list[float]: return [b - a for a, b in zip(done['times'], done['times'][1:])]
+
+
+def undisturbed_by_two(folder:Path, one:bytes)->dict:
+    "The same by two processes: the table, and the seconds of the stages."
+    homes = [begin(folder) for _ in range(2)]
+    for home in homes: assert not (error := run_two(home)), error
+    assert table(homes[0]) == table(homes[1]) and same_numbers(table(homes[0]), one), 'two undisturbed runs of two processes must end in the same table, that of one process up to rounding'
+    return dict(table_two=table(homes[0]), seconds_two=between(json.loads((homes[0]/'done').read_text())))
+
+
+def at_work(trials:list, workers:int, folder:Path, until:float)->list[list[str]]:
+    "Fault and outcome of every trial that forked workers begin before `until`."
     global stage
     pids = []
     for k in range(workers):
@@ -301,6 +451,7 @@ def at_work(trials:list, workers:int, folder:Path)->list[list[str]]:
         stage = mmap.mmap(-1, 1)
         with OPEN(folder/f'outcomes-{k}', 'w') as file:
             for fault, trial in trials[k::workers]:
+                if time.monotonic() > until: break
                 try: outcome = trial()
                 except Exception as error: outcome = f'lost: the trial itself ended in {type(error).__name__}: {error}'
                 print(json.dumps([fault, outcome]), file=file, flush=True)
@@ -321,14 +472,28 @@ def summary(outcomes:list[list[str]])->list[dict]:
     return [*(rows[fault] for fault in sorted(rows)), whole]
 
 
-def campaign(folder:Path, *, count:int, full_every:int, damage_every:int, seed:int, workers:int)->dict:
-    "Inject all faults; JSON-able."
+def warm()->None:
+    "Do once what every forked process would do again: what Adam imports at its first use, and the versions of all packages."
+    import pandas, torch._dynamo # noqa: F401
+    known = store.provenance()
+    store.provenance = lambda: known
+
+
+def campaign(folder:Path, *, count:int, full_every:int, damage_every:int, device_every:int, workers_count:int, seed:int, workers:int, minutes:float)->dict:
+    "Inject all faults, or as many as the minutes allow: kills first, the others in random order; JSON-able."
+    began = time.monotonic()
+    warm()
     images(folder/'images')
     calm = undisturbed(folder)
-    trials = [*kills(folder, calm, count, seed), *(full(folder, calm, full_every) if full_every else ()), *(damage(folder, calm, damage_every) if damage_every else ())]
-    outcomes = at_work(trials, workers, folder)
-    assert len(outcomes) == len(trials), f'expected {len(trials)} outcomes, found {len(outcomes)}'
-    return dict(faults=summary(outcomes), seed=seed, writes=calm['writes'], flushes=calm['flushes'], other=sorted(f'{fault}: {outcome}' for fault, outcome in outcomes if outcome != 'survived'))
+    if workers_count: calm |= undisturbed_by_two(folder, calm['table'])
+    others = [*(full(folder, calm, full_every) if full_every else ()), *(damage(folder, calm, damage_every) if damage_every else ()),
+              *(device(folder, calm, device_every) if device_every else ()), *workers_die(folder, calm, workers_count, seed)]
+    trials = [*kills(folder, calm, count, seed), *(others[i] for i in torch.randperm(len(others), generator=generator(seed, 'order')))]
+    print(f'{len(trials)} faults', flush=True)
+    outcomes = at_work(trials, workers, folder, until=began + 60*minutes if minutes else math.inf)
+    assert minutes or len(outcomes) == len(trials), f'expected {len(trials)} outcomes, found {len(outcomes)}'
+    return dict(faults=summary(outcomes), planned=len(trials), seed=seed, writes=calm['writes'], flushes=calm['flushes'], minutes=round((time.monotonic() - began)/60, 1), workers=workers, load=os.getloadavg()[2],
+                other=sorted(f'{fault}: {outcome}' for fault, outcome in outcomes if outcome != 'survived'))
 
 
 def main()->int:
@@ -336,15 +501,21 @@ def main()->int:
     asked.add_argument('--kills', type=int, default=100, help='number of SIGKILLs')
     asked.add_argument('--full', type=int, default=1, help='a full disk at every so-manieth write; 0: none')
     asked.add_argument('--damage', type=int, default=1, help='every so-manieth damage of a file; 0: none')
+    asked.add_argument('--device', type=int, default=1, help='too little memory and numbers that are not finite, in every so-manieth place; 0: none')
+    asked.add_argument('--workers-die', type=int, default=8, help='deaths of one process of several')
     asked.add_argument('--seed', type=int, default=0)
     asked.add_argument('--workers', type=int, default=2)
+    asked.add_argument('--minutes', type=float, default=0, help='begin no trial after so many minutes; 0: no limit')
     asked.add_argument('--out', type=Path, default=Path('reports/reliability.json'))
     given = asked.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings('ignore', '.*is not the published set')
-    with tempfile.TemporaryDirectory() as tmp: found = campaign(Path(tmp), count=given.kills, full_every=given.full, damage_every=given.damage, seed=given.seed, workers=given.workers)
-    print(f'{"fault":24}' + ''.join(f'{key:>10}' for key in ('injected', 'survived', 'lost', 'wrong', 'unclear')))
-    for row in found['faults']: print(f'{row["fault"]:24}' + ''.join(f'{row[key]:>10}' for key in ('injected', 'survived', 'lost', 'wrong', 'unclear')))
+    with tempfile.TemporaryDirectory() as tmp:
+        found = campaign(Path(tmp), count=given.kills, full_every=given.full, damage_every=given.damage, device_every=given.device, workers_count=given.workers_die, seed=given.seed, workers=given.workers, minutes=given.minutes)
+    keys = ('injected', 'survived', 'lost', 'wrong', 'unclear')
+    print(f'{"fault":24}' + ''.join(f'{key:>10}' for key in keys))
+    for row in found['faults']: print(f'{row["fault"]:24}' + ''.join(f'{row[key]:>10}' for key in keys))
+    if (done := found['faults'][-1]['injected']) < found['planned']: print(f'{done} of {found["planned"]} planned faults, as many as the minutes allowed')
     for line in found['other']: print(line)
     store.write_atomic(given.out, store.to_json(found))
     return int(found['faults'][-1]['survived'] != found['faults'][-1]['injected'])
