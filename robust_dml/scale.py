@@ -334,7 +334,7 @@ def process_scaling(
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes), '--no-python', sys.executable, '-c', _PROGRAM, asked],
                           capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     lines = [line for line in done.stdout.splitlines() if line.startswith('found ')]
-    if not lines: raise RuntimeError(f'expected {processes} processes to measure an update, found a launch that failed: {(done.stderr.strip().splitlines() or [done.returncode])[-1]}')
+    if not lines: raise RuntimeError(f'expected {processes} processes to measure an update, found a launch that failed: {(done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}')
     def row(work, found):
         return dict(work, processes=processes, rounds=found, training_pct=_middle([100*r['alone']/(processes*r['shared']) for r in found]), attacks_pct=_middle([100*r['alone']/r['apart'] for r in found]))
     return [row(work, found) for work,found in zip(works, json.loads(lines[0].removeprefix('found ')))]
