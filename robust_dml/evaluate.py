@@ -90,7 +90,7 @@ def attack_batches(
     "Attack all queries with all attacks, one batch after the other, going on from what the run folder holds."
     weights, fast = checksum(model), streamlined(model, compiled=compiled)
     check_same('attacked weights', weights)
-    found, together = agreed(read_lines(run, 'queries.jsonl') if run and leads() else []), process_count()
+    found, together = agreed(read_lines(run, 'queries.jsonl', 'attack', 'start', 'queries', 'weights', 'before', 'after', 'seconds') if run and leads() else []), process_count()
     done = {(r['attack'], r['start']): r for r in found if r.get('weights') == weights and r['attack'] in attacks}
     if queries is None: queries, _ = queries_and_gallery(gallery.emb, gallery.label)
     rows = query_rows(len(queries.id), limit=protocol.limit, seed=protocol.seed)

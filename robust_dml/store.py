@@ -126,15 +126,19 @@ def append_line(
 def read_lines(
     run:Run,
     name:str, # file of JSON lines
+    *keys:str,# that every record must hold
 )->list[dict]:
     "Records of a file of JSON lines; an unfinished last line is removed from the file."
     if not run.has(name): return []
     path = run.folder/name
     whole, cut, tail = path.read_bytes().rpartition(b'\n')
     if tail: write_atomic(path, whole + cut)
-    try: return [_verified(json.loads(line), path, 'a line') for line in whole.split(b'\n') if line]
+    try: found = [_verified(json.loads(line), path, 'a line') for line in whole.split(b'\n') if line]
     except (ValueError, RecursionError) as error:
         raise StoreError(f'expected JSON lines in {path}, found a damaged line ({error}); delete the file and run again') from error
+    absent = [key for key in keys if any(not isinstance(record, dict) or key not in record for record in found)]
+    if absent: raise StoreError(f'expected {", ".join(absent)} in every line of {path}, found a line without; another version wrote it: delete the file and run again')
+    return found
 
 # %% ../nbs/30_store.ipynb #e588ae38
 def save_tensors(

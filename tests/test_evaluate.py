@@ -13,7 +13,7 @@ from robust_dml.distances import normalise
 from robust_dml.evaluate import evaluate
 from robust_dml.metrics import nmi
 from robust_dml.models import build
-from robust_dml.store import Run, append_line, read_lines
+from robust_dml.store import Run, StoreError, append_line, read_lines
 from robust_dml.train import train
 from robust_dml.tride import make
 
@@ -290,6 +290,16 @@ def test_parts_that_cannot_be_searched(apart, linear, queries, message):
 def test_a_gallery_without_any_class_of_the_queries(apart, linear):
     strangers = data.ImageSet(apart.images[16:], torch.cat([torch.tensor([7, 8]), apart.labels[18:]]), apart.classes)
     with pytest.raises(ValueError, match='the class of at least one query, found none of those of 2 queries'): evaluate(linear, strangers, queries=2, **ATTACK)
+
+
+def test_records_of_another_version_are_refused(model, images, tmp_path):
+    "Valid lines, hashes included, with another name for one thing."
+    few, run, options = data.ImageSet(images.test.images[:24], images.test.labels[:24], images.test.classes[:2]), Run(tmp_path), ATTACK | dict(attacks={'ES': SUITE['ES']}, batch_size=12)
+    evaluate(model, few, run=run, **options)
+    first, *rest = read_lines(run, 'queries.jsonl')
+    (tmp_path/'queries.jsonl').unlink()
+    for record in ({('after_2' if k == 'after' else k): v for k, v in first.items()}, *rest): append_line(run, 'queries.jsonl', record)
+    with pytest.raises(StoreError, match='expected after in every line of .*queries.jsonl, found a line without'): evaluate(model, few, run=run, **options)
 
 
 def test_a_batch_that_has_no_room_is_halved(model, images, monkeypatch):

@@ -324,15 +324,20 @@ def broken_update(name:str, update:int, breaks:Callable)->Callable[[], None]:
         def training(model, dataset, defense, **options):
             def step(model, x, label, *, state, clock, gen):
                 out = defense.step(model, x, label, state=state, clock=clock, gen=gen)
-                return breaks(out) if clock.update == update else out
+                return breaks(out, model) if clock.update == update else out
             return train(model, dataset, replace(defense, step=step) if defense.name == name else defense, **options)
         experiments.train = training
     return fault
 
 
-def no_loss(out): return out._replace(loss=out.loss*math.nan)
-def no_gradient(out): return out._replace(loss=out.loss.detach() + (out.loss - out.loss.detach()).abs().sqrt())
-def no_room(out): raise torch.OutOfMemoryError('CUDA out of memory')
+def no_loss(out, model): return out._replace(loss=out.loss*math.nan)
+def no_room(out, model): raise torch.OutOfMemoryError('CUDA out of memory')
+
+
+def no_gradient(out, model):
+    "A root at zero, of a weight: the loss is the same, and its slope is NaN also where all hinges are slack."
+    weight = next(model.parameters()).flatten()[0]
+    return out._replace(loss=out.loss + (weight - weight.detach()).abs().sqrt())
 
 
 def same_numbers(one:bytes, other:bytes)->bool:
