@@ -102,10 +102,12 @@ $(VENV)/.docs: $(VENV)/.ready
 	$$install -c constraints.txt -e '.[docs]'
 	@touch $@
 
+# A build that was stopped has no search index yet and begins anew: Sphinx would leave pages out of it.
 .PHONY: docs
 docs: export OMP_NUM_THREADS := 1
 docs: $(VENV)/.docs
 	@began=$$SECONDS; set -e; \
+	[ -f build/docs/html/searchindex.js ] || rm -rf build/docs/doctrees; \
 	$(BIN)/python docs/prepare.py build/docs/source; \
 	$(BIN)/python -m sphinx -q -W --keep-going -b html -j auto -d build/docs/doctrees build/docs/source build/docs/html; \
 	echo "the pages took $$((SECONDS-began)) s; open build/docs/html/index.html"

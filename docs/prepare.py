@@ -33,11 +33,11 @@ def write_pages(
     "Everything but MathJax."
     shutil.copytree(DOCS/'_static', target/'_static')
     shutil.copy(DOCS/'conf.py', target)
-    notebooks.write(target, results.folders())
+    notebooks.write(target, results.experiments())
     api.write(target)
     pictures = catalogues.Pictures(target, cache)
     results.copy_reports(target/'_extra')
-    parts = dict(extend=notebooks.extend(), switches=catalogues.switches_table(), choices=catalogues.choices())
+    parts = dict(extend=notebooks.extend(), switches=catalogues.switches_table(), choices=catalogues.choices(), explorers=results.explorers())
     for page in sorted((DOCS/'pages').glob('*.md')): (target/page.name).write_text(fill(page.read_text(encoding='utf-8'), parts), encoding='utf-8')
     made = dict(equations=catalogues.equations_page(), attacks=catalogues.attacks_page(pictures), defenses=catalogues.defenses_page(pictures), reports=results.reports_page(),
                 claims=results.claims_page(), errata=results.errata_page(), benchmarks=results.benchmarks_page(target))

@@ -348,7 +348,7 @@ def explore_results(
     used = sorted({*rows.tolist(), *(i for m in models for r in m['searches'] + m['records'] for i in (*r['top'], r.get('asks'), r.get('watched')) if i is not None)})
     shown = thumbnails(test.pixels(torch.tensor(used)))
     sheets = [base64.b64encode(data).decode() for data in (sheet(shown), *sheets)]
-    return dict(title=f'What an attack does to a search, {plan.dataset}', dataset=plan.dataset, preset=plan.preset, data=plan.card, others=len(test) - first - (not first),
+    return dict(experiment='explore', title=f'What an attack does to a search, {plan.dataset}', dataset=plan.dataset, preset=plan.preset, data=plan.card, others=len(test) - first - (not first),
                 goals={name: GOALS[name]._asdict() for name in wanted.attacks}, grid=asdict(wanted), step_size=plan.recipe.eval_step_size, seed=0,
                 side=list(shown.shape[2:]), queries=rows.tolist(), images=used, labels=test.labels[used].tolist(), models=models, sheets=sheets)
 
@@ -369,6 +369,7 @@ h1{font-size:1.8rem;line-height:1.2;margin:0 0 .3rem}
 h2{font-size:1.1rem;margin:2rem 0 .5rem}
 p{max-width:78ch;margin:.5rem 0}
 .sub,.note,figcaption{color:var(--soft)}
+.headline{font-size:1.1rem;line-height:1.45;font-weight:600;max-width:66ch;margin:.6rem 0 .8rem}
 .note{font-size:.875rem}
 form{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:.4rem 1.6rem;background:var(--band);padding:.9rem 1.1rem 1.1rem;margin:1.2rem 0;border-radius:6px}
 fieldset{border:0;margin:0;padding:0;min-width:0}
@@ -545,17 +546,30 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-
 
 def _choice(name:str, legend:str)->str: return f'<fieldset id="{name}"><legend>{legend}</legend></fieldset>'
 
+def _first(found:Mapping[str, Any], model:Mapping[str, Any], record:Mapping[str, Any])->bool:
+    "Is the first result of a query of its class?"
+    label = dict(zip(found['images'], found['labels']))
+    return label[record['top'][0]] == label[found['queries'][record['query']]]
+
+def _head_line(found:Mapping[str, Any])->str:
+    "What the strongest LTM of the grid does to the first result; empty without LTM."
+    eps, steps = max(found['grid']['eps']), max(found['grid']['steps'])
+    def right(m, key, **wanted): return sum(_first(found, m, r) for r in m[key] if r['attack'] == 'LTM' and all(r[k] == v for k,v in wanted.items()))
+    kept = ', '.join(f"{m['label']} {right(m, 'records', eps=eps, steps=steps)} ({right(m, 'searches')} before)" for m in found['models'])
+    return f"Queries of {len(found['queries'])} whose first result is right after LTM with ε = {eps}/255 and {steps} steps: {kept}." if 'LTM' in found['grid']['attacks'] else ''
+
 def _body(found:Mapping[str, Any])->str:
     "The page without its data; the script fills it."
     eps = ''.join(f'<th scope="col">ε = {e}/255</th>' for e in found['grid']['eps'])
     smoke = ' This preset only tests the code, its numbers mean nothing.' if found['preset'] == 'smoke' else ''
     choices = _choice('query', 'Query') + _choice('model', 'Model') + _choice('attack', 'Attack') + _choice('eps', 'ε, how far a pixel may move') + _choice('steps', 'Steps of the search')
     key = '<p class="key"><span><b class="mark">✓</b> solid, round frame: class that is looked for</span><span class="miss"><b class="mark">✗</b> dashed, square frame: another class</span><span><b class="star">★</b> image that the attack is about</span></p>'
-    return (f'<h1>{escape(found["title"])}</h1><p class="sub">A model turns images into points and answers a query with the nearest ones. Whoever may change the query a little decides what is found. '
+    said = f'<p class="headline">{escape(line)}</p>' if (line := _head_line(found)) else ''
+    return (f'<h1>{escape(found["title"])}</h1>{said}<p class="sub">A model turns images into points and answers a query with the nearest ones. Whoever may change the query a little decides what is found. '
             f'Choose a query, a model, and how strong the attack is.{smoke}</p><noscript><p>This page needs JavaScript; the same numbers are in results.json beside it.</p></noscript><form onsubmit="return false">{choices}</form>'
             f'<p id="said" aria-live="polite"></p><div class="big" id="pictures"></div><h2>Results before</h2><ol id="before"></ol><h2>Results after</h2><ol id="after"></ol>{key}'
             f'<div class="two"><section><h2>Place of ★ over ε and steps</h2><div class="box" tabindex="0" role="region" aria-label="Place over the budget"><table><thead><tr><th scope="col"></th>{eps}</tr></thead><tbody id="budgets"></tbody></table></div></section>'
-            '<section><h2>The same attack on each model</h2><div class="box" tabindex="0" role="region" aria-label="Models"><table><thead><tr><th scope="col"></th><th scope="col">R@1, whole set, no attack</th><th scope="col">★ before</th><th scope="col">★ after</th><th scope="col">hits in the&nbsp;list</th><th scope="col">moved</th></tr></thead>'
+            '<section><h2>The same attack on each model</h2><div class="box" tabindex="0" role="region" aria-label="Models"><table><thead><tr><th scope="col"></th><th scope="col">R@1, whole&nbsp;set, no&nbsp;attack</th><th scope="col">★ before</th><th scope="col">★ after</th><th scope="col">hits in the&nbsp;list</th><th scope="col">moved</th></tr></thead>'
             f'<tbody id="models"></tbody></table></div></section></div><p class="note">★ is another image for another model where the attack chooses it near the query. Moved: distance between the clean and the attacked embedding, from 0 to 2. A model whose embeddings have fallen together moves little and is not robust for that.</p>{_foot(found)}')
 
 # %% ../nbs/54_explore.ipynb #554d748c

@@ -25,6 +25,8 @@ def report_folders(
     "Folders with a page and its results, by name."
     return sorted(p.parent for p in Path(reports).glob('*/results.json') if (p.parent/'index.html').is_file())
 
+def _kind(folder:Path, results:Mapping[str, Any])->str: return results.get('experiment') or folder.name.partition('-')[0]
+
 def said_first(page:str)->str:
     "The head line of a page as plain text; empty where it has none."
     found = re.search(r'<p class="(?:headline|lead)">(.*?)</p>', page, re.S)
@@ -39,7 +41,7 @@ def list_reports(
         results, page = json.loads((folder/'results.json').read_text(encoding='utf-8')), (folder/'index.html').read_text(encoding='utf-8')
         title = unescape((re.search(r'<title>(.*?)</title>', page, re.S) or ['', folder.name])[1])
         records = [r for r in results.get('records') or results.get('trainings') or () if isinstance(r, Mapping)]
-        found.append(dict(folder=folder.name, title=title, said=said_first(page), experiment=results.get('experiment') or folder.name, dataset=results.get('dataset', ''), preset=results.get('preset', ''),
+        found.append(dict(folder=folder.name, title=title, said=said_first(page), experiment=_kind(folder, results), dataset=results.get('dataset', ''), preset=results.get('preset', ''),
                           defences=list(dict.fromkeys(r['label'] for r in records if 'label' in r)), runs=_quoted(records, results)))
     return found
 
@@ -230,7 +232,7 @@ def rewrite(
 )->Path|None:      # index.html; None for a page that only its notebook can write
     "Write a page anew from its results.json and the store."
     results = json.loads((Path(folder)/'results.json').read_text(encoding='utf-8'))
-    kind = results.get('experiment') or Path(folder).name.partition('-')[0]
+    kind = _kind(Path(folder), results)
     return WRITERS[kind](Path(folder), _revived(results, _NUMBERS.get(kind, ()))) if kind in WRITERS else None
 
 def rewrite_all(

@@ -51,7 +51,20 @@ def test_every_page_is_reachable(source):
             for line in block.splitlines():
                 if line and not line.startswith(':'): todo.append(str((Path(here).parent/line)))
     assert reached == set(found)
-    assert {f'nbs/{p.stem}' for p in (ROOT/'nbs').glob('*.ipynb')} <= reached
+    assert {f'nbs/{p.stem}' for p in (ROOT/'nbs').glob('*.ipynb')} <= reached | {'nbs/index'}
+    assert not (source/'nbs'/'index.ipynb').exists(), 'the start page of JupyterLab is none of these pages'
+
+
+def test_worked_pages_extend_and_the_others_are_for_readers(source):
+    listed = {name: re.findall(r'\]\((\w+)\.ipynb\)', (source/'nbs'/f'{name}.md').read_text(encoding='utf-8')) for name in ('extend', 'readers')}
+    assert listed['extend'] == ['51_add_a_data_set', '52_add_an_attack', '53_add_a_defense']
+    assert {'50_gallery', '54_explore', '55_everything', 'explore'} <= {*listed['readers']}
+
+
+def test_explorer_and_gallery_are_reached_from_the_start_page(source):
+    start, here = (source/'index.md').read_text(encoding='utf-8'), (source/'explore.md').read_text(encoding='utf-8')
+    assert '](explore.md)' in start and '\nexplore\n' in start and 'href="reports/index.html"' in start
+    for address in ('reports/index.html', 'reports/explorer-glyphs-quick/index.html'): assert f'href="{address}"' in here and (source/'_extra'/address).is_file()
 
 
 def test_links_have_an_end(source):
@@ -134,7 +147,7 @@ def test_sentences_are_those_of_the_reports(name):
     sentence, page = results.sentence_of(name), results.plain(results._page(name))
     assert len(sentence) > 30 and sentence.endswith('.')
     assert all(part in page for part in re.split(r'(?<=\.)\s+(?=[A-Z])', sentence))
-    assert results.experiment_of(name) and (ROOT/'nbs'/f'run_{results.experiment_of(name)}.ipynb').exists()
+    assert (ROOT/'nbs'/f'run_{results.experiments()[name]}.ipynb').exists()
 
 
 def test_collapse_is_not_left_out():

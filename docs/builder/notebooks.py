@@ -6,18 +6,24 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[2]
 NBS = ROOT/'nbs'
-FLOORS = { # tens digit of the notebook: page, title, what it is for
+FLOORS = { # tens digit of the notebook, or what the last ones are for: page, title, purpose
     '0': ('ground', 'Ground', 'Images, distances, networks, triplets, collapse: what everything else stands on.'),
     '1': ('measuring', 'Measuring robustness', 'One loop, ten attacks and many more, and the scores made of them.'),
     '2': ('training', 'Training for it', 'Defences of three papers as rules for one training step.'),
     '3': ('running', 'Running and reporting', 'From a table of an experiment to finished runs, and from these to a page.'),
     '4': ('studies', 'Studies', 'Audits, comparisons and experiments beyond the tables of the papers.'),
-    '5': ('extend', 'Extend it', 'Your own data set, attack or defence.')}
+    'readers': ('readers', 'For readers', 'The page that leads to all reports, one search under attack to play with, everything in one run.'),
+    'extend': ('extend', 'Extend it', 'Your own data set, attack or defence, each as a worked page.')}
 
 
 def library()->list[Path]:
-    "Notebooks that are read: all but the run notebooks."
-    return sorted(p for p in NBS.glob('*.ipynb') if not p.stem.startswith('run_'))
+    "Notebooks that are read: those with a number."
+    return sorted(NBS.glob('[0-9]*.ipynb'))
+
+
+def forms()->list[Path]:
+    "Notebooks to play with; index.ipynb is the start page of JupyterLab, and these pages have one of their own."
+    return sorted(p for p in NBS.glob('*.ipynb') if p not in library() and not p.stem.startswith('run_') and p.stem != 'index')
 
 
 def runs()->list[Path]:
@@ -111,35 +117,41 @@ def module_of(
     return found[1] if found else ''
 
 
-def _above(path:Path, reports:list[str])->str:
+def floor_of(
+    path:Path, # notebook of `library` or `forms`
+)->str:        # key of FLOORS
+    "Where a notebook is listed."
+    if path.stem[0] in FLOORS: return path.stem[0]
+    return 'extend' if path.stem[0].isdigit() and not module_of(path) else 'readers'
+
+
+def _above(path:Path, reports:dict[str, str])->str:
     "What stands under the title: the module's page, or the finished reports of a run notebook."
     if module := module_of(path): return f'*Module [`robust_dml.{module}`](../api/{module}.md). Cells with a bar on the left are the module; the others check it. Run it: `make lab`, then `{path.name}`.*'
-    mine = [name for name in reports if re.fullmatch(rf'{path.stem.removeprefix("run_")}(-.*)?', name)]
+    mine = [name for name, experiment in reports.items() if path.stem == f'run_{experiment}']
     found = ', '.join(f'<a href="../reports/{name}/index.html">{name}</a>' for name in mine)
     if path.stem.startswith('run_'): return f'*Committed reports of this experiment: {found}.*' if found else '*No report of this experiment is committed yet: run it.*'
     return f'*Run it: `make lab`, then `{path.name}`.*'
 
 
 def write(
-    target:Path,        # folder of the sources
-    reports:list[str],  # folders in reports/
+    target:Path,           # folder of the sources
+    reports:dict[str, str], # folders in reports/ and their experiments
 )->None:
     "All notebooks, a page for each floor and one for all."
     (target/'nbs').mkdir(parents=True)
-    for path in library() + runs(): nbformat.write(page(path, _above(path, reports)), target/'nbs'/path.name)
-    known = [digit for digit in FLOORS if any(p.stem.startswith(digit) for p in library())]
-    for digit in known: (target/'nbs'/f'{FLOORS[digit][0]}.md').write_text(_floor(*FLOORS[digit][1:], [p for p in library() if p.stem.startswith(digit)]), encoding='utf-8')
-    other = [p for p in library() if p.stem[0] not in FLOORS]
-    names = [FLOORS[digit][0] for digit in known] + [p.stem for p in other]
-    lines = [f'* [{FLOORS[d][1]}]({FLOORS[d][0]}.md): {FLOORS[d][2]}' for d in known]
+    read = library() + forms()
+    for path in read + runs(): nbformat.write(page(path, _above(path, reports)), target/'nbs'/path.name)
+    for key, (name, title, purpose) in FLOORS.items(): (target/'nbs'/f'{name}.md').write_text(_floor(title, purpose, [p for p in read if floor_of(p) == key]), encoding='utf-8')
+    lines = [f'* [{title}]({name}.md): {purpose}' for name, title, purpose in FLOORS.values()]
     intro = 'Each notebook is a chapter: the equation, the code, a number that must come out, and a picture. The tens digit is the floor of the house; a module imports only from smaller numbers.'
-    (target/'nbs'/'index.md').write_text('\n\n'.join(['# Notebooks', intro, '\n'.join(lines), toctree(names)]), encoding='utf-8')
+    (target/'nbs'/'index.md').write_text('\n\n'.join(['# Notebooks', intro, '\n'.join(lines), toctree(name for name, *_ in FLOORS.values())]), encoding='utf-8')
     (target/'nbs'/'runs.md').write_text(_floor('Run notebooks', 'Every table and figure, and every audit, is one of these, executed by `make NAME` or papermill.', runs()), encoding='utf-8')
 
 
 def extend()->str:
     "Links to the notebooks on adding something of one's own, and to the interfaces that these use."
-    names = [p for p in library() if p.stem.startswith('5')] + [p for p in library() if p.stem in ('01_data', '13_attacks', '21_defenses')]
+    names = [p for p in library() if floor_of(p) == 'extend'] + [p for p in library() if p.stem in ('01_data', '13_attacks', '21_defenses')]
     return ', '.join(f'[{heading(p)[0]}](nbs/{p.name})' for p in names)
 
 

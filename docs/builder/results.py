@@ -7,21 +7,22 @@ from pathlib import Path
 
 from builder.api import escaped
 from builder.notebooks import NBS, ROOT, heading
+from robust_dml import gallery
 
 REPORTS = ROOT/'reports'
 
 
-def folders()->list[str]:
-    "Reports that have a page."
-    return sorted(p.parent.name for p in REPORTS.glob('*/index.html'))
+def experiments()->dict[str, str]:
+    "Folders of the reports that have a page, with the name of the run notebook that wrote them."
+    return {r['folder']: r['experiment'] for r in gallery.list_reports(REPORTS)}
+
+
+def folders()->list[str]: return list(experiments())
 
 
 def plain(fragment:str)->str:
     "Text of a piece of HTML."
     return ' '.join(html.unescape(re.sub(r'<[^>]+>', '', fragment)).split())
-
-
-def title_of(name:str)->str: return plain(re.search(r'<h1>(.*?)</h1>', _page(name), re.S)[1])
 
 
 def _page(name:str)->str: return (REPORTS/name/'index.html').read_text(encoding='utf-8')
@@ -36,40 +37,40 @@ def _sentences(body:str)->tuple[str, list[str]]:
 def sentence_of(
     name:str, # folder in reports/
 )->str:
-    "What a report found, in its own words: its first sentence with a finding, and which models collapsed."
-    page, words = _page(name), []
-    bodies = re.findall(r'<p class="lead">(.*?)</p>', page, re.S) or re.findall(r'<main>.*?<p>(?!<)(.*?)</p>', page, re.S)
-    for i, body in enumerate(bodies):
+    "What a report found, in its own words: its head line, and which models collapsed."
+    page = _page(name)
+    words = [plain(gallery.said_first(page))]
+    for body in re.findall(r'<p class="lead">(.*?)</p>', page, re.S):
         scene, sentences = _sentences(body)
-        told = sentences[:1] if i == 0 else []
-        told += [s for s in sentences if 'flagged as collapsed' in s and s not in told]
-        words += [scene, *told] if told else []
+        flags = [s for s in sentences if 'flagged as collapsed' in s and s not in words[0]]
+        words += [scene, *flags] if flags else []
     return ' '.join(filter(None, words))
-
-
-def experiment_of(name:str)->str:
-    "Name of the run notebook that wrote a report."
-    known = sorted((p.stem.removeprefix('run_') for p in NBS.glob('run_*.ipynb')), key=len, reverse=True)
-    return next((k for k in known if re.fullmatch(rf'{k}(-.*)?', name)), '')
 
 
 def reports_page()->str:
     "A line for every committed report."
-    parts = ['# Reports', 'Finished runs as the library wrote them; each page names its configuration, flags and provenance. The sentence is the first finding of the report itself. Small data sets of characters: these are not the papers\' numbers, and "not reproduced" is a result.']
-    for experiment in dict.fromkeys(map(experiment_of, folders())):
-        name, purpose = heading(NBS/f'run_{experiment}.ipynb') if experiment else ('Further', '')
-        parts.append(f'## {escaped(name)}\n\n{f"Written by [run_{experiment}](nbs/run_{experiment}.ipynb)." if experiment else ""}')
-        for report in (f for f in folders() if experiment_of(f) == experiment):
+    parts = ['# Reports', 'Finished runs as the library wrote them; each page names its configuration, flags and provenance. The sentence is the first finding of the report itself. Small data sets of characters: these are not the papers\' numbers, and "not reproduced" is a result. Search them and the runs behind them on <a href="reports/index.html">one page</a>; play with a single query in [the explorer](explore.md).']
+    written = experiments()
+    for experiment in dict.fromkeys(written.values()):
+        parts.append(f'## {escaped(heading(NBS/f"run_{experiment}.ipynb")[0])}\n\nWritten by [run_{experiment}](nbs/run_{experiment}.ipynb).')
+        for report in (name for name, mine in written.items() if mine == experiment):
             figures = sorted((REPORTS/report/'figures').glob('*.png'))
             image = f' <a href="reports/{report}/index.html"><img class="plot" loading="lazy" alt="First figure of {report}" src="reports/{report}/figures/{figures[0].name}" width="320"></a>' if figures else ''
             parts.append(f'<a href="reports/{report}/index.html"><b>{report}</b></a>: {escaped(sentence_of(report))}' + (f'\n\n{image}' if image else ''))
     return '\n\n'.join(parts) + '\n'
 
 
+def explorers()->str:
+    "Links to the explorers among the reports."
+    return '\n'.join(f'* <a href="reports/{name}/index.html"><b>{name}</b></a>: {escaped(sentence_of(name))}' for name, experiment in experiments().items() if experiment == 'explore')
+
+
 def copy_reports(
     target:Path, # folder whose content lies beside the pages
 )->None:
-    "Reports as they are: page, figures and tables."
+    "Reports as they are, page, figures and tables, and the page that leads to them."
+    (target/'reports').mkdir(parents=True)
+    shutil.copy(REPORTS/'index.html', target/'reports')
     for name in folders():
         shutil.copytree(REPORTS/name, target/'reports'/name, ignore=shutil.ignore_patterns('*.safetensors', '*.jsonl'), dirs_exist_ok=True)
 
