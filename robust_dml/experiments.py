@@ -604,5 +604,5 @@ def example_tensors(
     found = {}
     for r in results['records']:
         run = Run(Path(reports)/'store'/r['eval']['address'])
-        if run.has('examples.safetensors'): found.setdefault(f'{r["setting"]} {r["label"]}', load_tensors(run, 'examples.safetensors', r['eval']['examples']))
+        if run.has('examples.safetensors'): found.setdefault(f'{r["setting"]} {r["label"]}', load_tensors(run, 'examples.safetensors', r['eval']['examples'], 'clean', 'adv', 'before', 'after'))
     return found

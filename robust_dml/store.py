@@ -155,11 +155,14 @@ def load_tensors(
     run:Run,
     name:str,
     sha256:str, # the hash that `save_tensors` returned
+    *names:str, # tensors that must be there
 )->dict[str,Tensor]:
-    "Read tensors back; a clear error when the file is absent, changed, or no safetensors file."
+    "Read tensors back; a clear error when the file is absent, changed, no safetensors file, or of another version."
     if not run.has(name):
         raise FileNotFoundError(f'expected {run.folder/name}, found no such file; weights are not shared with the reports, delete the folder {run.address} to train it again')
-    return load_safetensors(run.folder/name, sha256=sha256)
+    found = load_safetensors(run.folder/name, sha256=sha256)
+    if absent := [key for key in names if key not in found]: raise StoreError(f'expected {", ".join(absent)} in {run.folder/name}, found none; another version wrote it: delete the folder {run.address} and run again')
+    return found
 
 # %% ../nbs/30_store.ipynb #903b7fad
 def provenance()->dict:

@@ -7,9 +7,10 @@ import sys
 import time
 
 import pytest
+import torch
 
 from robust_dml import store
-from robust_dml.store import Run, StoreError, append_line, locked, read_lines
+from robust_dml.store import Run, StoreError, append_line, load_tensors, locked, open_run, read_lines, save_tensors
 
 # Adds one to a number in the run folder, slowly, so that two at once would lose a count.
 COUNT = '''
@@ -232,3 +233,10 @@ def test_not_a_number_has_a_hash(tmp_path):
     run.write('r.json', dict(a=float('nan'), b=(1, 2)))
     append_line(run, 'q', dict(a=float('nan')))
     assert run.read('r.json') == dict(a=None, b=[1, 2]) and str(read_lines(run, 'q')[0]['a']) == 'nan'
+
+
+def test_tensors_of_another_version_are_named(tmp_path):
+    run = open_run(tmp_path, 'eval', dict(a=1))
+    digest = save_tensors(run, 'examples.safetensors', {'clean.2': torch.zeros(2)})
+    assert load_tensors(run, 'examples.safetensors', digest)['clean.2'].tolist() == [0., 0.]
+    with pytest.raises(StoreError, match=f'expected clean, adv in .*examples.safetensors, found none; another version wrote it: delete the folder {run.address} and run again'): load_tensors(run, 'examples.safetensors', digest, 'clean', 'adv')
