@@ -101,12 +101,12 @@ def test_a_value_that_no_switch_has_is_found_before_anything_is_trained(out):
 
 def test_committed_tables_are_found_in_the_store():
     "The addresses of committed runs are those that a plan asks for today."
-    for path in sorted(ROOT.glob('reports/*-glyphs-quick/results.json')):
+    for path in sorted(ROOT.glob('reports/*-glyphs-*/results.json')):
         results = json.loads(path.read_text(encoding='utf-8'))
-        if results['experiment'] not in TABLES: continue
-        plan = experiments.plan(results['experiment'], experiments.parameters(dict(out=str(ROOT/'reports'))))
+        if results.get('experiment') not in TABLES: continue
+        plan = experiments.plan(results['experiment'], experiments.parameters(dict(preset=results['preset'], out=str(ROOT/'reports'))))
         asked = {experiments.find_run(plan.reports, 'train', list(experiments._trainings(plan, cell))[-1][1]).address for cell in experiments.cells(plan)}
-        assert asked == {r['address'] for r in results['trainings']} if 'trainings' in results else {r['train']['address'] for r in results['records']}
+        assert asked == ({r['address'] for r in results['trainings']} if 'trainings' in results else {r['train']['address'] for r in results['records']}), path.parent.name
 
 
 def test_a_miniature_cub_through_everything(tmp_path):
