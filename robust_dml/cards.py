@@ -115,7 +115,7 @@ def of_run(
     if evaluated is not None:
         source = evaluated.read('card.json', 'config')['config'].get('train')
         if source != trained.address: raise ValueError(f'the evaluation must be one of {trained.address}, found one of {source}; pass the run that belongs to these weights')
-        found = evaluated.read('result.json')
+        found = evaluated.read('result.json', 'protocol', 'benign', 'before', 'after', 'indicators')
     return dict(title=f'{c["model"]}, {c["dim"]} dimensions, {c["defense"]}', summary=f'A network for image retrieval, trained with the defence `{c["defense"]}` of robust_dml.',
                 details=rows(('what', 'value'), [('network', c['model']), ('embedding', f'{c["dim"]} dimensions'), ('images', f'{c["channels"]} x {c["crop"] or c["size"]} x {c["crop"] or c["size"]}'),
                                                  ('weights, SHA-256', result['sha256']), ('run', trained.address)]),

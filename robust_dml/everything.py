@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import all_defenses, claims, compare, eat_tables, errata, experiments, locality, stress, tuning, tuple_tables
+from . import all_defenses, claims, compare, eat_tables, errata, experiments, explore, locality, stress, tuning, tuple_tables
 from .core import check_choice
 from .experiments import EXPERIMENTS, Plan, plan, replan, results
 from .studies import run_one, write_index
@@ -48,6 +48,11 @@ def _tune(asked:Plan, parameters:dict, show:bool)->Said:
     found = tuning.tune(own := tuning.prepare(parameters), show=show)
     return tuning.write_tuning(own.plan.folder, found), ' '.join(tuning.summary(found))
 
+def _explore(asked:Plan, parameters:dict, show:bool)->Said:
+    found = explore.explore_results(asked, show=show)
+    page = explore.write_explorer(asked.reports/f'explorer-{asked.dataset}-{asked.preset}', found)
+    return page, f'{len(found["queries"])} queries, {len(found["models"])} models.'
+
 def _errata(asked:Plan, parameters:dict, show:bool)->Said:
     found = errata.errata_results()
     return errata.write_errata(asked.reports/'errata', found), errata.summary(found)
@@ -65,7 +70,7 @@ class Part(NamedTuple):
 OWN = dict(
     locality=Part(EXPERIMENTS['locality'].title, _locality), stress=Part(EXPERIMENTS['stress'].title, _stress), compare=Part('Which differences are larger than noise', _compare),
     all_defenses=Part(EXPERIMENTS['all_defenses'].title, _all_defenses), tuples=Part('Robust optimisation of metric tuples: tables B1 to B5', _tuples), eat=Part('Ensemble adversarial training: tables A1 to A9', _eat),
-    tune=Part('Every method tuned with the same budget', _tune), errata=Part('Errata of the paper', _errata), claims=Part('The claims of the three papers', _claims))
+    tune=Part('Every method tuned with the same budget', _tune), explore=Part(EXPERIMENTS['explore'].title, _explore), errata=Part('Errata of the paper', _errata), claims=Part('The claims of the three papers', _claims))
 HERE_ONLY = ('tuples', 'eat', 'tune')            # compute their cells in this process
 NAMES = (*(name for name in EXPERIMENTS if name not in ('cost', *OWN)), *OWN) # in the order of a run; the claims last, for they read the others
 

@@ -8,7 +8,8 @@ from robust_dml.cards import TEMPLATE, model_card, of_run, rows
 from robust_dml.store import Run, StoreError, open_run
 
 STORE = Path(__file__).resolve().parent.parent/'reports'/'store'
-PAIRS = [(STORE/json.loads((folder/'card.json').read_text(encoding='utf-8'))['config']['train'], folder) for folder in sorted(STORE.glob('eval-*'))]
+CONFIGS = {folder: json.loads((folder/'card.json').read_text(encoding='utf-8'))['config'] for folder in sorted(STORE.glob('eval-*'))}
+PAIRS = [(STORE/config['train'], folder) for folder, config in CONFIGS.items() if 'kind' not in config] # of the ten attacks
 PAIRS = [(train, folder) for train, folder in PAIRS if (train/'result.json').is_file() and (folder/'result.json').is_file()]
 SECTIONS = [line for line in TEMPLATE.splitlines() if line.startswith('## ')]
 
@@ -40,6 +41,11 @@ def test_there_are_runs(): assert len(PAIRS) > 50
 def test_another_models_evaluation_is_refused():
     train, other = PAIRS[0][0], next(e for t, e in PAIRS if t != PAIRS[0][0])
     with pytest.raises(ValueError, match=f'must be one of {train.name}'): card_of(train, other)
+
+
+def test_an_evaluation_of_another_kind_is_refused():
+    evaluation, config = next((folder, config) for folder, config in CONFIGS.items() if config.get('kind') == 'tuples')
+    with pytest.raises(StoreError, match='protocol'): card_of(STORE/config['train'], evaluation)
 
 
 def test_a_training_that_is_not_finished(tmp_path):
