@@ -315,6 +315,8 @@ def locked(
         said = True
         time.sleep(min(1., expiry/10))
     sweep(run)
+    for part in run.folder.glob('*.part'): # of a holder that gave the lock back and was killed in a write; a card is written without the lock
+        if not part.name.startswith('card.json'): part.unlink(missing_ok=True)
     thread = threading.Thread(target=_beating, args=(path, owner, beat, stop, lost), daemon=True)
     thread.start()
     try: yield

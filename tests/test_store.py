@@ -240,3 +240,11 @@ def test_tensors_of_another_version_are_named(tmp_path):
     digest = save_tensors(run, 'examples.safetensors', {'clean.2': torch.zeros(2)})
     assert load_tensors(run, 'examples.safetensors', digest)['clean.2'].tolist() == [0., 0.]
     with pytest.raises(StoreError, match=f'expected clean, adv in .*examples.safetensors, found none; another version wrote it: delete the folder {run.address} and run again'): load_tensors(run, 'examples.safetensors', digest, 'clean', 'adv')
+
+
+def test_a_new_holder_clears_what_was_half_written(tmp_path):
+    "A pre-empted job gives its lock back and may be killed in the middle of a write; a card may be written by another process just now."
+    run = Run(tmp_path/'train-x')
+    run.folder.mkdir()
+    for name in ('checkpoint-3.safetensors.0a.part', 'result.json.0b.part', 'card.json.0c.part'): (run.folder/name).write_bytes(b'half')
+    with locked(run): assert [p.name for p in run.folder.glob('*.part')] == ['card.json.0c.part']
