@@ -833,9 +833,8 @@ def _signs(values:Sequence[float])->tuple[str, str]:
 
 # %% ../nbs/38_claims.ipynb #6718fd29
 def verdict_counts(results:Mapping[str, Any])->str:
-    "How many claims have which verdict."
-    verdicts = [c['verdict'] for c in results['claims']]
-    return f'Of {len(verdicts)} claims: ' + ', '.join(f'{verdicts.count(v)} {v}' for v in (REPRODUCED, NOT_REPRODUCED, CANNOT, NOT_RUN)) + '.'
+    "The head line of the page."
+    return f'Of {len(results["claims"])} claims: {counted(results)}'
 
 def counted(results:Mapping[str, Any])->str:
     "How many claims have which verdict."
