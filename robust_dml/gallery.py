@@ -7,7 +7,7 @@ __all__ = ['WRITERS', 'report_folders', 'said_first', 'list_reports', 'list_runs
            'rewrite', 'rewrite_all']
 
 # %% ../nbs/50_gallery.ipynb #5e3fb97e
-import base64, json, math, re, statistics
+import base64, json, math, re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape, unescape
 from pathlib import Path
@@ -209,14 +209,6 @@ def _cost_report(folder:Path, results:Mapping[str, Any])->Path:
     order = dict.fromkeys((results['dataset'], 'cub', 'cars', 'sop', *results['rows']))
     return forecast.write_cost_report(folder, dict(results, rows={name: results['rows'][name] for name in order if name in results['rows']}))
 
-def _timing_report(folder:Path, results:Mapping[str, Any])->Path:
-    "Training times; results of an older version lack the share of the inner steps that were made, the store has it."
-    def share(address:str)->float:
-        run = Run(folder.parent/'store'/address)
-        return statistics.fmean(row['steps_done'] for row in run.read('result.json', 'log')['log'])/run.read('card.json', 'config')['config']['options']['steps']
-    lines = [line if 'steps_share' in line else {**line, 'steps_share': share(line['address'])} for line in results['trainings']]
-    return studies.write_timing(folder, {**results, 'trainings': lines})
-
 def _claims_page(folder:Path, results:Mapping[str, Any])->Path: return claims.write_claims(folder.parent, results)
 
 def _index(folder:Path, results:Mapping[str, Any])->Path:
@@ -224,7 +216,7 @@ def _index(folder:Path, results:Mapping[str, Any])->Path:
     return studies.write_index(folder, results['pages'], title=results['title'])
 
 WRITERS:dict[str, Callable[[Path, Mapping[str, Any]], Path]] = dict.fromkeys(report.COLUMNS, _table_report) | dict(
-    appendix_a=_appendix, errata=errata.write_errata, claims=_claims_page, timing=_timing_report, fairness=studies.write_fairness, tune=tuning.write_tuning, locality=locality.write_locality, compare=compare.write_compare,
+    appendix_a=_appendix, errata=errata.write_errata, claims=_claims_page, timing=studies.write_timing, fairness=studies.write_fairness, tune=tuning.write_tuning, locality=locality.write_locality, compare=compare.write_compare,
     tuples=tuple_tables.write_tuples, stress=stress.write_stress, eat=_eat_report, all_defenses=all_defenses.write_all, scale=scale.write_scale, cost=_cost_report, all=_index)
 
 def rewrite(
