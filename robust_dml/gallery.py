@@ -16,7 +16,7 @@ from typing import Any
 from . import all_defenses, claims, compare, eat_tables, errata, forecast, locality, report, scale, stress, studies, tuning, tuple_tables
 from .experiments import example_tensors
 from .pages import document, fixed_text, html_row, in_255, opening, table_box
-from .store import Run, write_atomic
+from .store import write_atomic
 
 # %% ../nbs/50_gallery.ipynb #b73ebe59
 def report_folders(
