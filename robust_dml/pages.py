@@ -190,7 +190,7 @@ code{font:.8125rem/1.5 ui-monospace,Consolas,Menlo,monospace;overflow-wrap:anywh
 .slide input{flex:1;min-width:8rem;max-width:16rem;accent-color:var(--accent)}
 .slide output{min-width:3rem}
 @media(max-width:600px){main{padding:1.6rem 1rem 3rem}h1{font-size:1.5rem}h2{margin-top:2.6rem}.headline{font-size:1.1rem}dl{grid-template-columns:1fr}.who,.results .who{min-width:6rem;max-width:8rem}.text .who{padding-right:1rem}.text:has(td:nth-child(3)) table{min-width:36rem}}
-@media print{@page{size:A4 landscape;margin:12mm}main{max-width:none;padding:0}.box,figure .pic{overflow:visible}table,.results table{font-size:6.8pt}.box th,.box td{padding:2pt}figure,tr,.query{break-inside:avoid}h2,h3{break-after:avoid}figure img{min-width:0}.box .who{min-width:0;position:static}.slide{display:none}}
+@media print{@page{size:A4 landscape;margin:12mm}main{max-width:none;padding:0}.box,figure .pic{overflow:visible}table,.results table{font-size:6.4pt}.box th,.box td{padding:2pt 1.5pt}figure,tr,.query{break-inside:avoid}h2,h3{break-after:avoid}figure img{min-width:0}figure.chart img{width:auto;max-width:100%;max-height:128mm}.query{flex-wrap:nowrap;padding:.2rem 0}.query .set{width:auto;flex-wrap:nowrap}.tile{zoom:.72}figure{margin:.4rem 0 1rem}.query .name{flex:0 0 7rem;line-height:1.2}.box .who{min-width:0;position:static}.slide{display:none}}
 '''
 
 # %% ../nbs/09_pages.ipynb #3f357831
