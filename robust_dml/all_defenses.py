@@ -20,7 +20,7 @@ from typing import Any
 from .clustering import ClusterProtocol, class_rows, clustered, references
 from .core import kept_memory
 from .eat import PROXY, eat
-from .experiments import Cell, Plan, alone, cells, parameters, plan, results, table_row, train_cell
+from .experiments import Cell, Plan, alone, cells, parameters, plan, results, table_row, train_cell, trained_as
 from .pages import defence_name, fixed_text, html_row, mean_spread, opening, table_box
 from .report import provenance_part, publish, setup_part
 from .store import Run, append_line, open_run, read_lines, write_atomic
@@ -53,12 +53,13 @@ def cluster_cell(
     show:bool=True, # progress bars
 )->Run:             # folder with a `Clustered` in result.json
     "Read a trained model by neighbours, centres and clusters, clean and under attack; goes on where it stopped."
-    r, (model, trained) = plan.recipe, train_cell(plan, cell, show=show)
+    r = plan.recipe
     few:dict[str, Any] = dict(kmeans_seeds=1, kmeans_restarts=2, restarts=1) if plan.preset == 'smoke' else {}
     protocol:dict[str, Any] = dict(eps=cell.setting.eps, step_size=r.eval_step_size, steps=r.eval_steps, limit=LIMITS[plan.preset], batch_size=r.eval_batch, **few)
-    run = open_run(plan.reports, 'cluster', dict(format=1, train=trained.address, protocol=asdict(ClusterProtocol(**protocol)), backend=plan.backend))
+    run = open_run(plan.reports, 'cluster', dict(format=1, train=trained_as(plan, cell).address, protocol=asdict(ClusterProtocol(**protocol)), backend=plan.backend))
     with alone(run, 'result.json'):
         if run.has('result.json'): return run
+        model,_ = train_cell(plan, cell, show=show)
         found = clustered(model, plan.data.test, known=read_lines(run, 'queries.jsonl'), save=partial(append_line, run, 'queries.jsonl'), backend=plan.backend, device=plan.device, show=show, **protocol)
         run.write('result.json', dict(asdict(found), worst={scope: found.worst(scope) for scope in found.attacked}))
     return run
