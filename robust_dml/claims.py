@@ -626,13 +626,14 @@ def _over_versions(decisive:Sequence[Comparison], claim:Claim)->tuple[str, str]:
         return REPRODUCED, f'all {len(of[holding[0]])} comparisons hold beyond the noise' + (f' for COLO-TRIDE ({names})' if names else '') + (f', not for ({others})' if others else '')
     lacking = {v: [c for c in failing[v] if c.outcome == 'missing'] for v in versions}
     if all(lacking.values()): return NOT_RUN, f'no numbers for: {_listed([_named(c) for c in lacking[versions[0]]])}'
-    return NOT_REPRODUCED, '. '.join(_failure(v, failing[v], len(of[v])) for v in versions if not lacking[v])
+    return NOT_REPRODUCED, '. '.join(_failure(v, failing[v], of[v]) for v in versions if not lacking[v])
 
-def _failure(version:str, failing:Sequence[Comparison], count:int)->str:
-    "What does not hold, and how."
+def _failure(version:str, failing:Sequence[Comparison], judged:Sequence[Comparison])->str:
+    "What does not hold, where and how."
+    sound = [d for d in dict.fromkeys(c.dataset for c in judged) if all(c.dataset != d for c in failing)]
     kinds = {words: [_named(c) for c in failing if c.outcome == kind] for kind, words in (('reversed', 'reversed'), ('noise', 'inside the noise'))}
     start = f'COLO-TRIDE ({version}): ' if version else ''
-    return start + f'{len(failing)} of {count} comparisons fail; ' + '; '.join(f'{words}: {_listed(names)}' for words, names in kinds.items() if names)
+    return start + f'{len(failing)} of {len(judged)} comparisons fail' + (f', none on {" and ".join(sound)}' if sound else '') + '; ' + '; '.join(f'{words}: {_listed(names)}' for words, names in kinds.items() if names)
 
 # %% ../nbs/38_claims.ipynb #b26a54a6
 _PLAIN = {'Ours': 'COLO-TRIDE', 'N/A': 'Natural', 'w/o': 'Natural'}

@@ -198,6 +198,15 @@ def test_a_data_set_with_few_seeds_does_not_count(tmp_path):
     assert found['verdict'] == claims.REPRODUCED and found['reason'].endswith('(omniglot with fewer than 3 seeds does not count)')
 
 
+def test_a_data_set_on_which_all_holds_is_named(tmp_path):
+    world = made_world() | made_world('omniglot')
+    assert judged(world, tmp_path/'a')[2]['verdict'] == claims.REPRODUCED
+    change(world, 'table1', 'natural', ('eval', 'after', 'ES:R'), 5., dataset='omniglot')
+    assert 'comparisons fail, none on glyphs; reversed: ' in judged(world, tmp_path/'b')[2]['reason']
+    change(world, 'table1', 'natural', ('eval', 'after', 'ES:R'), 5.)
+    assert 'comparisons fail; reversed: ' in judged(world, tmp_path/'c')[2]['reason']
+
+
 def test_three_seeds_come_before_the_preset(tmp_path):
     found = claims.evidence(saved(made_world(preset='paper', seeds=(0,)) | made_world(preset='quick') | made_world(preset='small') | made_world('cub', 'paper', seeds=(0,)), tmp_path))
     assert claims.chosen(found, 'table1') == [('cub', 'paper'), ('glyphs', 'small')]
