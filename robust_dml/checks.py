@@ -40,7 +40,7 @@ def _flag(name, value, limit, says, *, raised=None)->Flag:
 def twins(
     emb:Tensor,      # (N, D) float, unit length
     *,
-    within:float=1e-6,
+    within:float=1e-6, # distance that counts as zero
 )->Tensor:           # (N,) bool
     "Which embeddings have another one at distance zero: neighbours along a random line are compared."
     line = torch.randn(emb.shape[1], generator=generator(0, 'twins'), dtype=torch.float64).to(emb.device)
@@ -70,7 +70,9 @@ def sample_of_classes(
     return kept[many.argsort(stable=True)][:size].sort().values
 
 # %% ../nbs/19_checks.ipynb #9340be31
-def standardised(x:Tensor)->Tensor:
+def standardised(
+    x:Tensor, # (B, C, H, W) float in [0, 1]
+)->Tensor:    # (B, C, H, W) float, of mean about 0
     "Images as networks without a normalisation of their own expect them: ImageNet's constants for three channels, else 0.5."
     mean, std = _constants('resnet18', 3) if x.shape[1] == 3 else ((.5,)*x.shape[1],)*2
     return (x - x.new_tensor(mean).view(1, -1, 1, 1))/x.new_tensor(std).view(1, -1, 1, 1)
@@ -106,11 +108,11 @@ def check_deterministic(
 
 def check_gradient(
     model:nn.Module,
-    x:Tensor,
+    x:Tensor,   # (B, C, H, W) float in [0, 1]
     emb:Tensor, # (B, D) float: clean embeddings
     *,
-    eps:float,
-    seed:int=0,
+    eps:float,  # radius ε in pixel units
+    seed:int=0, # of the random point
 )->Flag:
     "For how many images the gradient of the shift is zero or not finite."
     noise = eps*(2*torch.rand(x.shape, generator=generator(seed, 'check gradient')) - 1).to(x)
@@ -137,10 +139,10 @@ def check_attacks(
     queries:Queries,
     gallery:Gallery,
     *,
-    eps:float,
-    step_size:float,
-    steps:int,
-    seed:int=0,
+    eps:float,       # radius ε in pixel units
+    step_size:float, # step α in pixel units
+    steps:int,       # updates
+    seed:int=0,      # of the random starts and squares
     budget:int,      # images shown to the model by the search without gradient, per query
 )->list[Flag]:
     "What a better attack would have found."
@@ -162,7 +164,7 @@ def check_attacks(
         _flag('blackbox_stronger', 100*(blind/max(far, tiny) - 1), 5., f'Random squares move a query by {blind:.3f}, the gradient by {far:.3f}: {{value:+.0f}} %. Beyond {{limit:.0f}} % the gradient misleads, and the true robustness is lower.', raised=blind > 1.05*far + tiny),
         _flag('not_converged', 100*(longer/max(far, tiny) - 1), 10., 'With twice the steps a query moves {value:.0f} % farther. Beyond {limit:.0f} % the attack was cut short: take more steps.'),
         _flag('restart_gain', 100*(restarted/max(far, tiny) - 1), 10., 'From the best of three starts a query moves {value:.0f} % farther. Beyond {limit:.0f} % single runs flatter the model: use restarts.'),
-        _flag('eps_no_effect', wider, 10., f'At ε = {255*wide:.0f}/255 R@1 is {{value:.0f}} %, at {255*eps:.0f}/255 it is {hit:.0f} %. An attack that does not profit from a larger budget is not working.', raised=wider > max(10., 300/len(x), hit - 100/len(x)))] # two hits may be luck
+        _flag('eps_no_effect', wider, 10., f'At ε = {255*wide:.0f}/255 R@1 is {{value:.0f}} %, at {255*eps:.0f}/255 it is {hit:.0f} %. An attack that does not profit from a larger budget is not working.', raised=wider > max(10., 300/len(x), hit - 100/len(x)))] # three hits may be luck
 
 # %% ../nbs/19_checks.ipynb #7db1199b
 def checks(
@@ -172,11 +174,11 @@ def checks(
     gallery:Gallery,
     indicators:dict[str, float], # of `collapse.indicators`
     *,
-    eps:float,
-    step_size:float,
-    steps:int,
+    eps:float,             # radius ε in pixel units
+    step_size:float,       # step α in pixel units
+    steps:int,             # updates
     size:int=64,           # queries in the sample, at most
-    seed:int=0,
+    seed:int=0,            # of the sample and the searches
     device:str='cpu',
 )->list[Flag]:             # nine, in the order of the table above
     "Whether the numbers of an evaluation can be believed."

@@ -201,7 +201,7 @@ def _affine(
     centre:Iterable[float], # x and y of the point to be mapped to the centre of the canvas, give or take the shift
     u:list[float],       # six numbers in [0, 1)
 )->tuple[float, ...]: # six coefficients as `Image.transform` takes them: from a pixel of the result to one of the source
-    "A random map: scale .75 to 1.2, aspect 1/1.15 to 1.15, rotation +-15 degrees, shear +-.2, shift +-1/16."
+    "A random map: scale .75 to 1.2, width times and height over 1/1.15 to 1.15, rotation +-15 degrees, shear +-.2, shift +-1/16."
     scale, aspect, angle, shear = .75+.45*u[0], 1.15**(2*u[1]-1), math.radians(30*u[2]-15), .4*u[3]-.2
     cos, sin = math.cos(angle), math.sin(angle)
     forward = np.array([[cos, -sin], [sin, cos]])@np.array([[1, shear], [0, 1]])@np.diag([scale*aspect, scale/aspect])
@@ -474,7 +474,7 @@ def partners(
     label:Tensor,          # (N,) long
     *,
     gen:torch.Generator,
-    allow_self:bool=False, # True: an image may be its own partner, like in the papers' code
+    allow_self:bool=False, # True: an image may be its own partner, as in the papers' code
 )->Tensor:                 # (N,) long: a row of the same class for each row
     "A random other row of the same class for each row; a row alone in its class is its own partner."
     label = label.cpu()

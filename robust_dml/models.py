@@ -85,7 +85,7 @@ def _c2f2(size:int, channels:int)->tuple[nn.Module, int]:
 _ZOO = dict(resnet18={}, resnet34={}, resnet50={}, googlenet=dict(aux_logits=False, init_weights=True, dropout=0.),
             convnext_tiny=dict(stochastic_depth_prob=0.), efficientnet_b0=dict(dropout=0., stochastic_depth_prob=0.))
 _OWN = dict(small=_small, c2f2=_c2f2)
-MODELS = (*_OWN, *_ZOO)
+MODELS = (*_OWN, *_ZOO) # names that `build` takes
 
 _Layer = TypeVar('_Layer', bound=nn.Module)
 

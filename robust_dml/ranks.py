@@ -281,7 +281,7 @@ def traffic(
     moved:int,     # images of the inner maximisation
     update:int,    # images of the update
     steps:int,     # of the inner maximisation
-    dim:int,       # D
+    dim:int,       # numbers per embedding
     pixels:int,    # numbers per image: channels times height times width
     weights:int,   # trained weights
     processes:int,

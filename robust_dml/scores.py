@@ -34,7 +34,7 @@ def _values(row:Mapping[str,float], headings:tuple[str,...], name:str)->dict[str
 # %% ../nbs/14_scores.ipynb #6d8558be
 def ers_cells(
     raw:Mapping[str,float], # results after the attacks under the ten `HEADINGS`, in table units; more keys are ignored
-)->dict[str,float]:         # the ten summands, 0 (attack succeeds) to about 100 (no effect), not clipped
+)->dict[str,float]:         # the ten summands, 0 (attack succeeds) to about 100 (robust end of the scale), not clipped
     "The ten components of ERS."
     cells = _values(raw, HEADINGS, 'ERS')
     for h in ('CA+', 'QA+'): cells[h] = 2*cells[h]

@@ -72,7 +72,10 @@ def cap_gain(
     "k_C, hardness gained per length when positive and negative move; the coefficient of eq. (24)."
     return 2*(torch.as_tensor(phi, dtype=torch.double)/2).sin()
 
-def sip_gain(k_anp:Tensor|float, k_cap:Tensor|float)->Tensor|float:
+def sip_gain(
+    k_anp:Tensor|float, # k_A >= 0
+    k_cap:Tensor|float, # k_C >= 0
+)->Tensor|float:
     "k_S, hardness gained per length when all three move; the coefficient of eq. (25)."
     return k_anp + k_cap
 
@@ -90,11 +93,17 @@ def sip_shift(h:Tensor|float, theta:Tensor|float, phi:Tensor|float=math.pi)->Ten
     return torch.as_tensor(h, dtype=torch.double)/sip_gain(anp_gain(theta), cap_gain(phi))
 
 # %% ../nbs/15_theory.ipynb #8a4294a9
-def evenness(k_anp:Tensor|float, k_cap:Tensor|float)->Tensor|float:
+def evenness(
+    k_anp:Tensor|float, # k_A > 0
+    k_cap:Tensor|float, # k_C > 0
+)->Tensor|float:
     "q in (0, 1] of eq. (26): 1 where both phases gain alike."
     return 4*k_anp*k_cap/(k_anp + k_cap)**2
 
-def shift_ratio(k_anp:Tensor|float, k_cap:Tensor|float)->Tensor|float:
+def shift_ratio(
+    k_anp:Tensor|float, # k_A > 0
+    k_cap:Tensor|float, # k_C > 0
+)->Tensor|float:
     "R of eq. (26): mean shift of ANP and CAP over that of SIP, 2/q and therefore at least 2."
     return 2/evenness(k_anp, k_cap)
 
