@@ -35,8 +35,8 @@ class Point(NamedTuple):
     "A line of the sweep."
     label:str
     top:float|None              # w; None for a defence that has none
-    near:tuple[float,...]       # local resistance of each seed
-    wide:tuple[float,...]       # global resistance of each seed
+    near:tuple[float,...]       # local resistance of each seed, in percent
+    wide:tuple[float,...]       # global resistance of each seed, in percent
     collapsed:int               # seeds
     records:tuple[Mapping[str,Any],...]
 
