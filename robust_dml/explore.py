@@ -408,6 +408,7 @@ td.now{box-shadow:inset 0 0 0 2px var(--hit);font-weight:700}
 tr.now th,tr.now td{font-weight:700}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(19rem,1fr));gap:0 2.4rem}
 .two>*{min-width:0}
+@media(min-width:1000px){.two{grid-template-columns:auto minmax(0,1fr)}.two th,.two td{padding:.3rem .6rem}}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem;font-size:.8125rem}
 dt{color:var(--soft)}
 dd{margin:0;overflow-wrap:anywhere;font-family:ui-monospace,Consolas,Menlo,monospace}
