@@ -327,6 +327,7 @@ def pipeline()->'Figure':
     "A training step of COLO-TRIDE by the paper's text, Figure 2 and Algorithm 1, drawn anew; 7 inches wide."
     with theme():
         fig = new_figure(7., 6.5)
+        fig.set_layout_engine('none') # everything is placed by hand
         ax = fig.add_axes((0, 0, 1, 1), xlim=(0, 7), ylim=(0, 6.5))
         ax.axis('off')
         _head(ax)
