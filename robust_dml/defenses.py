@@ -41,13 +41,13 @@ class Step(NamedTuple):
     "What one batch gives: a loss to minimise, the memory for the next batch and numbers to log."
     loss:Tensor           # () float with gradient
     state:dict            # str -> float, int or str; goes into the checkpoint
-    log:dict[str, float]  # the keys of `training_log`
+    log:dict[str, float]  # the keys of `training_log`, and what a defence adds
 
 # %% ../nbs/21_defenses.ipynb #f6911223
 @dataclass(frozen=True)
 class Defense:
     "A named training method; holds no memory of its own."
-    name:str      # key of `tride.DEFENSES`
+    name:str      # in the table of defences, or one of your own
     options:dict  # every switch, JSON-able: `make(name, **options)` gives the same defence again
     init:Callable[[], dict]    # the state before the first batch
     step:Callable[..., Step]   # step(model, x, label, *, state, clock, gen)
@@ -123,7 +123,7 @@ def mean_shift(
     after:tuple,  # the same after the perturbation
     parts:str,    # the perturbed elements
 )->Tensor:        # () float; NaN if nothing was perturbed
-    "Mean distance that the perturbed images moved in the embedding space, the quantity of Figure 4 of COLO-TRIDE."
+    "Mean distance that the perturbed images moved in the embedding space, Figure 4 of COLO-TRIDE before its division by the mean distance."
     moved = [paired_distance(after[k], before[k]) for k in map('apn'.index, parts)]
     return torch.cat(moved).mean() if moved else before[0].new_tensor(torch.nan)
 
@@ -153,9 +153,9 @@ def check_inner(
     eps:float,       # radius in [0, 1]
     step_size:float, # in (0, 1]
     steps:int,       # at least 0
-    margin:float,    # at least 0
+    margin:float,    # in [0, 2]
 )->None:
-    "Refuse values that no defence can train with."
+    "Refuse values that no defence can train with, by a ValueError."
     check_between('eps', eps, 0, 1)
     check_between('step_size', step_size, 0, 1)
     check_between('margin', margin, 0, 2)

@@ -275,7 +275,7 @@ class Batch(NamedTuple):
     update:int            # number of this update
 
 class View(NamedTuple):
-    "Images and what they shall be."
+    "Images and the labels that they are to have."
     images:Tensor                          # (B, C, H, W) float in [0, 1]
     targets:tuple[tuple[float, Tensor],...] # weights and labels (B,) of the losses on them
 

@@ -482,7 +482,7 @@ def _repair(r:Repair, cells:Cells)->dict[str, Any]:
 
 # %% ../nbs/36_errata.ipynb #2cd51c5e
 def summary(results:Mapping[str, Any])->str:
-    "The findings in three sentences."
+    "The findings in a few sentences."
     scores, verdicts = results['scores'], [c['verdict'] for c in results['claims']]
     outside = [l for l in scores if l['verdict'] == 'outside']
     changes = [r for line in results['repairs'] for r in line['repairs']]

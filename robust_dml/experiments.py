@@ -47,8 +47,8 @@ class Setting:
     name:str
     eps:float         # radius, fraction of the pixel range
     step_size:float   # of the inner maximisation
-    steps:int         # inner steps of ACT and HM
-    colo_steps:int    # inner steps of COLO-TRIDE and its parts
+    steps:int         # inner steps of ACT, HM and every other method but COLO-TRIDE
+    colo_steps:int    # inner steps of COLO-TRIDE, its parts and its naive variants
     warm_epochs:int=0 # natural epochs before every defence
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def describe(setting:Setting)->str:
 class Row(NamedTuple):
     "A line of a table."
     label:str
-    defense:str      # key of `tride.DEFENSES`
+    defense:str      # a name that `eat.make` knows
     options:dict={}  # over those of preset and profile
 
 _STEPWISE = dict(profile='paper', collapse_eval='per_step') # the paper's text, with C measured at every step of the inner search
@@ -227,7 +227,7 @@ class Experiment(NamedTuple):
     defenses:tuple[str,...]
     settings:tuple[Setting,...]=() # in all presets but paper; empty: the preset's
     changes:dict={}                # of the recipe, in all presets but paper
-    quick:int=0                    # attacked queries in `quick`, where all of them would take more than a quarter of an hour on two cores; 0: all
+    quick:int=0                    # attacked queries in `quick`, where all of them would take too long; 0: all
 
 _SWITCHED = [f'colo_tride:profile=official+{key}={json.dumps(value).strip(chr(34))}' for key,value in PAPER.items() if value != OFFICIAL[key]]
 _SWITCHED_BACK = [f'colo_tride:profile=paper+{key}={json.dumps(value).strip(chr(34))}' for key,value in OFFICIAL.items() if value != PAPER[key]]
@@ -367,7 +367,7 @@ class Cell:
     "One training and evaluation."
     setting:Setting
     defense:str
-    profile:str # of COLO-TRIDE and its parts; '' for the others
+    profile:str # of COLO-TRIDE, its parts and its naive variants; '' for the others
     label:str   # name in tables
     seed:int
 

@@ -134,7 +134,7 @@ _EXHIBITS = (
     ('Figure 1', 'shifts of SIP, CAP and ANP, a sketch', '', 'theory.draw_sketch', 'run_appendix_a.ipynb'),
     ('Figure 2', 'the pipeline', '', 'guide.pipeline'),
     ('Figure 3', 'distances, separability and collapse over training', r'\frac{D(A,N) - D(A,P)}{(D(A,N) + D(A,P))/2}', 'collapse.separability', 'run_figure3.ipynb'),
-    ('Figure 4', 'shift of the perturbed embeddings', r'\overline{\|e(x^*) - e(x)\|}', 'defenses.mean_shift', 'run_figure4.ipynb'),
+    ('Figure 4', 'shift of the perturbed embeddings, still to be divided by the mean distance', r'\overline{\|e(x^*) - e(x)\|}', 'defenses.mean_shift', 'run_figure4.ipynb'),
     ('Figure 5', 'geometry of the three schemes', '', 'theory.draw_scheme', 'run_appendix_a.ipynb'),
     ('Table 1', 'retrieval, ten attacks, ERS', '', 'report.table1', 'run_table1.ipynb'),
     ('Table 2', 'eight resistances, ARS', '', 'report.table2', 'run_table2.ipynb'),
@@ -172,7 +172,7 @@ _ATTACKS = { # goal and measured outcome, objective
     'ES:D': ('the query leaves its clean place; distance, to 2', r'\|q - q_0\|'),
     'ES:R': ('the same images; R@1 in %, to 0', r'\|q - q_0\|'),
     'LTM': ('other classes rank before the own one; R@1 in %, to 0', r'-\bigl(\max_{y_k \ne y} d(q,X_k) - \min_{y_k = y} d(q,X_k)\bigr)_+'),
-    'GTM': ('the nearest item u of another class comes first; R@1 in %, to 0', r'-d(q, X_u)'),
+    'GTM': ('the nearest item u that is not of the class of the best match comes first; R@1 in %, to 0', r'-d(q, X_u)'),
     'GTT': ('the nearest item c leaves the first four; share that stays in %, to 0', r'-\tfrac{1}{N}\sum_k (d(q,X_k) - d(q,X_c))_+'),
     'LTM fixed': ('LTM without the clean copy of the query among the own class', r'-\bigl(\max_{y_k \ne y} d(q,X_k) - \min_{y_k = y,\, k \ne s} d(q,X_k)\bigr)_+'),
     'GTM fixed': ('GTM with u looked up in the whole gallery', r'-d(q, X_u)')}
@@ -222,7 +222,7 @@ _ENSEMBLES = (
     ('embedding', 'of the ensemble', r'z = [f_1; \ldots; f_M]/\sqrt{M}', 'eat.joined'),
     ('white box', 'through all members, one after the other', r'\nabla_x J = \sum_m (\partial f_m/\partial x)^\top \partial J/\partial f_m', 'eat.sequential_gradient'),
     ('EAT', 'loss of a member: clean images, its own, and those of a peer', r'w_c L(x) + w_s L(x^{(m)}) + w_t L(x^{(\sigma_t(m))})', 'eat.eat', 'run_eat.ipynb'),
-    ('self-transfer', 'which peer', r'\sigma_t(m) = m + 1 + (t \bmod (M-1))', 'eat.peers'),
+    ('self-transfer', 'which peer', r'\sigma_t(m) = m + 1 + (t \bmod (M-1)) \pmod M', 'eat.peers'),
     ('agreement', 'of the cosines on adversarial images, with distil', r'\lambda_r\,\overline{(G_m - \bar G)^2}', 'eat._agreement'),
     ('schedule', 'heads and proxies, clean, growing ε', '', 'eat.strength'),
     ('collapse', 'ε is halved above a mean cosine of 0.9', '', 'eat.monitored'),
@@ -327,6 +327,7 @@ def pipeline()->'Figure':
     "A training step of COLO-TRIDE by the paper's text, Figure 2 and Algorithm 1, drawn anew; 7 inches wide."
     with theme():
         fig = new_figure(7., 6.5)
+        fig.set_layout_engine('none') # everything is placed by hand
         ax = fig.add_axes((0, 0, 1, 1), xlim=(0, 7), ylim=(0, 6.5))
         ax.axis('off')
         _head(ax)

@@ -336,7 +336,8 @@ PANELS = dict(figure3=(*_PANELS[1:4], ('hardness', 'Hardness H of the clean trip
 def logged_value(row:Mapping[str,Any], key:str)->float:
     "A number of an epoch, logged or made of what was logged; NaN where it is missing."
     known = {k: math.nan if v is None else v for k,v in row.items()}
-    if key == 'relative_shift': return known.get('shift', math.nan)/max(1e-12, (known['dist_ap'] + known['dist_an'])/2)
+    if key == 'relative_shift': # Figure 4 of COLO-TRIDE
+        return known.get('shift', math.nan)/max(1e-12, (known['dist_ap'] + known['dist_an'])/2)
     if key == 'gain': return known['adv_hardness'] - known['hardness']
     return known.get(key, math.nan)
 

@@ -300,8 +300,8 @@ def _beating(path:Path, owner:dict, beat:float, stop:threading.Event, lost:threa
 def locked(
     run:Run,
     *,
-    beat:float=10.,    # seconds between two signs of life
-    expiry:float=120., # seconds without one until a holder counts as dead
+    beat:float=_BEAT,     # seconds between two signs of life
+    expiry:float=_EXPIRY, # seconds without one until a holder counts as dead
 )->Iterator[None]:
     "Hold a run alone; waits, with one sentence, while another process has it."
     path, said, stop, lost = run.folder/'lock', False, threading.Event(), threading.Event()

@@ -172,6 +172,7 @@ def train(
     desc:str='',       # title of the bar
 )->dict:               # log (one row per epoch), state, updates, image_steps (perturbed images times PGD steps), seconds, parts (seconds by name), device
     "Train a model with a defence; goes on from the run folder's last checkpoint."
+    # over 30 lines: one update after the other, with the checkpoint of each epoch and what may go wrong in between, all around `done`
     _check(dataset, epochs, pairs)
     check_choice('precision', precision, ('float32', 'bfloat16'))
     model.to(device)
