@@ -768,7 +768,7 @@ def _gate(watched:Sequence[Mapping[str, Any]])->str:
     clean, perturbed = ([v for w in watched for v in w[key] if not math.isnan(v)] for key in ('clean', 'perturbed'))
     share = max(v for w in watched for v in w['assisted'])
     return (f'Collapseness of the clean triplets is at least 0 in {sum(v >= 0 for v in clean)} of {len(clean)} epochs, that of the perturbed ones in {sum(v >= 0 for v in perturbed)} of {len(perturbed)}; the run with most assistance assists {_digits(share, 1)} % of its batches. '
-            'Semihard mining takes triplets whose positive is nearer than their negative, so the hardness of each is negative before the perturbation, and a gate that looks at clean triplets stays open for the attack whether or not the model collapses.')
+            'Semihard mining takes, where it finds one, a negative farther than the positive, so clean triplets are hardly ever hard on average, and a gate that looks at them stays open for the attack whether or not the model collapses.')
 
 # %% ../nbs/38_claims.ipynb #a96f03bf
 def claims_results(
