@@ -20,10 +20,10 @@ from typing import Any
 from .clustering import ClusterProtocol, class_rows, clustered, references
 from .core import kept_memory
 from .eat import PROXY, eat
-from .experiments import Cell, Plan, alone, cells, parameters, plan, results, table_row, train_cell, trained_as
+from .experiments import Cell, Plan, alone, cells, check_weights, evaluation_config, parameters, plan, results, table_row, train_cell, trained_as
 from .pages import defence_name, fixed_text, html_row, mean_spread, opening, table_box
 from .report import provenance_part, publish, setup_part
-from .store import Run, append_line, open_run, read_lines, write_atomic
+from .store import Run, append_line, find_run, open_run, read_lines, write_atomic
 from .stress import by_label
 from .studies import spearman
 
@@ -60,6 +60,8 @@ def cluster_cell(
     with alone(run, 'result.json'):
         if run.has('result.json'): return run
         model,_ = train_cell(plan, cell, show=show)
+        done = find_run(plan.reports, 'eval', evaluation_config(plan, cell, trained_as(plan, cell).address))
+        if done.has('result.json'): check_weights(done, model) # the ten attacks and those of clustering tell of one model
         found = clustered(model, plan.data.test, known=read_lines(run, 'queries.jsonl'), save=partial(append_line, run, 'queries.jsonl'), backend=plan.backend, device=plan.device, show=show, **protocol)
         run.write('result.json', dict(asdict(found), worst={scope: found.worst(scope) for scope in found.attacked}))
     return run

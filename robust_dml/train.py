@@ -7,7 +7,7 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'mean_log', 'NotFinite', 'train
            'finish', 'load_trained']
 
 # %% ../nbs/32_train.ipynb #45abdac8
-import math
+import math, warnings
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -226,11 +226,20 @@ def finish(
     run:Run,
     result:dict, # progress after the last epoch, with the hash of the stored weights
 )->dict:         # `result`
-    "Store the result, then drop the checkpoints."
+    "Store the result, then drop the checkpoints; a warning when a training whose weights were not kept ends in others than before."
+    _check_again(run, result['sha256'])
     run.write('result.json', result)
     for name in ('checkpoint.json', 'fault.json', 'fault.safetensors'): (run.folder/name).unlink(missing_ok=True)
     _drop_checkpoints(run)
     return result
+
+def _check_again(run:Run, sha256:str)->None:
+    "Warn when the store may hold measurements of other weights."
+    try: before = run.read('result.json', 'sha256')['sha256'] if run.has('result.json') else sha256
+    except StoreError: return # a damaged file says nothing about them
+    if before != sha256:
+        warnings.warn(f'expected {run.address} to end in the weights that it had before they were deleted or left out ({before[:12]}), found others ({sha256[:12]}): another machine, library or number of threads rounds differently; '
+                      'what the store measured on the old weights does not belong to the new ones, so give out a folder of its own')
 
 def load_trained(
     run:Run,

@@ -174,3 +174,13 @@ def test_its_cost_is_not_forecast(shop, tmp_path, named):
     if named: (tmp_path/'inshop').symlink_to(next(shop.iterdir()))
     asked = experiments.parameters(dict(dataset='inshop', root=str(tmp_path if named else shop), preset='smoke'))
     with pytest.raises(ValueError, match='found inshop with a gallery of its own; run its table' if named else "found 'inshop'; the cost of"): forecast.cost_plan(asked)
+
+
+def test_committed_evaluations_of_a_training_are_of_one_model():
+    "Whatever is said of a training was measured on the same weights."
+    weights = {}
+    for file in (ROOT/'reports'/'store').glob('*/result.json'):
+        config = json.loads((file.parent/'card.json').read_text())['config']
+        found = json.loads(file.read_text()).get('weights')
+        if found and isinstance(config.get('train'), str): weights.setdefault(config['train'], {}).setdefault(found, []).append(file.parent.name)
+    assert weights and {train: of for train,of in weights.items() if len(of) > 1} == {}
