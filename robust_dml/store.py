@@ -17,6 +17,7 @@ from pathlib import Path
 from shutil import which
 from uuid import uuid4
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -166,10 +167,10 @@ def load_tensors(
 
 # %% ../nbs/30_store.ipynb #903b7fad
 def provenance()->dict:
-    "Versions, machine and commit of this computation; informative only, never part of an address."
+    "Versions, machine, threads and commit of this computation; informative only, never part of an address, though weights depend on them by rounding."
     names = ('robust_dml', 'torch', 'torchvision', 'numpy', 'faiss-gpu', 'faiss-cpu')
     versions = {d.metadata['Name']: d.version for d in metadata.distributions() if d.metadata['Name'] in names}
-    return dict(versions=versions, python=platform.python_version(), machine=platform.machine(), cores=os.cpu_count(), commit=_commit())
+    return dict(versions=versions, python=platform.python_version(), machine=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(), commit=_commit())
 
 def _commit()->str:
     "Commit of the checkout that this package runs from, or 'unknown'."
