@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'QUERIES', 'LEFT_OUT', 'SHOWN', 'COLUMNS', 'prepare', 'cluster_cell', 'all_results', 'seeing', 'means',
-           'best', 'families', 'words', 'write_all']
+           'best', 'families', 'moved_together', 'words', 'write_all']
 
 # %% ../nbs/48_all_defenses.ipynb #be51f62d
 import math
@@ -122,6 +122,16 @@ def families(
     if not all(kinds.values()): return ''
     return 'Made for retrieval against made for clustering: ' + '; '.join(f'{_SAID[name]} at most ' + ' against '.join(best(table, name) for table in kinds.values()) for name in ('ARS', 'centre attacked', 'F1 all attacked')) + '.'
 
+def moved_together(
+    records:Sequence[Mapping[str, Any]], # of one setting
+)->list[str]: # empty where a defence leads
+    "A warning where training without a defence leads with all images attacked, and does worse when only queries are."
+    table = means(records)
+    top, _ = max(((label, row['F1 all attacked'][0]) for label,row in table.items()), key=lambda found: -math.inf if math.isnan(found[1]) else found[1], default=('', 0.))
+    if not any(r['label'] == top and 'natural' in r['defense'] for r in records) or table[top]['R@1 all attacked'][0] <= table[top]['R@1 attacked'][0]: return []
+    alone, together = (fixed_text(table[top][f'R@1 {scope}'][0], 1) for scope in ('attacked', 'all attacked'))
+    return [f'{top} has no defence and yet leads in F1 with all images attacked: its R@1 is {together} then and {alone} when only the queries are. The images of a class move alike and stay together, so the columns with all images attacked, taken alone, show no robustness.']
+
 def words(
     records:Sequence[Mapping[str, Any]], # of one setting
 )->list[str]:
@@ -130,6 +140,7 @@ def words(
     flagged = [*dict.fromkeys(r['label'] for r in records if r['eval']['collapsed'])]
     table, said = means(sound), []
     if table: said.append(f'Highest of {len(table)}: ' + '; '.join(f'{text} {best(table, name)}' for name,text in _SAID.items()) + '.')
+    said += moved_together(sound)
     if across := families(sound): said.append(across)
     if len(table) > 3:
         rank = spearman([row['ARS'][0] for row in table.values()], [row['centre attacked'][0] for row in table.values()])

@@ -481,6 +481,7 @@ def clusters_fall(found:Evidence)->Iterator[Comparison]:
             yield compare(scene, f'{q.name}: {scene.label(Row("pal_natural"))} < half of that without attack', scene.values(q, Row('pal_natural')), _times(scene, _clean(key), 'pal_natural', .5), sign=-1)
         for key in (*_READ_BY, 'centre'): yield above(scene, _attacked(key), Row('eat'), Row('colo_tride'))
     for scene in scenes(found, 'all_defenses'):
+        if len({r['seed'] for r in scene.records}) < SEEDS: continue
         for row in (ACT, HM, *(colo for colo, in scene.versions('colo_tride'))):
             for key in (*_READ_BY, 'centre'): yield above(scene, _clustered(key), Row('eat'), Row(*row), version='')
 
@@ -624,16 +625,16 @@ def _over_versions(decisive:Sequence[Comparison], claim:Claim)->tuple[str, str]:
     if holding:
         names, others = ' and '.join(v for v in holding if v), ' and '.join(v for v in versions if v not in holding)
         return REPRODUCED, f'all {len(of[holding[0]])} comparisons hold beyond the noise' + (f' for COLO-TRIDE ({names})' if names else '') + (f', not for ({others})' if others else '')
-    lacking = {v: [c for c in failing[v] if c.outcome == 'missing'] for v in versions}
-    if all(lacking.values()): return NOT_RUN, f'no numbers for: {_listed([_named(c) for c in lacking[versions[0]]])}'
-    return NOT_REPRODUCED, '. '.join(_failure(v, failing[v], of[v]) for v in versions if not lacking[v])
+    refuted = [v for v in versions if any(c.outcome != 'missing' for c in failing[v])] # what is missing cannot mend what fails
+    if not refuted: return NOT_RUN, f'no numbers for: {_listed([_named(c) for c in failing[versions[0]]])}'
+    return NOT_REPRODUCED, '. '.join(_failure(v, failing[v], of[v]) for v in refuted)
 
 def _failure(version:str, failing:Sequence[Comparison], judged:Sequence[Comparison])->str:
     "What does not hold, where and how."
     sound = [d for d in dict.fromkeys(c.dataset for c in judged) if all(c.dataset != d for c in failing)]
-    kinds = {words: [_named(c) for c in failing if c.outcome == kind] for kind, words in (('reversed', 'reversed'), ('noise', 'inside the noise'))}
+    kinds = {words: [_named(c) for c in failing if c.outcome == kind] for kind, words in (('reversed', 'reversed'), ('noise', 'inside the noise'), ('missing', 'no numbers for'))}
     start = f'COLO-TRIDE ({version}): ' if version else ''
-    return start + f'{len(failing)} of {len(judged)} comparisons fail' + (f', none on {" and ".join(sound)}' if sound else '') + '; ' + '; '.join(f'{words}: {_listed(names)}' for words, names in kinds.items() if names)
+    return start + f'{sum(c.outcome != "missing" for c in failing)} of {len(judged)} comparisons fail' + (f', none on {" and ".join(sound)}' if sound else '') + '; ' + '; '.join(f'{words}: {_listed(names)}' for words, names in kinds.items() if names)
 
 # %% ../nbs/38_claims.ipynb #b26a54a6
 _PLAIN = {'Ours': 'COLO-TRIDE', 'N/A': 'Natural', 'w/o': 'Natural'}

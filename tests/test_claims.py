@@ -227,6 +227,25 @@ def test_a_missing_row_is_named(tmp_path):
     assert found['verdict'] == claims.NOT_RUN and found['reason'] == 'no numbers for: glyphs A, collapsed (%): Naive ANP > 50'
 
 
+def test_a_missing_row_mends_nothing(tmp_path):
+    world = other_papers()
+    study = world['eat-glyphs-small']
+    study['records'] = [r for r in study['records'] if r['line'] != 'gal']
+    assert judged(world, tmp_path/'a')[20]['verdict'] == claims.NOT_RUN
+    for r in study['records']:
+        if r['line'] == 'adp': r['eval']['worst']['all']['F1'] = 60.
+    found = judged(world, tmp_path/'b')[20]
+    assert found['verdict'] == claims.NOT_REPRODUCED and found['reason'].startswith('1 of 30 comparisons fail; reversed: ') and 'no numbers for: glyphs 28 x 28, NMI' in found['reason']
+
+
+@pytest.mark.parametrize('seeds, verdict', [((0,), claims.REPRODUCED), ((0, 1, 2), claims.NOT_REPRODUCED)])
+def test_the_table_of_all_defences_counts_with_three_seeds(tmp_path, seeds, verdict):
+    "It contradicts the claim: ACT is above EAT there."
+    def record(defense, s, value): return dict(lined(defense, s, collapsed=False), defense=defense, setting='A', label=defense, cluster=dict(worst=dict(all=dict.fromkeys(('NMI', 'F1', 'R@1', 'centre'), value + .1*s))))
+    records = [record(defense, s, value) for s in seeds for defense, value in (('act', 60.), ('hm', 10.), ('colo_tride', 10.), ('eat', 50.))]
+    assert judged(other_papers() | {'all_defenses-glyphs-small': dict(records=records, settings={'A': {}})}, tmp_path)[19]['verdict'] == verdict
+
+
 @pytest.mark.parametrize('experiment', STUDIES)
 def test_a_missing_report_names_its_command(tmp_path, experiment):
     world = made_world() | photographs()
