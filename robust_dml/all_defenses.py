@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'QUERIES', 'LEFT_OUT', 'SHOWN', 'COLUMNS', 'prepare', 'cluster_cell', 'all_results', 'seeing', 'means',
-           'best', 'families', 'moved_together', 'words', 'write_all']
+           'ranked', 'best', 'families', 'moved_together', 'words', 'write_all']
 
 # %% ../nbs/48_all_defenses.ipynb #be51f62d
 import math
@@ -53,14 +53,14 @@ def cluster_cell(
     show:bool=True, # progress bars
 )->Run:             # folder with a `Clustered` in result.json
     "Read a trained model by neighbours, centres and clusters, clean and under attack; goes on where it stopped."
-    r = plan.recipe
+    r, trained = plan.recipe, trained_as(plan, cell)
     few:dict[str, Any] = dict(kmeans_seeds=1, kmeans_restarts=2, restarts=1) if plan.preset == 'smoke' else {}
     protocol:dict[str, Any] = dict(eps=cell.setting.eps, step_size=r.eval_step_size, steps=r.eval_steps, limit=LIMITS[plan.preset], batch_size=r.eval_batch, **few)
-    run = open_run(plan.reports, 'cluster', dict(format=1, train=trained_as(plan, cell).address, protocol=asdict(ClusterProtocol(**protocol)), backend=plan.backend))
+    run = open_run(plan.reports, 'cluster', dict(format=1, train=trained.address, protocol=asdict(ClusterProtocol(**protocol)), backend=plan.backend))
     with alone(run, 'result.json'):
         if run.has('result.json'): return run
         model,_ = train_cell(plan, cell, show=show)
-        done = find_run(plan.reports, 'eval', evaluation_config(plan, cell, trained_as(plan, cell).address))
+        done = find_run(plan.reports, 'eval', evaluation_config(plan, cell, trained.address))
         if done.has('result.json'): check_weights(done, model) # the ten attacks and those of clustering tell of one model
         found = clustered(model, plan.data.test, known=read_lines(run, 'queries.jsonl'), save=partial(append_line, run, 'queries.jsonl'), backend=plan.backend, device=plan.device, show=show, **protocol)
         run.write('result.json', dict(asdict(found), worst={scope: found.worst(scope) for scope in found.attacked}))
@@ -101,13 +101,19 @@ def means(
     return {label: {name: mean_spread([math.nan if (v := read(r)) is None else v for r in runs]) for name,read in COLUMNS.items()} for label,runs in by_label(records).items()}
 
 # %% ../nbs/48_all_defenses.ipynb #d3b7edd2
+def ranked(
+    table:Mapping[str, Mapping[str, tuple[float, float]]], # of `means`
+    column:str,
+)->list[tuple[str, float, float]]: # label, mean, spread; the largest mean first, undefined ones left out
+    "The lines of a column in order."
+    return sorted(((label, *row[column]) for label,row in table.items() if not math.isnan(row[column][0])), key=lambda v: -v[1])
+
 def best(
     table:Mapping[str, Mapping[str, tuple[float, float]]], # of `means`
     column:str,
 )->str:
     "Who has the largest value, and whether its lead exceeds the spread."
-    order = sorted(((label, *row[column]) for label,row in table.items() if not math.isnan(row[column][0])), key=lambda v: -v[1])
-    if not order: return 'none'
+    if not (order := ranked(table, column)): return 'none'
     (name, mean, spread), *rest = order
     near = [label for label,m,s in rest if mean - m <= spread + s]
     return f'{name} ({fixed_text(mean, 1)})' + (f', within the spread of {", ".join(near)}' if near else '')
@@ -126,11 +132,11 @@ def moved_together(
     records:Sequence[Mapping[str, Any]], # of one setting
 )->list[str]: # empty where a defence leads
     "A warning where training without a defence leads with all images attacked, and does worse when only queries are."
-    table = means(records)
-    top, _ = max(((label, row['F1 all attacked'][0]) for label,row in table.items()), key=lambda found: -math.inf if math.isnan(found[1]) else found[1], default=('', 0.))
-    if not any(r['label'] == top and 'natural' in r['defense'] for r in records) or table[top]['R@1 all attacked'][0] <= table[top]['R@1 attacked'][0]: return []
-    alone, together = (fixed_text(table[top][f'R@1 {scope}'][0], 1) for scope in ('attacked', 'all attacked'))
-    return [f'{top} has no defence and yet leads in F1 with all images attacked: its R@1 is {together} then and {alone} when only the queries are. The images of a class move alike and stay together, so the columns with all images attacked, taken alone, show no robustness.']
+    table, bare = means(records), {r['label'] for r in records if 'natural' in r['defense']}
+    if not (order := ranked(table, 'F1 all attacked')) or (top := order[0][0]) not in bare: return []
+    alone, together = (table[top][f'R@1 {scope}'][0] for scope in ('attacked', 'all attacked'))
+    if together <= alone: return []
+    return [f'{top} has no defence and yet leads in F1 with all images attacked: its R@1 is {fixed_text(together, 1)} then and {fixed_text(alone, 1)} when only the queries are. The images of a class move alike and stay together, so the columns with all images attacked, taken alone, show no robustness.']
 
 def words(
     records:Sequence[Mapping[str, Any]], # of one setting
