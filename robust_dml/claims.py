@@ -845,7 +845,7 @@ def counted(results:Mapping[str, Any])->str:
 def blocks(results:Mapping[str, Any])->list[tuple]: # ('h2' or 'p', text), ('table', rows) or ('overview', rows): the table of all claims
     "The page as headings, paragraphs and tables."
     claims = results['claims']
-    found = [('p', f'The rules were written before there was any result with {SEEDS} seeds; the verdicts are computed from finished reports: ' + counted(results)),
+    found = [('p', f'The rules were written before there was any result with {SEEDS} seeds; the verdicts are computed from finished reports: ' + counted(results) + ' One thing was settled later: a row that is missing mends no claim of which another row fails, which decides claim 20.'),
              ('p', f'A comparison holds when the difference exceeds {BEYOND:g} combined standard errors (SE) over the seeds, is reversed when it does so the other way, and is noise otherwise; one that needs only not to be contradicted says so in the rule. '
                    f'A data set counts with {SEEDS} seeds or more. "As printed" is the verdict of the paper\'s own tables, reading by reading.'),
              ('overview', [('Claim', 'In our words', 'As printed', 'In our runs'), *((f'{c["number"]}', c['text'], ', '.join(f'{r["reading"]} {r["verdict"]}' for r in c['readings']), c['verdict'] + _outcomes(c)) for c in claims)])]
