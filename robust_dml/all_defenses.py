@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'QUERIES', 'LEFT_OUT', 'SHOWN', 'COLUMNS', 'prepare', 'cluster_cell', 'all_results', 'seeing', 'means',
-           'ranked', 'best', 'families', 'moved_together', 'words', 'write_all']
+           'ranked', 'best', 'leaders', 'moved_together', 'words', 'write_all']
 
 # %% ../nbs/48_all_defenses.ipynb #be51f62d
 import math
@@ -15,17 +15,20 @@ from html import escape
 from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from .clustering import ClusterProtocol, class_rows, clustered, references
-from .core import kept_memory
+from .core import kept_memory, need
 from .eat import PROXY, eat
 from .experiments import Cell, Plan, alone, cells, check_weights, evaluation_config, parameters, plan, results, table_row, train_cell, trained_as
-from .pages import defence_name, fixed_text, html_row, mean_spread, opening, table_box
+from .pages import defence_name, fixed_text, html_row, join_words, mean_spread, opening, spread_text, table_box
 from .report import provenance_part, publish, setup_part
 from .store import Run, append_line, find_run, open_run, read_lines, write_atomic
 from .stress import by_label
 from .studies import spearman
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # %% ../nbs/48_all_defenses.ipynb #3740ac13
 LIMITS = MappingProxyType(dict(smoke=12, quick=300, small=500, medium=500, paper=0)) # attacked images at most; 0: all
@@ -120,19 +123,21 @@ def best(
 
 _SAID = MappingProxyType({'ERS': 'ERS', 'ARS': 'ARS', 'R@1 attacked': 'R@1 with attacked queries', 'centre attacked': 'centre accuracy with attacked queries', 'NMI all attacked': 'NMI with all images attacked', 'F1 all attacked': 'F1 with all images attacked'})
 
-def families(
+def _natural(record:Mapping[str, Any])->bool: return 'natural' in record['defense']
+
+def leaders(
     records:Sequence[Mapping[str, Any]], # of one setting
-)->str: # empty where one family is missing
-    "What the best defence made for retrieval reaches, and the best one made for clustering."
-    kinds = {word: means([r for r in records if (table_row(r['defense']).defense in PROXY) == proxies]) for word,proxies in (('retrieval', False), ('clustering', True))}
-    if not all(kinds.values()): return ''
-    return 'Made for retrieval against made for clustering: ' + '; '.join(f'{_SAID[name]} at most ' + ' against '.join(best(table, name) for table in kinds.values()) for name in ('ARS', 'centre attacked', 'F1 all attacked')) + '.'
+)->'DataFrame': # texts; a line per score, without collapsed models and natural training
+    "Who leads among the defences made for retrieval, and who among those made for clustering."
+    def kind(proxies): return means([r for r in records if not (r['eval']['collapsed'] or _natural(r)) and (table_row(r['defense']).defense in PROXY) == proxies])
+    kinds = {'Made for retrieval': kind(False), 'Made for clustering': kind(True)}
+    return need('pandas', 'a table').DataFrame([{'Score': text, **{word: best(table, name) for word,table in kinds.items()}} for name,text in _SAID.items()])
 
 def moved_together(
     records:Sequence[Mapping[str, Any]], # of one setting
 )->list[str]: # empty where a defence leads
     "A warning where training without a defence leads with all images attacked, and does worse when only queries are."
-    table, bare = means(records), {r['label'] for r in records if 'natural' in r['defense']}
+    table, bare = means(records), {r['label'] for r in records if _natural(r)}
     if not (order := ranked(table, 'F1 all attacked')) or (top := order[0][0]) not in bare: return []
     alone, together = (table[top][f'R@1 {scope}'][0] for scope in ('attacked', 'all attacked'))
     if together <= alone: return []
@@ -144,10 +149,11 @@ def words(
     "What the table says."
     sound = [r for r in records if not r['eval']['collapsed']]
     flagged = [*dict.fromkeys(r['label'] for r in records if r['eval']['collapsed'])]
-    table, said = means(sound), []
-    if table: said.append(f'Highest of {len(table)}: ' + '; '.join(f'{text} {best(table, name)}' for name,text in _SAID.items()) + '.')
+    table, said, first = means(sound), [], {}
+    for name,text in _SAID.items():
+        for label,mean,_ in ranked(table, name)[:1]: first.setdefault(label, []).append(f'{text} ({fixed_text(mean, 1)})')
+    if first: said.append(f'Highest of {len(table)}: ' + '; '.join(f'{label} in {join_words(scores)}' for label,scores in first.items()) + '.')
     said += moved_together(sound)
-    if across := families(sound): said.append(across)
     if len(table) > 3:
         rank = spearman([row['ARS'][0] for row in table.values()], [row['centre attacked'][0] for row in table.values()])
         if not math.isnan(rank): said.append(f'Over {len(table)} defences the rank correlation of ARS and centre accuracy under attack is {rank:.2f}.'.replace('-', '−'))
@@ -159,9 +165,7 @@ _GROUPS = (('Retrieval', ('R@1', 'ERS', 'ARS', 'Mean distance')), ('Without atta
            ('Queries attacked', tuple(f'{k} attacked' for k in SHOWN)), ('All images attacked', tuple(f'{k} all attacked' for k in SHOWN)))
 
 def _text(name:str, value:tuple[float, float])->str:
-    digits = 3 if name == 'Mean distance' else 1
-    mean, spread = value
-    return '–' if math.isnan(mean) else fixed_text(mean, digits) + ('' if math.isnan(spread) else f' ± {fixed_text(spread, digits)}')
+    return spread_text(*value, 3 if name == 'Mean distance' else 1, '–')
 
 def _section(setting:str, records:Sequence[Mapping[str, Any]])->str:
     "Tables of a setting."
@@ -169,7 +173,12 @@ def _section(setting:str, records:Sequence[Mapping[str, Any]])->str:
     def one(title, names):
         body = [html_row([defence_name(lines[label][0]), *(_text(n, row[n]) for n in names), 'yes' if any(r['eval']['collapsed'] for r in lines[label]) else 'no']) for label,row in table.items()]
         return f'<h3>{escape(title)}</h3>{table_box(html_row(["Defence", *(escape(n.split(" ")[0] if n != "Mean distance" else n) for n in names), "Collapsed"], head=True), body)}'
-    return f'<h2>Setting {escape(setting)}</h2>' + ''.join(one(*group) for group in _GROUPS)
+    def cell(text):
+        value, within, near = text.partition(', within')
+        return escape(value) + (f'<span class="sd">{escape(within[2:] + near)}</span>' if near else '')
+    first = leaders(records)
+    top = table_box(html_row([*map(escape, first)], head=True), [html_row([cell(text) for text in row]) for row in first.values.tolist()])
+    return f'<h2>Setting {escape(setting)}</h2><h3>Who leads among the defences</h3>{top}' + ''.join(one(*group) for group in _GROUPS)
 
 def write_all(
     folder:Path,               # for example reports/all_defenses-glyphs-quick

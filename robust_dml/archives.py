@@ -135,7 +135,7 @@ def find(
     about, root = SETS[name], _expanded(root)
     wanted = f'{name} needs {about.layout[0]} in {root/about.folders[0]} or in {root} itself'
     if not os.path.isdir(root): raise FileNotFoundError(f'{wanted}, found no folder {root}; set root to the folder that holds {about.folders[0]}')
-    near = islice((d for pattern in ('*', '*/*') for d in root.glob(pattern) if d.is_dir()), 2000)
+    near = islice((d for pattern in ('*', '*/*', '*/*/*') for d in root.glob(pattern) if d.is_dir()), 2000)
     elsewhere = next((f for d in (root.parent, *near) if (f := locate(name, d))), None)
     if elsewhere: raise FileNotFoundError(f'{wanted}, found the files in {elsewhere}; set root to {elsewhere}')
     raise FileNotFoundError(f'{wanted}, found no such file; {_remedy(name, root, *(root/sub for sub in about.folders))}')

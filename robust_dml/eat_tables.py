@@ -34,10 +34,9 @@ from .eat import PROXY, Ensemble, make, network, sequential_gradient, transfer_m
 from .experiments import PAPER_224, Cell, Plan, Setting, alone, check_weights, defense, overrides, parameters, plan, recipe, table_row, train_cell, trained_as, _shareable
 from .forecast import noise_set, _peak
 from .jobs import only_inline
-from .locality import _cells
 from .models import checksum, embed, streamlined
 from .pgd import autograd_gradient
-from .pages import fixed_text, html_figure, html_row, join_words, look, mean_spread, new_figure, opening, png, table_box, theme
+from .pages import fixed_text, html_figure, html_row, join_words, look, mean_spread, new_figure, opening, png, spread_text, table_box, theme
 from .report import curves, provenance_part, publish, setup_part
 from .store import Run, append_line, described, load_tensors, open_run, read_lines, save_tensors, write_atomic
 from .train import train
@@ -390,10 +389,6 @@ TABLES = dict(
     A8=Table('Cost', MAIN, _COST),
     A9=Table('Ten test classes, seen by t-SNE', PICTURED, {})) # a figure
 
-def _known(values:Sequence[float], digits:int)->str:
-    "Mean and spread as text; a dash where nothing was measured."
-    return '–' if all(map(math.isnan, values)) else _cells(values, digits)
-
 def table(
     records:Sequence[Mapping[str,Any]],
     name:str,      # key of TABLES, but for the two figures
@@ -401,7 +396,7 @@ def table(
     "One of the tables, mean and spread over the seeds."
     wanted = TABLES[name]
     return need('pandas', 'a table').DataFrame([
-        {'Model': seeds[0]['label'], **{title: switch(seeds[0], key) for key,title in wanted.switches.items()}, **{title: _known([read(r) for r in seeds], digits) for title,(read, digits) in wanted.columns.items()}}
+        {'Model': seeds[0]['label'], **{title: switch(seeds[0], key) for key,title in wanted.switches.items()}, **{title: spread_text(*mean_spread([read(r) for r in seeds]), digits, '–') for title,(read, digits) in wanted.columns.items()}}
         for seeds in by_line(records, wanted.lines).values()])
 
 # %% ../nbs/47_eat_tables.ipynb #0ea0197b
@@ -455,7 +450,7 @@ def curve_table(
     rows = []
     for seeds in by_line(records, CURVED).values():
         values = [dict(along(r, what, key)) for r in seeds]
-        rows.append({'Model': seeds[0]['label'], **{f"{key}, {_DRAWN[key]}, {f'ε = {x:.3f}' if what == 'eps' else f'K = {x}'}": _cells([v[x] for v in values], 1) for x in values[0]}})
+        rows.append({'Model': seeds[0]['label'], **{f"{key}, {_DRAWN[key]}, {f'ε = {x:.3f}' if what == 'eps' else f'K = {x}'}": spread_text(*mean_spread([v[x] for v in values]), 1) for x in values[0]}})
     return need('pandas', 'a table').DataFrame(rows)
 
 # %% ../nbs/47_eat_tables.ipynb #1239bb38

@@ -6,14 +6,13 @@
 __all__ = ['resistances', 'Point', 'points', 'plane', 'words', 'table', 'write_locality']
 
 # %% ../nbs/41_locality.ipynb #de4c5939
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from .core import need
-from .pages import defence_name, fixed_text, html_figure, html_row, look, mean_spread, new_figure, number_cell, opening, png, table_box, theme
+from .pages import defence_name, html_figure, html_row, look, mean_spread, new_figure, number_cell, opening, png, spread_text, table_box, theme
 from .report import RESISTANCE_COLUMNS, STATE_COLUMNS, TABLE1_COLUMNS, curves, number_at, provenance_part, publish, setup_part
 from .scores import ars_cells
 
@@ -90,18 +89,13 @@ def words(sweep:Sequence[Point])->list[str]:
 # %% ../nbs/41_locality.ipynb #bc4d6368
 _COLUMNS = {c.name + ' after': c for c in TABLE1_COLUMNS if c.name in ('QA+', 'QA-', 'GTM', 'GTT', 'GTM fixed')} | {c.name + ' resistance': c for c in RESISTANCE_COLUMNS} | {STATE_COLUMNS[0].name: STATE_COLUMNS[0]}
 
-def _cells(values:Sequence[float], digits:int)->str:
-    "Mean and spread as text; '0/0' where undefined."
-    mean, spread = mean_spread(values)
-    return '0/0' if math.isnan(mean) else fixed_text(mean, digits) + ('' if math.isnan(spread) else f' ± {fixed_text(spread, digits)}')
-
 def table(
     sweep:Sequence[Point],
 )->'DataFrame': # texts; a line per defence
     "Every number of the sweep, mean and spread over the seeds."
     columns = {'R@1': TABLE1_COLUMNS[0], **_COLUMNS}
-    lines = [{'Defence': p.label, 'Local': _cells(p.near, 1), 'Global': _cells(p.wide, 1), 'Collapsed': f'{p.collapsed} of {len(p.records)}',
-              **{name: _cells([number_at(r, c.path) for r in p.records], c.digits) for name,c in columns.items()}} for p in sweep]
+    lines = [{'Defence': p.label, 'Local': spread_text(*mean_spread(p.near), 1), 'Global': spread_text(*mean_spread(p.wide), 1), 'Collapsed': f'{p.collapsed} of {len(p.records)}',
+              **{name: spread_text(*mean_spread([number_at(r, c.path) for r in p.records]), c.digits) for name,c in columns.items()}} for p in sweep]
     return need('pandas', 'a table').DataFrame(lines)
 
 # %% ../nbs/41_locality.ipynb #1da6d099

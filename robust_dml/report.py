@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .core import check_choice, need
 from .pages import (clock_text, defence_legend, defence_name, document, facts_table, fixed_text, html_figure, html_row, in_255, in_pixels, join_words, look, mean_spread, new_figure,
-    number_cell, opening, png_file, png, slug, table_box, theme)
+    number_cell, opening, png_file, png, slug, spread_text, table_box, theme)
 from .scores import ARS_HEADINGS, HEADINGS
 from .store import to_json, write_atomic
 
@@ -149,8 +149,7 @@ def as_text(
     "The table as it is read."
     shown = table[['Setting', 'Defense', 'PGD steps']].astype(str)
     for column in COLUMNS[check_choice('experiment', experiment, COLUMNS)]:
-        pairs = zip(table[column.name], table[column.name + ' sd'])
-        shown[column.name] = ['0/0' if math.isnan(v) else fixed_text(v, column.digits) + ('' if math.isnan(s) else f' ± {fixed_text(s, column.digits)}') for v,s in pairs]
+        shown[column.name] = [spread_text(v, s, column.digits) for v,s in zip(table[column.name], table[column.name + ' sd'])]
     return shown.assign(Collapsed=[_flag(c, n) for c,n in zip(table['Collapsed'], table['Seeds'])], Seeds=table['Seeds'].astype(str))
 
 # %% ../nbs/34_report.ipynb #5e051009
@@ -158,9 +157,9 @@ def to_csv(table:'DataFrame', experiment:str)->bytes:
     "Numbers for other programs; equal records give equal bytes."
     plain = table.astype(object)
     for column in COLUMNS[experiment]:
-        digits = max(2, column.digits)
-        plain[column.name] = ['NaN' if math.isnan(v) else fixed_text(v, digits) for v in table[column.name]]
-        plain[column.name + ' sd'] = ['' if math.isnan(v) else fixed_text(v, digits) for v in table[column.name + ' sd']]
+        def number(v, unknown): return unknown if math.isnan(v) else f'{round(v, max(2, column.digits)) + 0.:.{max(2, column.digits)}f}'
+        plain[column.name] = [number(v, 'NaN') for v in table[column.name]]
+        plain[column.name + ' sd'] = [number(v, '') for v in table[column.name + ' sd']]
     return plain.to_csv(index=False, lineterminator='\n').encode(errors='backslashreplace')
 
 def to_markdown(table:'DataFrame', experiment:str)->str:
@@ -581,7 +580,7 @@ def warnings(results:Mapping[str,Any])->list[str]: # empty when no flag is raise
 
 def _words(name:str)->str: return name.replace('_', ' ')
 
-def _short(value:float|None)->str: return 'not measured' if value is None or math.isnan(value) else f'{value:.3g}'
+def _short(value:float|None)->str: return 'not measured' if value is None or math.isnan(value) else f'{value:.3g}'.replace('-', '−')
 
 def _checks(results:Mapping[str,Any])->str:
     "The flags of every row, raised ones marked; nothing where records have none."

@@ -25,9 +25,8 @@ from .defenses import Defense
 from .evaluate import picked, queries_and_gallery, query_rows
 from .experiments import PAPER_224, Plan, Recipe, Setting, alone, check_weights, overrides, parameters, plan, query_count, training_config, _shareable
 from .jobs import only_inline
-from .locality import _cells
 from .models import build, checksum, embed_all, streamlined
-from .pages import defence_name, html_figure, html_row, look, mean_spread, new_figure, number_cell, opening, png, table_box, theme
+from .pages import defence_name, html_figure, html_row, look, mean_spread, new_figure, number_cell, opening, png, spread_text, table_box, theme
 from .report import curves, provenance_part, publish, setup_part
 from .store import Run, append_line, described, find_run, open_run, read_lines
 from .train import train
@@ -255,7 +254,7 @@ def table(
     "One of the tables, mean and spread over the seeds, with the fold increase under `gap` and, in B1, under the other two."
     wanted, rows = TABLES[name], []
     for line,seeds in by_line(records, wanted.lines).items():
-        row = {'Model': seeds[0]['label'], **{column: _cells([read(r) for r in seeds], digits) for column,(read, digits) in wanted.columns.items()}}
+        row = {'Model': seeds[0]['label'], **{column: spread_text(*mean_spread([read(r) for r in seeds]), digits) for column,(read, digits) in wanted.columns.items()}}
         row |= {f'Fold increase, {attack}': fold_of(records, line, attack) for attack in (('selfshift', 'nnpos', 'gap') if name == 'B1' else ('gap',))}
         if name == 'B5': row['Collapsed'] = f"{sum(bool(r['eval']['collapsed']) for r in seeds)} of {len(seeds)}"
         rows.append(row)
@@ -306,7 +305,7 @@ def curve_table(
     rows = []
     for seeds in by_line(records, CURVED).values():
         values = [dict(along(r, what)) for r in seeds]
-        rows.append({'Model': seeds[0]['label'], **{f"{'ε' if what == 'eps' else 'K'} = {x:g}": _cells([v[x] for v in values], 1) for x in values[0]}})
+        rows.append({'Model': seeds[0]['label'], **{f"{'ε' if what == 'eps' else 'K'} = {x:g}": spread_text(*mean_spread([v[x] for v in values]), 1) for x in values[0]}})
     return need('pandas', 'a table').DataFrame(rows)
 
 # %% ../nbs/44_tuple_tables.ipynb #4c4f8180
@@ -317,7 +316,7 @@ def words(records:Sequence[Mapping[str,Any]])->list[str]:
         if line not in of or (fold := fold_of(records, line, 'gap')) == '–': continue
         clean = [mean_spread([r['eval']['clean']['R@1'] for r in of[name]])[0] for name in (line, f"natural_{line.removeprefix('tuples_')}")]
         said.append(f"{LINES[line].label}: under gap it answers {fold} times as many queries as natural training; without an attack R@1 is {clean[0]:.1f} against {clean[1]:.1f}.")
-    together = {line: _cells([outcome(r)['R@1'] for r in of[line]], 1) for line in ('tuples_triplet', 'per_image', 'jointly') if line in of}
+    together = {line: spread_text(*mean_spread([outcome(r)['R@1'] for r in of[line]]), 1) for line in ('tuples_triplet', 'per_image', 'jointly') if line in of}
     if len(together) == 3: said.append('R@1 under gap after training with one element of each tuple moved: {}; with one perturbation per image: {}; with all images moved jointly: {}.'.format(*together.values()))
     last = [(seeds[0]['label'], *(y for _,y in along(r, 'steps')[-2:])) for seeds in by_line(records, CURVED).values() for r in seeds if len(along(r, 'steps')) > 1]
     if last:

@@ -61,8 +61,10 @@ def test_no_order_without_a_spread_and_none_of_collapsed_models():
     assert 'no order is claimed' in all_defenses.words([record('a', 40.), record('b', 30.)])[-1]
     said = all_defenses.words([record('a', 40.), record('a', 41., seed=1), record('b', 30.), record('b', 31., seed=1), record('c', 99., True)])
     assert not any('no order' in text for text in said)
-    assert 'ARS a (40.5);' in said[0] and said[-1].endswith('left out of these sentences: c.')
+    assert said[0].startswith('Highest of 2: a in ERS (40.5), ARS (40.5), R@1 with attacked queries (20.2)') and said[-1].endswith('left out of these sentences: c.')
     both = [record('a', 40.), record('a', 42., seed=1), record('b', 60., defense='eat:members=2'), record('b', 62., seed=1, defense='eat:members=2'), record('c', 99., True, defense='pal_at')]
-    assert all_defenses.words(both)[1].startswith('Made for retrieval against made for clustering: ARS at most a (41.0) against b (61.0); centre accuracy with attacked queries at most a (20.5) against b (30.5)')
+    lines = {line['Score']: (line['Made for retrieval'], line['Made for clustering']) for line in all_defenses.leaders(both).to_dict('records')}
+    assert lines['ARS'] == ('a (41.0)', 'b (61.0)') and lines['centre accuracy with attacked queries'] == ('a (20.5)', 'b (30.5)')
+    assert set(all_defenses.leaders(both[:2])['Made for clustering']) == {'none'}
     rank = all_defenses.words([record(label, ars) for label, ars in (('a', 1.), ('b', 2.), ('c', 3.), ('d', 4.))])[1]
     assert 'correlation of ARS and centre accuracy under attack is 1.00' in rank

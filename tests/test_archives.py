@@ -474,8 +474,8 @@ def test_wrong_files_give_one_sentence(tmp_path, case):
 
 
 def test_wrong_nesting_names_the_folder(tmp_path):
-    folder = cub(tmp_path/'unpacked'/'CUB_200_2011')
-    for root in (tmp_path, tmp_path/'unpacked', folder/'images'):
+    folder = cub(tmp_path/'sets'/'unpacked'/'CUB_200_2011')
+    for root in (tmp_path, tmp_path/'sets', folder.parent.parent, folder/'images'):
         with pytest.raises(FileNotFoundError, match='cub needs images.txt in .* found the files in .*; set root to ') as told: small('cub', root)
         assert str(told.value).endswith(f'set root to {folder}')
     with pytest.raises(FileNotFoundError, match='found no folder .*nowhere; set root to the folder that holds CUB_200_2011'): small('cub', tmp_path/'nowhere')
