@@ -554,7 +554,7 @@ def compared(
     "How EAT stands to a control of the same cost, score by score, with all images attacked."
     found, label = {key: paired(records, 'eat', control, _attacked(key)) for key in MEASURES}, LINES[control].label
     def at(kind): return [f'{MEASURES[key]} ({fixed_text(mean_spread(values)[0], 1)})' for key,values in found.items() if verdict([values]) == kind]
-    said = [(at('not shown'), f'{label} matches EAT in'), (at('reversed'), f'{label} is ahead of EAT in'), (at('held'), f'EAT is ahead of {label} in')]
+    said = [(at('not shown'), f'{label} matches EAT within the noise of the seeds in'), (at('reversed'), f'{label} is ahead of EAT in'), (at('held'), f'EAT is ahead of {label} in')]
     return '; '.join(f'{text} {join_words(scores)}' for scores,text in said if scores)
 
 def headline(records:Sequence[Mapping[str,Any]])->str:
