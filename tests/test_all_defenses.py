@@ -62,6 +62,8 @@ def test_no_order_without_a_spread_and_none_of_collapsed_models():
     said = all_defenses.words([record('a', 40.), record('a', 41., seed=1), record('b', 30.), record('b', 31., seed=1), record('c', 99., True)])
     assert not any('no order' in text for text in said)
     assert said[0].startswith('Highest of 2: a in ERS (40.5), ARS (40.5), R@1 with attacked queries (20.2)') and said[-1].endswith('left out of these sentences: c.')
+    once = all_defenses.words([record('a', 40.), record('a', 41., seed=1), record('c', 99.), record('c', 99., True, seed=1)])
+    assert once[0].startswith('Highest of 1: a in ERS') and once[-1].endswith('left out of these sentences: c.')
     both = [record('a', 40.), record('a', 42., seed=1), record('b', 60., defense='eat:members=2'), record('b', 62., seed=1, defense='eat:members=2'), record('c', 99., True, defense='pal_at')]
     lines = {line['Score']: (line['Made for retrieval'], line['Made for clustering']) for line in all_defenses.leaders(both).to_dict('records')}
     assert lines['ARS'] == ('a (41.0)', 'b (61.0)') and lines['centre accuracy with attacked queries'] == ('a (20.5)', 'b (30.5)')
