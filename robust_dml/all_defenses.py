@@ -161,7 +161,7 @@ def words(
     said += moved_together(sound)
     if len(table) > 3:
         rank = spearman([row['ARS'][0] for row in table.values()], [row['centre attacked'][0] for row in table.values()])
-        if not math.isnan(rank): said.append(f'Over {len(table)} defences the rank correlation of ARS and centre accuracy under attack is {rank:.2f}.'.replace('-', '−'))
+        if not math.isnan(rank): said.append(f'Over {len(table)} defences the rank correlation of ARS and centre accuracy under attack is {fixed_text(rank, 2)}.')
     if len({r['seed'] for r in records}) < 2: said.append('One seed has no spread, so no order is claimed.')
     return said + ([f'Flagged as collapsed and left out of these sentences: {", ".join(flagged)}.'] if flagged else [])
 
