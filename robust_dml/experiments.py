@@ -38,7 +38,7 @@ from .scores import paper_table
 from .search import resolve_backend
 from .store import Run, StoreError, described, find_run, load_tensors, locked, open_run, reports_root, save_tensors, sweep
 from .train import load_trained, train
-from .tride import OFFICIAL, PAPER, Switches
+from .tride import OFFICIAL, PAPER, PROFILES, Switches
 
 # %% ../nbs/33_experiments.ipynb #bef671c3
 @dataclass(frozen=True)
@@ -320,7 +320,7 @@ def _recipe(experiment:str, p:dict, name:str)->Recipe:
 
 def _profiles(text:str, preset:tuple[str,...])->tuple[str,...]:
     "Profiles that were asked for; the tuned one never comes without another to stand beside."
-    asked = listed('profile', text, ('official', 'paper', 'tuned'))
+    asked = listed('profile', text, (*PROFILES, 'tuned'))
     return (*preset, *asked) if asked == ('tuned',) else asked or preset
 
 def replan(plan:Plan, experiment:str)->Plan:

@@ -47,7 +47,7 @@ from .search import block_rows, kmeans, resolve_backend
 from .scores import HEADINGS, PAPER_MINUTES
 from .store import Run, find_run, provenance, reports_root, to_json, write_atomic
 from .train import save_checkpoint, train
-from .tride import PARTS, step_factor
+from .tride import PARTS, PROFILES, step_factor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -435,7 +435,7 @@ def attack_seconds(parts:Mapping[str, float])->float:
 def _as_asked(base:Recipe, p:Mapping[str, Any])->Recipe:
     "A recipe with what the parameters change, as in `experiments.plan`; initial weights change no times."
     return replace(with_backbone(base, p['backbone']), seeds=seed_list(p['seeds']) or base.seeds, epochs=p['epochs'] or base.epochs, limit=p['limit'] or base.limit, weights='',
-                   profiles=listed('profile', p['profile'], ('official', 'paper')) or base.profiles, precision=p['precision'] or base.precision)
+                   profiles=listed('profile', p['profile'], tuple(PROFILES)) or base.profiles, precision=p['precision'] or base.precision)
 
 NOT_FORECAST = ('free', 'multi_similarity', 'topweighted', 'library_loss', 'tuples', *PROXY) # their updates are of another form
 

@@ -27,6 +27,7 @@ from .jobs import only_inline
 from .pages import defence_legend, defence_name, facts_table, html_figure, html_row, look, new_figure, opening, png, table_box, theme
 from .store import Run, provenance, to_json, write_atomic
 from .report import publish
+from .tride import PROFILES
 
 if TYPE_CHECKING: from matplotlib.axes import Axes
 
@@ -194,7 +195,7 @@ def prepare(
     try: asked = parameters({k: v for k,v in namespace.items() if k not in OWN})
     except ValueError as error: raise ValueError(f'{error}; and for tuning {", ".join(OWN)}') from None
     only_inline(asked['executor'])
-    listed('profile', asked['profile'], ('official', 'paper')) # a tuned setting is no default to tune from
+    listed('profile', asked['profile'], tuple(PROFILES)) # a tuned setting is no default to tune from
     whole = plan('table1', asked)
     whole = replace(whole, experiment='tune', defenses=listed('defenses', asked['defenses'], IMAGES) or tuple(IMAGES), recipe=replace(whole.recipe, settings=whole.recipe.settings[:1]), parameters=asked | own)
     held = held_out_plan(whole, epochs=own['tune_epochs'], limit=own['tune_limit'], draw=own['draw'])

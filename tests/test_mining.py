@@ -30,6 +30,7 @@ def allowed(name, emb, label, margin=.2, allow_self=True):
         p,same,other = a + 1,[k for k in rows if y[k] == y[a]],[k for k in rows if y[k] != y[a]]
         ps,ns = [p],other
         if name == 'semihard': ns = [k for k in other if d[a][p] < d[a][k] < d[a][p] + margin]
+        if name == 'range': ns = [k for k in other if d[a][k] < d[a][p] + margin]
         if name == 'softhard':
             ns = [k for k in other if d[a][k] < max(d[a][s] for s in same)]
             near = min((d[a][k] for k in other), default=math.inf)
@@ -56,7 +57,7 @@ def test_every_draw_is_allowed_and_every_allowed_row_is_drawn(name, seed):
         else: assert set(n[:,i].tolist()) == set(ns)      # 24 rows at most: one is missed with probability 24*(23/24)**400 = 1e-6
 
 
-@pytest.mark.parametrize('name', ['random', 'semihard', 'softhard'])
+@pytest.mark.parametrize('name', ['random', 'semihard', 'range', 'softhard'])
 def test_draws_are_uniform(name):
     "Chi-square of 1,500 draws per anchor; 5 standard deviations above its mean are allowed."
     emb,label = batch(seed=1)
@@ -175,3 +176,8 @@ def test_bad_batches_are_refused():
     with pytest.raises(ValueError, match='even number'): random_triplets(emb[:3], label[:3], gen=generator(0))
     with pytest.raises(ValueError, match='must share a class'): random_triplets(emb[:4], torch.tensor([0, 1, 1, 0]), gen=generator(0))
     with pytest.raises(ValueError, match='one label each'): random_triplets(emb, label[:-1], gen=generator(0))
+
+
+def test_hardest_does_not_depend_on_the_scale_of_the_embeddings():
+    emb,label = batch(seed=3)
+    for scale in (1e-3, 1., 50., 1e6): assert torch.equal(hardest(scale*emb, label).n, hardest(emb, label).n)
