@@ -6,10 +6,10 @@
 __all__ = ['PAPER_28', 'PAPER_224', 'A', 'B', 'QUICK', 'SMALL', 'MEDIUM', 'SMOKE', 'PRESETS', 'BUILT_IN', 'DEFENSES',
            'TABLE_DEFENSES', 'PARAMETERS', 'TUNABLE', 'SCALED', 'EXPERIMENTS', 'Setting', 'Recipe', 'recipe',
            'overrides', 'describe', 'Row', 'parameters', 'table_lines', 'table_row', 'seed_list', 'resolve', 'tuned',
-           'Experiment', 'Plan', 'plan', 'with_backbone', 'replan', 'folder_name', 'check_split', 'query_count',
-           'announce', 'Cell', 'cells', 'natural', 'defense', 'training_config', 'weights_name', 'train_cell', 'alone',
-           'trained_as', 'evaluation_config', 'evaluate_cell', 'missing_cells', 'compute_cell', 'compute_elsewhere',
-           'record', 'check_weights', 'published', 'results', 'example_images', 'example_tensors']
+           'Experiment', 'lines_of', 'Plan', 'plan', 'with_backbone', 'replan', 'folder_name', 'check_split',
+           'query_count', 'announce', 'Cell', 'cells', 'natural', 'defense', 'training_config', 'weights_name',
+           'train_cell', 'alone', 'trained_as', 'evaluation_config', 'evaluate_cell', 'missing_cells', 'compute_cell',
+           'compute_elsewhere', 'record', 'check_weights', 'published', 'results', 'example_images', 'example_tensors']
 
 # %% ../nbs/33_experiments.ipynb #5c452ee8
 import hashlib, json, math, os
@@ -82,14 +82,14 @@ class Recipe:
 
 # %% ../nbs/33_experiments.ipynb #09c84e89
 PAPER_28 = Recipe(settings=(Setting('28', eps=77/255, step_size=3/255, steps=32, colo_steps=16),), seeds=(0,), model='c2f2', weights='', dim=512,
-    size=28, channels=1, crop=0, epochs=8, pairs=128, lr=1e-3, weight_decay=1e-7, allow_self=True, lam=10., ics=.5, profiles=('paper',),
+    size=28, channels=1, crop=0, epochs=8, pairs=128, lr=1e-3, weight_decay=1e-7, allow_self=True, lam=10., ics=.5, profiles=('official', 'paper_range'),
     eval_step_size=3/255, eval_steps=32, eval_batch=128)
 PAPER_224 = replace(PAPER_28, settings=(Setting('224', eps=8/255, step_size=1/255, steps=32, colo_steps=16),), model='resnet18', weights='IMAGENET1K_V1',
     size=256, channels=3, crop=224, epochs=75, pairs=56, lr=1e-5, weight_decay=4e-4, eval_batch=112)
 A = Setting('A', eps=32/255, step_size=16/255, steps=4, colo_steps=4)
 B = replace(A, name='B', eps=48/255, step_size=24/255, warm_epochs=7)
 QUICK = replace(PAPER_28, settings=(A,), eval_batch=512, model='small', dim=128, epochs=10, pairs=56, weight_decay=1e-4, allow_self=False, natural_miner='semihard', lam=2., profiles=('official', 'paper'))
-SMALL = replace(QUICK, settings=(A, B), seeds=(0, 1, 2))
+SMALL = replace(QUICK, settings=(A, B), seeds=(0, 1, 2), profiles=('official', 'paper', 'paper_range'))
 MEDIUM = replace(SMALL, model='resnet18', dim=512, size=64, epochs=20, eval_batch=256)
 SMOKE = replace(QUICK, dim=32, epochs=2, pairs=16, train_classes=6, test_classes=6, eval_steps=3)
 PRESETS = ('smoke', 'quick', 'small', 'medium', 'paper')
@@ -141,6 +141,9 @@ DEFENSES = dict(
     assist_full=Row('Always assist', 'colo_tride', dict(profile='paper', orientation='assist', assist_start_frac=0.)),
     colo_steps=Row('COLO-TRIDE (paper, C per step)', 'colo_tride', _STEPWISE),
     colo_early=Row('COLO-TRIDE (paper, C per step), assist from the start', 'colo_tride', dict(_STEPWISE, assist_start_frac=0.)),
+    range_part=Row('Assist, else clean (paper_range)', 'colo_tride', dict(profile='paper_range', orientation='assist_else_clean')),
+    range_full=Row('Always assist (paper_range)', 'colo_tride', dict(profile='paper_range', orientation='assist', assist_start_frac=0.)),
+    range_early=Row('COLO-TRIDE (paper_range), assist from the start', 'colo_tride', dict(profile='paper_range', assist_start_frac=0.)),
     est=Row('EST', 'est'), ses=Row('SES', 'ses'), minmax=Row('Min-max', 'minmax'), free=Row('Free AT', 'free'), multi_similarity=Row('Multi-similarity', 'multi_similarity'),
     pal_natural=Row('Natural (PAL)', 'pal_natural'), pal_at=Row('AT (PAL)', 'pal_at'), pal_mixup=Row('Mix-up (PAL)', 'pal_mixup'), pal_mixup_at=Row('Mix-up + AT (PAL)', 'pal_mixup_at'),
     pal_trades=Row('TRADES-E', 'pal_trades'), pal_alp=Row('ALP-E', 'pal_alp'), ensemble_at=Row('Ensemble-AT', 'ensemble_at'), joint_at=Row('Joint ensemble AT', 'joint_at'),
@@ -228,18 +231,32 @@ class Experiment(NamedTuple):
     settings:tuple[Setting,...]=() # in all presets but paper; empty: the preset's
     changes:dict={}                # of the recipe, in all presets but paper
     quick:int=0                    # attacked queries in `quick`, where all of them would take too long; 0: all
+    more:tuple[str,...]=()         # lines that `small` and `medium` add
+
+def lines_of(
+    experiment:str, # key of `EXPERIMENTS`
+    preset:str,     # one of `PRESETS`
+)->tuple[str,...]:
+    "An experiment's own lines in a preset."
+    wanted = EXPERIMENTS[experiment]
+    return wanted.defenses + (wanted.more if preset in ('small', 'medium') else ())
 
 _SWITCHED = [f'colo_tride:profile=official+{key}={json.dumps(value).strip(chr(34))}' for key,value in PAPER.items() if value != OFFICIAL[key]]
 _SWITCHED_BACK = [f'colo_tride:profile=paper+{key}={json.dumps(value).strip(chr(34))}' for key,value in OFFICIAL.items() if value != PAPER[key]]
 _FURTHER = [f'colo_tride:profile=paper+{pair}' for pair in ('top_rank=clean', 'disabled_mode=attack', 'step_schedule=linear1', 'step_schedule=const', 'miner_margin=linear', 'miner_margin=const', 'collapse_miner=random', 'weighting=uniform')]
+_RANGE = 'colo_tride:profile=paper_range'
+_RANGES = (_RANGE, *(f'{_RANGE}+{pair}' for pair in ('miner_margin=linear', 'miner_margin=const', 'lam=5', 'lam=10')))
 EXPERIMENTS = dict(
-    table1=Experiment('Table 1: image retrieval under ten attacks', TABLE_DEFENSES),
-    table2=Experiment('Table 2: resistance to eight attacks', TABLE_DEFENSES),
-    table3=Experiment('Table 3: one perturbation at a time, with and without COLO', ('naive_sip', 'naive_cap', 'naive_anp', 'naive_tride', 'colo_cap', 'colo_anp', 'colo_tride'), (B,)),
-    table4=Experiment('Table 4: assist and attack', ('natural', 'assist_part', 'assist_full', 'colo_early', 'colo_steps', 'colo_tride'), (B,)),
-    figure3=Experiment('Figure 3: distances, separability, hardness and collapseness over training', ('natural', 'naive_sip', 'colo_cap', 'colo_anp', 'colo_tride'), (B,)),
-    figure4=Experiment('Figure 4: shift of the embeddings and hardness reached', ('naive_sip', 'naive_cap', 'naive_anp', 'colo_cap', 'colo_anp'), (B,)),
-    switches=Experiment('The official code, one switch at a time turned to the paper\'s text', ('colo_tride', *_SWITCHED), (B,), quick=1000),
+    table1=Experiment('Table 1: image retrieval under ten attacks', TABLE_DEFENSES, more=('colo_steps',)),
+    table2=Experiment('Table 2: resistance to eight attacks', TABLE_DEFENSES, more=('colo_steps',)),
+    table3=Experiment('Table 3: one perturbation at a time, with and without COLO', ('naive_sip', 'naive_cap', 'naive_anp', 'naive_tride', 'colo_cap', 'colo_anp', 'colo_tride'), (B,), more=('colo_steps',)),
+    table4=Experiment('Table 4: assist and attack', ('natural', 'assist_part', 'assist_full', 'colo_early', 'colo_steps', 'colo_tride'), (B,),
+        more=('range_part', 'range_full', 'range_early')),
+    figure3=Experiment('Figure 3: distances, separability, hardness and collapseness over training', ('natural', 'naive_sip', 'colo_cap', 'colo_anp', 'colo_tride'), (B,),
+        more=('colo_steps',)),
+    figure4=Experiment('Figure 4: shift of the embeddings and hardness reached', ('hm', 'naive_sip', 'naive_cap', 'naive_anp', 'colo_cap', 'colo_anp'), (B,),
+        more=('colo_steps',)),
+    switches=Experiment('The official code, one switch at a time turned to the paper\'s text', ('colo_tride', *_SWITCHED), (B,), quick=1000, more=_RANGES[1:]),
     paper_switches=Experiment('The paper\'s text, one switch at a time turned to the official code, and values that neither uses', ('colo_tride:profile=paper', *_SWITCHED_BACK, *_FURTHER), (B,), quick=1000),
     hard_triplets=Experiment('Share and hardness of hard triplets: the naive adversary on triplets of four miners', tuple(f'naive_sip:miner={m}' for m in ('random', 'semihard', 'softhard', 'hardest')), (B,)),
     **{'lambda': Experiment('The attention factor λ of the collapseness', tuple(f'colo_tride:profile=official+lam={lam}' for lam in (0, 1, 2, 5, 10, 20)), (B,))},
@@ -289,7 +306,7 @@ def plan(
     data = _data(p, r)
     check_split(data)
     if experiment == 'cost' and isinstance(data, QueryGallery): raise ValueError(f'cost needs test images that are queries and gallery at once, found {data.name} with a gallery of its own; run its table without a forecast')
-    return Plan(experiment, p['preset'], r, table_lines(p['defenses']) or EXPERIMENTS[experiment].defenses, p, name, data, data.card(), pick_device(p['device']),
+    return Plan(experiment, p['preset'], r, table_lines(p['defenses']) or lines_of(experiment, p['preset']), p, name, data, data.card(), pick_device(p['device']),
                 resolve_backend(p['backend']), reports_root(p['out']))
 
 def _place(p:dict)->tuple[str, str]:
@@ -325,7 +342,7 @@ def _profiles(text:str, preset:tuple[str,...])->tuple[str,...]:
 
 def replan(plan:Plan, experiment:str)->Plan:
     "The plan of another experiment on the same data."
-    lines = table_lines(plan.parameters['defenses']) or EXPERIMENTS[experiment].defenses
+    lines = table_lines(plan.parameters['defenses']) or lines_of(experiment, plan.preset)
     return replace(plan, experiment=experiment, recipe=_recipe(experiment, plan.parameters, plan.dataset), defenses=lines)
 
 def folder_name(path:Path)->str:

@@ -65,6 +65,8 @@ _LOOKS = { # colour and marker
     'natural': ('#7a7a7a', 'o'), 'act': ('#0072b2', 's'), 'hm': ('#009e73', '^'), 'colo_tride': ('#d55e00', 'D'), 'colo_tride paper': ('#cc79a7', 'P'),
     'colo_cap': ('#b45f06', 'v'), 'colo_anp': ('#0b5394', '<'), 'colo_cap paper': ('#f6b26b', 'v'), 'colo_anp paper': ('#6fa8dc', '<'), 'colo_steps paper': ('#8c564b', 'h'),
     'colo_early paper': ('#741b47', 'p'), 'assist_part paper': ('#38761d', '^'), 'assist_full paper': ('#93c47d', 'd'),
+    'colo_tride paper_range': ('#c90076', '>'), 'colo_cap paper_range': ('#bf9000', 'v'), 'colo_anp paper_range': ('#134f5c', '<'),
+    'range_early paper_range': ('#351c75', 'p'), 'range_part paper_range': ('#274e13', '^'), 'range_full paper_range': ('#6aa84f', 'd'),
     'est': ('#1b9e77', 'o'), 'ses': ('#7570b3', 's'), 'minmax': ('#5e4fa2', 'X'), 'free': ('#66a61e', 'v'), 'multi_similarity': ('#e7298a', '<'),
     'naive_cap': ('#e69f00', 'v'), 'naive_anp': ('#56b4e9', '<'), 'naive_tride': ('#a6761d', '>'), 'naive_sip': ('#6a3d9a', 'X'),
     'natural_triplet': ('#3f3f74', 'p'), 'natural_contrastive': ('#8a8ab0', 'p'), 'tuples_triplet': ('#0072b2', 'p'), 'tuples_contrastive': ('#009e73', 'p'),

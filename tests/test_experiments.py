@@ -106,7 +106,20 @@ def test_committed_tables_are_found_in_the_store():
         if results.get('experiment') not in TABLES: continue
         plan = experiments.plan(results['experiment'], experiments.parameters(dict(preset=results['preset'], out=str(ROOT/'reports'))))
         asked = {experiments.find_run(plan.reports, 'train', list(experiments._trainings(plan, cell))[-1][1]).address for cell in experiments.cells(plan)}
-        assert asked == ({r['address'] for r in results['trainings']} if 'trainings' in results else {r['train']['address'] for r in results['records']}), path.parent.name
+        trainings = results['trainings'] if 'trainings' in results else [r['train'] for r in results['records']]
+        assert {r['address'] for r in trainings} <= asked, path.parent.name # a line added since may wait to be computed
+        if results['preset'] == 'quick': assert {r['address'] for r in trainings} == asked, path.parent.name
+
+
+def test_both_readings_of_the_paper_stand_in_the_larger_tables():
+    for name in ('table1', 'table2', 'table3', 'table4', 'figure3', 'figure4', 'switches'):
+        asked = experiments.parameters(dict(preset='small'))
+        plan = replace(smoke(), defenses=experiments.lines_of(name, 'small'), recipe=experiments._recipe(name, asked, 'glyphs'))
+        labels = {cell.label for cell in experiments.cells(plan)}
+        assert any('(paper_range)' in label for label in labels) and any('(paper)' in label for label in labels), name
+        assert name == 'switches' or 'COLO-TRIDE (paper, C per step)' in labels, name
+    assert experiments.recipe('paper', 'cub').profiles == ('official', 'paper_range')
+    assert 'colo_steps' not in experiments.lines_of('table1', 'quick') and 'hm' in experiments.lines_of('figure4', 'quick')
 
 
 def test_a_miniature_cub_through_everything(tmp_path):
