@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['HEADINGS', 'ARS_HEADINGS', 'PAPER_MINUTES', 'ers_cells', 'ers', 'ars_cells', 'ars', 'constant_before', 'scorecard',
-           'paper_table', 'paper_rows', 'paper_values']
+           'paper_table', 'paper_rows', 'paper_values', 'reference_source', 'reference_table', 'beside_printed']
 
 # %% ../nbs/14_scores.ipynb #e2b2218d
-import csv, math
-from collections.abc import Mapping
+import csv, math, statistics
+from collections.abc import Mapping, Sequence
 from importlib import resources
 
 from .core import check_choice
@@ -127,3 +127,38 @@ def paper_values(
     "The numbers of one row of a table of the paper."
     check_choice(f'row of table {n}', (dataset, defense), paper_rows(n))
     return {c['metric']: _number(c['value']) for c in paper_table(n) if (c['dataset'], c['defense']) == (dataset, defense)}
+
+# %% ../nbs/14_scores.ipynb #7e1f0a02
+_FRACTIONS = ('R@1', 'R@2', 'mAP', 'AP@10', 'NMI')
+
+def reference_source()->str:
+    "Where the numbers of `reference_table` are printed, and under which protocol."
+    text = (resources.files('robust_dml')/'paper_tables'/'fashion_mnist.csv').read_text(encoding='utf-8')
+    return ' '.join(line.lstrip('# ') for line in text.splitlines() if line.startswith('#'))
+
+def reference_table()->dict[str,dict[str,float]]: # 'natural', 'est', 'act' to heading to number, in table units
+    "The numbers that the authors of the reference code print for Fashion-MNIST."
+    text = (resources.files('robust_dml')/'paper_tables'/'fashion_mnist.csv').read_text(encoding='utf-8')
+    lines = [line for line in text.splitlines() if not line.startswith('#')]
+    rows = {}
+    for line in csv.DictReader(lines):
+        name = line.pop('defense')
+        rows[name] = {h: round(100*float(v), 1) if h in _FRACTIONS else float(v) for h, v in line.items()}
+    return rows
+
+# %% ../nbs/14_scores.ipynb #7e1f0a03
+def beside_printed(
+    printed:Mapping[str,float],           # one row of `reference_table`
+    seeds:Sequence[Mapping[str,float]],   # our results, one mapping per seed, in table units
+)->list[dict[str,str|float|bool|None]]:   # per heading we measure: 'heading', 'printed', 'ours', 'difference', 'deviation', 'within'
+    "Printed numbers beside the mean of our seeds; `within` two standard deviations is judged from three seeds on, else None."
+    if not seeds: raise ValueError('beside_printed needs the results of at least one seed, found none; compute the row first')
+    rows:list[dict[str,str|float|bool|None]] = []
+    for heading, value in printed.items():
+        if any(heading not in seed for seed in seeds): continue
+        ours = [float(seed[heading]) for seed in seeds]
+        mean = statistics.fmean(ours)
+        deviation = statistics.stdev(ours) if len(ours) > 2 else None
+        within = None if deviation is None else abs(mean - value) <= 2*deviation
+        rows.append(dict(heading=heading, printed=value, ours=mean, difference=mean - value, deviation=deviation, within=within))
+    return rows

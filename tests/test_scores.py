@@ -3,8 +3,8 @@ import math, subprocess, sys
 
 import pytest
 
-from robust_dml.scores import (ARS_HEADINGS, HEADINGS, ars, ars_cells, constant_before, ers, ers_cells, paper_rows,
-                               paper_table, paper_values, scorecard)
+from robust_dml.scores import (ARS_HEADINGS, HEADINGS, ars, ars_cells, beside_printed, constant_before, ers, ers_cells,
+                               paper_rows, paper_table, paper_values, reference_source, reference_table, scorecard)
 
 ERS = {  # what the formula gives for each row of Table 1
     ('CUB', 'N/A'): 3.79, ('CUB', 'ACT'): 33.97, ('CUB', 'HM'): 36.04, ('CUB', 'Ours'): 38.77,
@@ -191,3 +191,17 @@ def test_bare_machine():
             'try: search.knn(torch.eye(4), torch.eye(4), k=1, backend="faiss")\nexcept ImportError as err: print(err)\n')
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines() == ['torch 36.0', "backend='faiss' needs faiss; install it with: pip install faiss-cpu"]
+
+
+def test_printed_reference_numbers_are_in_table_units():
+    rows = reference_table()
+    assert set(rows) == {'natural', 'est', 'act'} and all(len(row) == 15 for row in rows.values())
+    assert rows['act']['R@1'] == 78.7 and rows['act']['GTT'] == .1 and rows['est']['ES:D'] == .288
+    assert 'Fashion-MNIST' in reference_source()
+
+
+def test_a_printed_number_is_judged_from_three_seeds_on():
+    seeds = [{'R@1': 86.}, {'R@1': 87.}, {'R@1': 88.}]
+    assert [beside_printed({'R@1': v}, seeds)[0]['within'] for v in (85., 89., 89.1, 84.9)] == [True, True, False, False]
+    assert beside_printed({'R@1': 50.}, seeds[:2])[0]['within'] is None
+    with pytest.raises(ValueError, match='at least one seed'): beside_printed({'R@1': 50.}, [])
