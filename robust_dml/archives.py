@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETS', 'FORMAT', 'PARAMETERS', 'Archive', 'instructions', 'locate', 'state', 'find', 'Listing', 'listing',
-           'differences', 'decode', 'cache_folder', 'missing', 'decoded', 'QueryGallery', 'read', 'is_archive', 'load',
-           'check', 'describe', 'parameters']
+           'differences', 'decode', 'cache_folder', 'missing', 'decoded', 'read', 'is_archive', 'load', 'check',
+           'describe', 'parameters']
 
 # %% ../nbs/06_archives.ipynb #96e29e69
 import gzip, hashlib, json, math, os, shutil, stat, struct, time, warnings, zipfile, zlib
@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from .core import check_between, check_choice, fingerprint, progress
-from .data import _why, ImageSet, Split, load as load_data, read_image
+from .data import _why, ImageSet, QueryGallery, Split, load as load_data, read_image
 
 # %% ../nbs/06_archives.ipynb #45ee1002
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Archive:
     size:int=256                      # side of the stored images
     channels:int=3
     rival:str=''                      # folder of another set with the same file names
+    places:tuple[str, ...]=()         # where a package of the system puts it; looked at where no root is given
 
 # %% ../nbs/06_archives.ipynb #81539f0e
 _IDX = tuple(f'{side}-{kind}-ubyte' for side in ('train', 't10k') for kind in ('images-idx3', 'labels-idx1'))
@@ -58,11 +59,15 @@ SETS = dict(
     inshop=Archive(('In-shop Clothes Retrieval Benchmark', 'In-shop', 'inshop'), ('Eval/list_eval_partition.txt', 'list_eval_partition.txt'), ('img.zip', 'list_eval_partition.txt'),
         'https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html',
         "keep the folders Eval and Img of the benchmark, in {root}/inshop, and unpack img.zip in Img: unzip img.zip", ('Eval/list_eval_partition.txt', 'Img/img/WOMEN/Dresses/id_00000002/*.jpg'),
-        dict(train=(25882, 3997), query=(14218, 3985), gallery=(12612, 3985)), {}),
+        dict(train=(25882, 3997), query=(14218, 3985), gallery=(12612, 3985)), {}, rival='grocery'),
+    grocery=Archive(('GroceryStoreDataset/dataset', 'grocery', 'dataset'), ('list_eval_partition.txt', 'classes.csv'), ('GroceryStoreDataset',), 'https://github.com/marcusklasson/GroceryStoreDataset',
+        "clone or unpack the repository in {root} (MIT licence)", ('classes.csv', 'train.txt', 'val.txt', 'test.txt', 'train/Fruit/Apple/Golden-Delicious/*.jpg'),
+        dict(train=(2493, 40), query=(1371, 41), gallery=(1557, 41)), {}, size=128),
     mnist=Archive(('MNIST/raw', 'raw'), page='http://yann.lecun.com/exdb/mnist', rival='FashionMNIST',
         steps="""put them into {root}/MNIST/raw, or let torchvision do both: python -c "import torchvision; torchvision.datasets.MNIST('{root}', download=True)\"""", **_TEN),
     fashion=Archive(('FashionMNIST/raw', 'raw'), page='https://github.com/zalandoresearch/fashion-mnist', rival='MNIST',
-        steps="""put them into {root}/FashionMNIST/raw, or let torchvision do both: python -c "import torchvision; torchvision.datasets.FashionMNIST('{root}', download=True)\"""", **_TEN))
+        steps="""put them into {root}/FashionMNIST/raw, or let torchvision do both: python -c "import torchvision; torchvision.datasets.FashionMNIST('{root}', download=True)"; on Debian and its kin apt-get install dataset-fashion-mnist does, and is found without a root""",
+        places=('/usr/share/datasets/fashion-mnist', '/usr/share/dataset-fashion-mnist'), **_TEN))
 
 # %% ../nbs/06_archives.ipynb #791ac183
 def instructions(
@@ -132,7 +137,10 @@ def find(
 )->Path:
     "The folder of a set; FileNotFoundError says what was found instead and what to do."
     if folder := locate(name, root): return folder
-    about, root = SETS[name], _expanded(root)
+    about, given, root = SETS[name], str(root) not in ('', '.'), _expanded(root)
+    if not given and (place := next((Path(p) for p in about.places if locate(name, p)), None)):
+        print(f'{name} is read from {place}')
+        return place
     wanted = f'{name} needs {about.layout[0]} in {root/about.folders[0]} or in {root} itself'
     if not os.path.isdir(root): raise FileNotFoundError(f'{wanted}, found no folder {root}; set root to the folder that holds {about.folders[0]}')
     near = islice((d for pattern in ('*', '*/*', '*/*/*') for d in root.glob(pattern) if d.is_dir()), 2000)
@@ -291,6 +299,27 @@ def _inshop(folder:Path)->Listing:
         sides[status].append((item, base+file))
     return Listing((path,), sides)
 
+# %% ../nbs/06_archives.ipynb #5e2b7701
+def _grocery(folder:Path)->Listing:
+    "The lists of GroceryStoreDataset, or one in In-Shop's form: the first 40 products train; of the others the test images ask."
+    if (folder/'list_eval_partition.txt').is_file(): return _inshop(folder)
+    lists = tuple(folder/f'{part}.txt' for part in ('train', 'val', 'test'))
+    files = sorted((Path(file).parent.name, f'{path.stem}_{Path(file).name}', path.stem, file) for path in lists for file in _first_words(path))
+    first = set(sorted({product for product, *_ in files})[:40])
+    sides:dict[str, list] = dict(train=[], query=[], gallery=[])
+    for product, _, part, file in files:
+        side = 'train' if product in first else 'query' if part == 'test' else 'gallery'
+        sides[side].append((product, file))
+    return Listing(lists, sides)
+
+def _first_words(path:Path)->list[str]:
+    "The files that a comma-separated list names first in each line."
+    if not path.is_file(): raise FileNotFoundError(f'{path.parent} must hold {path.name}, found no such file; clone or unpack the repository again')
+    names = [line.partition(',')[0].strip() for line in _lines(path) if line.strip()]
+    astray = [name for name in names if Path(name).suffix.lower() not in ('.jpg', '.jpeg', '.png') or len(Path(name).parts) < 2]
+    if astray or not names: raise ValueError(f'each line of {path} must begin with the path of an image, found {(astray or ["nothing"])[0][:80]!r}; clone or unpack the repository again')
+    return names
+
 # %% ../nbs/06_archives.ipynb #d66d4931
 def _idx(
     folder:Path,
@@ -324,7 +353,7 @@ def _ten(folder:Path, names:dict[int, str])->Listing:
 
 # %% ../nbs/06_archives.ipynb #a117966a
 _FASHION = dict(enumerate(('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')))
-_LISTS = dict(cub=_cub, cars=_cars, sop=_sop, inshop=_inshop, mnist=lambda folder: _ten(folder, {}), fashion=lambda folder: _ten(folder, _FASHION))
+_LISTS = dict(cub=_cub, cars=_cars, sop=_sop, inshop=_inshop, grocery=_grocery, mnist=lambda folder: _ten(folder, {}), fashion=lambda folder: _ten(folder, _FASHION))
 
 def listing(
     name:str,    # one of `SETS`
@@ -501,17 +530,6 @@ def decoded(
         images, broken, _ = _open_cache(path, *asked)
         assert images is not None
     return images, broken
-
-# %% ../nbs/06_archives.ipynb #bb67f5af
-@dataclass(frozen=True, eq=False)
-class QueryGallery(Split):
-    "A split whose test side is searched from `queries` into the rest."
-    queries:int=field(kw_only=True) # the rows 0 to queries-1 of `test` are the queries, all others the gallery
-    def __post_init__(self)->None: check_between('queries', self.queries, 1, len(self.test)-1)
-    def card(self)->dict:
-        "As of a `Split`, with the number of queries, also in words."
-        card, gallery = super().card(), len(self.test)-self.queries
-        return dict(card, queries=self.queries, gallery=gallery, search=f'queries and gallery apart: {self.queries} queries, {gallery} gallery images', checksum=fingerprint([card['checksum'], self.queries]))
 
 # %% ../nbs/06_archives.ipynb #6dcdd626
 def _limited(sides:Mapping[str, list[tuple]], train_classes:int|None, test_classes:int|None)->dict[str, list[tuple]]:

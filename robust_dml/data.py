@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['FONTS', 'BLOCKS', 'SUFFIXES', 'FORMATS', 'ARCHIVES', 'centre_crop', 'random_crop', 'to_device', 'ImageSet', 'Split',
            'load_fonts', 'bitmap', 'difference', 'characters', 'glyphs', 'read_image', 'omniglot', 'image_folder',
-           'load', 'partners', 'pair_batches', 'prefetch', 'training_batches']
+           'QueryGallery', 'sides', 'split_folder', 'load', 'partners', 'pair_batches', 'prefetch', 'training_batches']
 
 # %% ../nbs/01_data.ipynb #1b966c8c
 import hashlib, math, os, unicodedata, warnings, zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
@@ -422,6 +423,11 @@ def _class_files(folder:Path)->list[str]: # 'class/file', sorted
     if not files: raise ValueError(f'each class folder must hold an image ({" ".join(SUFFIXES)}), found none in {folder}; remove or fill it')
     return [f'{folder.name}/{file}' for file in files]
 
+def _pixels(folder:Path, size:int, channels:int, file:str)->np.ndarray: # (C, S, S) uint8
+    "One image file, resized."
+    image = np.asarray(read_image(folder/file, channels=channels).resize((size, size), Image.Resampling.BILINEAR))
+    return image.reshape(size, size, channels).transpose(2, 0, 1)
+
 # %% ../nbs/01_data.ipynb #9dd61496
 def image_folder(
     root:str|Path,     # folder of class folders
@@ -440,11 +446,72 @@ def image_folder(
     classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith(('.', '__')))
     if len(classes) < 2: raise ValueError(f'{folder} must hold one folder per class, at least two, found {len(classes)}')
     train, test = ([(name, file) for name in side for file in _class_files(folder/name)] for side in (classes[:len(classes)//2], classes[len(classes)//2:]))
-    def read(file):
-        image = np.asarray(read_image(folder/file, channels=channels).resize((size, size), Image.Resampling.BILINEAR))
-        return image.reshape(size, size, channels).transpose(2, 0, 1)
+    read = partial(_pixels, folder, size, channels)
     return _split(folder.resolve().name, train, test, read, (channels, size, size), crop=crop, skip_unreadable=skip_unreadable,
                   train_classes=train_classes, test_classes=test_classes)
+
+# %% ../nbs/01_data.ipynb #7c1e0a02
+@dataclass(frozen=True, eq=False)
+class QueryGallery(Split):
+    "A split whose test side is searched from `queries` into the rest."
+    queries:int=field(kw_only=True) # the rows 0 to queries-1 of `test` are the queries, all others the gallery
+    def __post_init__(self)->None: check_between('queries', self.queries, 1, len(self.test)-1)
+    def card(self)->dict:
+        "As of a `Split`, with the number of queries, also in words."
+        card, gallery = super().card(), len(self.test)-self.queries
+        return dict(card, queries=self.queries, gallery=gallery, search=f'queries and gallery apart: {self.queries} queries, {gallery} gallery images', checksum=fingerprint([card['checksum'], self.queries]))
+
+# %% ../nbs/01_data.ipynb #7c1e0a03
+def sides(
+    folder:Path,
+)->tuple[str, ...]: # names of its sub-folders: train and test, or train, query and gallery; empty: class folders
+    "How a folder is split, if it is."
+    found = {d.name.lower(): d for d in folder.iterdir() if d.is_dir() and not d.name.startswith(('.', '__'))}
+    if 'train' not in found or not any(d.is_dir() for d in found['train'].iterdir()): return () # a class called train
+    for form in (('train', 'query', 'gallery'), ('train', 'test')):
+        if found.keys() >= {*form}: return tuple(found[name].name for name in form)
+    others = sorted(found.keys() - {'train'})
+    if set(others) <= {'val', 'valid', 'validation', 'dev', 'query', 'gallery'}:
+        raise ValueError(f'{folder} must hold train and test, or train, query and gallery, found train and {", ".join(others) or "nothing else"};'
+                         ' rename or add the folder of classes to test on')
+    return ()
+
+# %% ../nbs/01_data.ipynb #7c1e0a04
+def split_folder(
+    root:str|Path,     # folder with train/ and test/, or train/, query/ and gallery/, of class folders
+    *,
+    size:int,          # images are resized to size x size
+    channels:int=3,    # 1 grey, 3 RGB
+    crop:int|None=None, # side of the window a batch shows
+    skip_unreadable:bool=False, # leave broken files out and list them in `Split.skipped`
+    train_classes:int|None=None, test_classes:int|None=None, # keep at most the first so many classes
+)->Split:              # a `QueryGallery` where queries and gallery are apart
+    "A folder of class folders that is split already."
+    folder, names = Path(root), sides(Path(root))
+    if not names: raise ValueError(f'{folder} must hold train and test, or train, query and gallery, found none of these forms')
+    items = [_side_files(folder, name) for name in names]
+    known, asked = ({label for label, _ in side} for side in items[:2])
+    held = {label for label, _ in items[-1]}
+    _say_overlap(folder, names, known & (asked | held), asked - held)
+    read, shape = partial(_pixels, folder, size, channels), (channels, size, size)
+    split = _split(folder.resolve().name, items[0], sum(items[1:], []), read, shape, crop=crop, skip_unreadable=skip_unreadable,
+                   train_classes=train_classes, test_classes=test_classes)
+    if len(names) == 2: return split
+    kept = {label for label, _ in _first(sum(items[1:], []), 'test_classes', test_classes)}
+    queries = [file for label, file in items[1] if label in kept and file not in split.skipped]
+    return QueryGallery(split.name, split.train, split.test, split.skipped, queries=len(queries))
+
+def _side_files(folder:Path, side:str)->list[tuple[str, str]]: # (class, file relative to the folder), sorted
+    "The images of one side."
+    classes = sorted(d for d in (folder/side).iterdir() if d.is_dir() and not d.name.startswith(('.', '__')))
+    return [(d.name, f'{side}/{file}') for d in classes for file in _class_files(d)]
+
+def _say_overlap(folder:Path, names:tuple[str, ...], shared:set[str], alone:set[str])->None:
+    "Warn about classes that are trained and tested on, and about queries that can find nothing."
+    if shared:
+        warnings.warn(f'{folder} trains and tests on {len(shared)} of the same classes ({min(shared)}, ...): the numbers are not those of unseen classes')
+    if alone and len(names) == 3:
+        warnings.warn(f'{folder} has queries of {len(alone)} classes that are not in its gallery ({min(alone)}, ...): they count as misses')
 
 # %% ../nbs/01_data.ipynb #8f05a25a
 def load(
@@ -465,7 +532,8 @@ def load(
         if root is None: raise ValueError('omniglot needs root, the folder that holds images_background.zip and images_evaluation.zip (or the two small ones) of github.com/brendenlake/omniglot, found None')
         split = omniglot(root, size=size, channels=channels, skip_unreadable=skip_unreadable, **limits)
     elif dataset and os.path.isdir(Path(root or '.')/dataset):
-        split = image_folder(Path(root or '.')/dataset, size=size, channels=channels, crop=crop, skip_unreadable=skip_unreadable, **limits)
+        folder = Path(root or '.')/dataset
+        split = (split_folder if sides(folder) else image_folder)(folder, size=size, channels=channels, crop=crop, skip_unreadable=skip_unreadable, **limits)
     else: raise ValueError(f"dataset must be 'glyphs', 'omniglot' or the path of a folder of class folders, found {dataset!r}")
     return split if crop is None else replace(split, train=replace(split.train, crop=crop), test=replace(split.test, crop=crop))
 

@@ -24,10 +24,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .archives import QueryGallery, is_archive, load
+from .archives import is_archive, load
 from .baselines import BASELINES
 from .core import check_choice, check_known, kept_memory, listed, pick_device, typed
-from .data import Split
+from .data import QueryGallery, Split
 from .defenses import Defense
 from .eat import PROXY, ProxyDefense, Shared, make, network, valid_options
 from .evaluate import Protocol, evaluate, examples

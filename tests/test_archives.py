@@ -1,4 +1,4 @@
-"The six sets of the papers from miniature archives in their real formats: reading, the cache of decoded images, checks, and what users get wrong."
+"The sets from miniature archives in their real formats: reading, the cache of decoded images, checks, and what users get wrong."
 import gzip, json, os, signal, struct, subprocess, sys, tarfile, time, zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -91,7 +91,31 @@ def mnist(root, name='MNIST', pack=True, classes=10):
 def fashion(root): return mnist(root, 'FashionMNIST')
 
 
-MAKE = dict(cub=cub, cars=cars, sop=sop, inshop=inshop, mnist=mnist, fashion=fashion)
+def photographs(folder, names):
+    "Small photographs, each of one colour, by path."
+    for k, name in enumerate(names):
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (12, 10), (k % 256, 40, 90)).save(folder/name)
+
+
+def grocery(root, products=43, lists=True):
+    "A miniature GroceryStoreDataset, as its repository lays it out or as one list in In-Shop's form."
+    home = root/'GroceryStoreDataset'/'dataset' if lists else root/'grocery'
+    files = {part: [f'Fruit/P{p:02d}/P{p:02d}_{k}.jpg' for p in range(products) for k in range(2)] for part in ('train', 'val', 'test')}
+    if lists:
+        photographs(home, [f'{part}/{file}' for part, some in files.items() for file in some])
+        for part, some in files.items(): (home/f'{part}.txt').write_text(''.join(f'{part}/{file}, 1, 2\n' for file in some))
+        (home/'classes.csv').write_text('Class Name (str),Class ID (int)\n')
+        return home
+    rows = sorted((Path(file).parent.name, f'{part}_{Path(file).name}', part) for part, some in files.items() for file in some)
+    photographs(home, [f'{product}/{file}' for product, file, _ in rows])
+    side = lambda product, part: 'train' if product < 'P40' else 'query' if part == 'test' else 'gallery'
+    text = ''.join(f'{product}/{file} {product} {side(product, part)}\n' for product, file, part in rows)
+    (home/'list_eval_partition.txt').write_text(f'{len(rows)}\nimage_name item_id evaluation_status\n{text}')
+    return home
+
+
+MAKE = dict(cub=cub, cars=cars, sop=sop, inshop=inshop, grocery=grocery, mnist=mnist, fashion=fashion)
 
 
 def small(name, root, **options): return read(name, root, **dict(dict(size=SETS[name].size if name in ('mnist', 'fashion') else 16, show=False), **options))
@@ -111,7 +135,7 @@ def test_root_is_the_folder_or_its_parent(tmp_path, name):
     folder = MAKE[name](tmp_path)
     split = small(name, tmp_path)
     assert split.name == name and split.card() == small(name, folder).card() == small(name, str(folder)).card()
-    assert type(split) is (QueryGallery if name == 'inshop' else data.Split)
+    assert type(split) is (QueryGallery if name in ('inshop', 'grocery') else data.Split)
 
 
 def test_cub_in_the_order_of_the_image_numbers(tmp_path):
@@ -624,3 +648,38 @@ def test_parameters_of_the_run_notebook():
     names = {}
     exec(''.join(cell['source']), {}, names)
     assert names == archives.PARAMETERS
+
+
+def test_grocery_is_split_alike_from_both_forms(tmp_path):
+    with pytest.warns(UserWarning, match='not the published set'):
+        first, second = (read('grocery', grocery(tmp_path/str(form), lists=form).parent, size=8) for form in (True, False))
+    assert isinstance(first, QueryGallery) and first.queries == second.queries == 3*2
+    assert first.train.classes == second.train.classes and len(first.train.classes) == 40
+    assert first.test.classes == second.test.classes == ('P40', 'P41', 'P42')
+    assert torch.equal(first.test.labels, second.test.labels) and torch.equal(first.train.labels, second.train.labels)
+
+
+@pytest.mark.parametrize('line', ['', 'classes.csv, 1, 2\n', 'x\n'])
+def test_a_list_of_grocery_that_names_no_image_is_refused_in_a_sentence(tmp_path, line):
+    home = grocery(tmp_path)
+    (home/'val.txt').write_text(line)
+    with pytest.raises(ValueError, match='must begin with the path of an image'): read('grocery', home, size=8)
+
+
+SHARED = Path(__file__).parents[2]/'shared'/'data'
+
+
+@pytest.mark.skipif(not (SHARED/'grocery').is_dir(), reason='needs the photographs of Grocery')
+def test_the_published_grocery_set_has_its_counts():
+    report = check('grocery', SHARED)
+    assert report['differences'] == [] and report['sides']['query'] == dict(images=1371, classes=41, first='Green-Bell-Pepper', last='Zucchini')
+
+
+def test_fashion_is_found_where_a_package_of_the_system_puts_it(tmp_path, monkeypatch, capsys):
+    place = tmp_path/'share'
+    place.mkdir()
+    (place/'t10k-labels-idx1-ubyte.gz').write_bytes(b'')
+    monkeypatch.setitem(SETS, 'fashion', replace(SETS['fashion'], places=(str(tmp_path/'nowhere'), str(place))))
+    monkeypatch.chdir(tmp_path)
+    assert archives.find('fashion', '.') == place and f'fashion is read from {place}' in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match='apt-get install dataset-fashion-mnist'): archives.find('fashion', Path(sys.prefix)/'bin') # a root that was given is the user's word

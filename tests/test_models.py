@@ -320,3 +320,14 @@ def test_further_backbones_train_and_stand_a_whole_evaluation(name, size, folded
     assert len(model.folds) == folded
     found = evaluate(model, photos, eps=.1, step_size=.05, steps=1, backend='torch', show=False)
     assert all(math.isfinite(v) for v in found.after.values()) and found.after['ES:D'] > 1e-3 and found.after['TMA'] < 1 and found.image_steps > 0
+
+
+def test_weights_that_saw_no_image_are_refused(tmp_path):
+    fresh = zoo.mobilenet_v2(weights=None)
+    save_file(fresh.state_dict(), tmp_path/'fresh.safetensors')
+    with pytest.raises(ValueError, match='BatchNorm statistics of a network that saw no image'):
+        build('mobilenet_v2', dim=8, size=64, channels=3, seed=0, weights=tmp_path/'fresh.safetensors')
+    for m in fresh.modules():
+        if isinstance(m, torch.nn.BatchNorm2d): m.running_var.mul_(1.5)
+    save_file(fresh.state_dict(), tmp_path/'trained.safetensors')
+    assert build('mobilenet_v2', dim=8, size=64, channels=3, seed=0, weights=tmp_path/'trained.safetensors').head.out_features == 8
