@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['BENIGN_COLUMNS', 'ATTACK_WORDS', 'RESISTANCE_COLUMNS', 'STATE_COLUMNS', 'TABLE1_COLUMNS', 'COLUMNS', 'PANELS',
-           'Column', 'number_at', 'table1', 'table2', 'leaders', 'as_text', 'to_csv', 'to_markdown', 'compare', 'cost',
-           'parts', 'attack_seconds', 'alike', 'summary', 'headline', 'show', 'logged_value', 'curves', 'robustness',
-           'time_bars', 'strip', 'viewer', 'warnings', 'setup_part', 'provenance_part', 'write_report', 'publish']
+           'Column', 'assisted_pct', 'number_at', 'table1', 'table2', 'leaders', 'as_text', 'to_csv', 'to_markdown',
+           'compare', 'cost', 'parts', 'attack_seconds', 'alike', 'summary', 'never_assists', 'what_assisting_does',
+           'headline', 'show', 'logged_value', 'curves', 'robustness', 'time_bars', 'strip', 'viewer', 'warnings',
+           'setup_part', 'provenance_part', 'write_report', 'publish']
 
 # %% ../nbs/34_report.ipynb #1a9f8da6
 import base64, math, re, statistics
@@ -76,11 +77,19 @@ _SHORT = (BENIGN_COLUMNS[0], *(c for c in _RAW if c.name in ('ES:R', 'LTM')), Co
           Column('Averaged ARS', 'score', ('eval', 'ars'), 1, 1, 'mean of the eight resistances'), *STATE_COLUMNS, _ASSISTED)
 _TABLE3 = (BENIGN_COLUMNS[0], *RESISTANCE_COLUMNS, *(c for c in _SHORT if c.group == 'score'), *STATE_COLUMNS, _ASSISTED)
 _TABLE4 = _SHORT
-COLUMNS = {'table1': TABLE1_COLUMNS, 'table2': _TABLE2, 'table3': _TABLE3, 'table4': _TABLE4, **dict.fromkeys(('figure3', 'figure4', 'switches', 'paper_switches', 'hard_triplets', 'lambda', 'early_disabling', 'limits', 'baselines'), _SHORT)}
+COLUMNS = {'table1': (*TABLE1_COLUMNS, _ASSISTED), 'table2': (*_TABLE2, _ASSISTED), 'table3': _TABLE3, 'table4': _TABLE4, **dict.fromkeys(('figure3', 'figure4', 'switches', 'paper_switches', 'hard_triplets', 'lambda', 'early_disabling', 'limits', 'baselines'), _SHORT)}
 
 # %% ../nbs/34_report.ipynb #845a1075
+def assisted_pct(record:Mapping[str,Any])->float:
+    "Batches of a training that were assisted, in percent, from its log; NaN without a log."
+    log = record['train'].get('log') or ()
+    shares = [row.get('assisted') or 0. for row in log]
+    known = [v for v in shares if not math.isnan(v)] # a NaN comes back from JSON as null, and both count as none
+    return 100*math.fsum(known)/len(log) if log else math.nan
+
 def number_at(record:Mapping[str,Any], path:Sequence[str])->float:
     "The number at `path` of a record; JSON's null is NaN."
+    if tuple(path) == _ASSISTED.path: return assisted_pct(record)
     value:Any = record
     for key in path:
         if key not in value: raise ValueError(f"expected {'/'.join(path)} in the record of {record.get('label')}, found no {key!r}; evaluate it again")
@@ -294,6 +303,35 @@ def summary(results:Mapping[str,Any])->list[str]: # a paragraph per setting
         parts += [f'{join_words(labels)} end in the same weights: what differs between them never acted.' for labels in alike([r for r in results['records'] if r['setting'] == setting])]
         said.append(' '.join(filter(None, parts)))
     return said
+
+# %% ../nbs/34_report.ipynb #7be1a002
+_ABOUT_ASSISTING = ('table3', 'table4', 'switches', 'paper_switches', 'early_disabling')
+_BOTH_PHASES = ('colo_tride', 'colo_steps', 'colo_early', 'range_early') # what one phase alone does is no matter of assisting
+
+def never_assists(results:Mapping[str,Any])->str:
+    "The sentence that opens a table about assisting in which no batch is assisted; empty for every other."
+    if results['experiment'] not in _ABOUT_ASSISTING or any(assisted_pct(r) > 0 for r in results['records']): return ''
+    return 'No batch of any row was assisted, so this table shows nothing about assisting.'
+
+def what_assisting_does(results:Mapping[str,Any])->list[str]: # a sentence per setting and row that assists
+    "R@1 and ARS of each version of COLO-TRIDE that assists, minus those of the same text or code where it never did."
+    said, rows = [], _rows(results)
+    for (setting, label), records in rows.items():
+        if records[0]['defense'].partition(':')[0] not in _BOTH_PHASES: continue
+        version = 'official' if records[0]['profile'] == 'official' else 'paper'
+        idle, share = rows.get((setting, f'COLO-TRIDE ({version})'), []), mean_spread([assisted_pct(r) for r in records])[0]
+        if not share > 0 or not idle or any(assisted_pct(r) != 0 for r in idle): continue
+        changes = [_change(records, idle, path) for path in (('eval', 'benign', 'R@1'), ('eval', 'ars'))]
+        said.append(f'Setting {setting}, {label} ({fixed_text(share, 1)} % of its batches assisted) against {idle[0]["label"]} (none): '
+                    f'R@1 {changes[0]}, ARS {changes[1]}.')
+    return said
+
+def _change(records:Sequence[Mapping[str,Any]], others:Sequence[Mapping[str,Any]], path:Sequence[str])->str:
+    "Mean difference of a number over the seeds that both rows have, with its spread."
+    theirs = {r['seed']: number_at(r, path) for r in others}
+    mean, spread = mean_spread([number_at(r, path) - theirs[r['seed']] for r in records if r['seed'] in theirs])
+    sign = '+' if mean >= 0 else ''
+    return sign + fixed_text(mean, 1) + ('' if math.isnan(spread) else f'\u00a0±\u00a0{fixed_text(spread, 1)}')
 
 # %% ../nbs/34_report.ipynb #876b5396
 def headline(results:Mapping[str,Any])->str:
@@ -692,14 +730,22 @@ def _seeds(results:Mapping[str,Any])->str:
     counts = sorted({len(records) for records in _rows(results).values()})
     return (f'{counts[0]} to {counts[-1]}' if len(counts) > 1 else f'{counts[0]}') + (' seed' if counts[-1] == 1 else ' seeds')
 
+def _assisting(results:Mapping[str,Any])->str:
+    "The paragraph on what assisting does; nothing where the table cannot show it."
+    said = what_assisting_does(results)
+    note = ('Mean of the differences seed by seed, with their standard deviation. Beside the assistance, a row differs from the other '
+            'in the switch or the miner that its name says.')
+    items = ''.join(f'<li>{escape(text)}</li>' for text in said)
+    return f'<h3>What assisting does</h3><ul>{items}</ul><p class="note">{note}</p>' if said else ''
+
 def _page(results:Mapping[str,Any], figures:Mapping[str,tuple[bytes,str]], examples:Mapping[str,Mapping[str,Tensor]]={})->str:
     "The whole page."
     def pictures(kind:str)->str: return ''.join(html_figure(*figure) for name, figure in figures.items() if name.startswith(kind))
-    title, queries, said = _title(results), ''.join(viewer(tensors, caption) for tensors, caption in _captioned(results, examples)), [*filter(None, [headline(results)]), *summary(results)]
+    title, queries, said = _title(results), ''.join(viewer(tensors, caption) for tensors, caption in _captioned(results, examples)), [*filter(None, [never_assists(results), headline(results)]), *summary(results)]
     smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
     strips = f'<h2>Queries under attack</h2>{queries}' if queries else ''
     return document(title, opening(title, f'Data {results["dataset"]}, preset {results["preset"]}, {_seeds(results)}.{smoke}', said, warnings(results)) +
-            f'<p class="note">What the preset changes against the paper stands under <a href="#setup">Configuration</a>.</p><h2>Results</h2>{_main_table(results)}{_reading(results)}{_checks(results)}{_intervals(results)}{_beside(results)}<h2>Robustness of each defence</h2>{pictures("robustness")}<h2>Training</h2>{pictures("curves")}{strips}'
+            f'<p class="note">What the preset changes against the paper stands under <a href="#setup">Configuration</a>.</p><h2>Results</h2>{_main_table(results)}{_assisting(results)}{_reading(results)}{_checks(results)}{_intervals(results)}{_beside(results)}<h2>Robustness of each defence</h2>{pictures("robustness")}<h2>Training</h2>{pictures("curves")}{strips}'
             f'<h2>Cost</h2>{_costs(results)}<p class="note">Means over the seeds. Image steps: images times PGD steps. Times depend on the machine and are not part of the csv file.</p>{_times(results, pictures("time"))}'
             f'<h2 id="setup">Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}')
 
