@@ -8,7 +8,7 @@ export MPLBACKEND := agg
 export PYTHONUNBUFFERED := 1
 
 RUNS := data table1 table2 table3 table4 figure3 figure4 switches paper_switches hard_triplets lambda early_disabling limits timing fairness baselines locality stress compare tuples eat all_defenses audit harden errata appendix_a claims tune all cost scale explore
-.PHONY: help venv demo $(RUNS) reports bench bench-full test types faults sync hooks lab browser-test clean
+.PHONY: help venv demo $(RUNS) reports ledger bench bench-full test types faults sync hooks lab browser-test clean
 help:
 	@echo "make demo  train, attack, score and report on the embedded images"
 	@echo "make table1 P='-p dataset omniglot -p root path/to/archives'   a table with parameters; also $(filter-out table1 cost data,$(RUNS))"
@@ -17,6 +17,7 @@ help:
 	@echo "make test  sync check, type check, notebook tests, pytest; make types  the type check alone"
 	@echo "make faults   kills, full disks, damaged files and dying workers, half an hour; writes reports/reliability.json"
 	@echo "make reports   writes every page in reports/ anew from its results.json and the store, and reports/index.html, which leads to them"
+	@echo "make ledger   brings finished runs of reports/store, or of S=another/reports/store, into reports/runs.jsonl, which is what git keeps of them"
 	@echo "make lab   JupyterLab, opened at its start page"
 	@echo "make browser-test   notebooks, reports and pages in a real browser; needs node and Chromium"
 	@echo "make docs  HTML pages in build/docs/html/: notebooks, API, equations, reports; needs npm for the formulas"
@@ -57,6 +58,10 @@ $(RUNS): venv
 # No training: pages from the results beside them.
 reports: venv
 	$(BIN)/python -c 'from robust_dml import gallery; gallery.rewrite_all("reports")'
+
+# S: another store; OLD=1: files from before there were hashes.
+ledger: venv
+	$(BIN)/python -c 'import sys; from robust_dml import store; print(*store.share("reports", sys.argv[1], unsigned=bool(sys.argv[2])), sep="\n")' '$(S)' '$(OLD)'
 
 bench: venv
 	$(BIN)/python benchmarks/run.py

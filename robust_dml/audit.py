@@ -32,7 +32,7 @@ from .models import EmbeddingNet, _named, _replace, checksum, dtype_of, embed, e
 from .pages import clock_text, document, facts_table, fixed_text, html_figure, html_row, in_255, in_pixels, new_figure, opening, png, slug, table_box, theme
 from .report import ATTACK_WORDS, BENIGN_COLUMNS, strip
 from .search import knn
-from .store import Run, StoreError, append_line, load_tensors, open_run, provenance, read_lines, reports_root, save_tensors, to_json, write_atomic
+from .store import Run, StoreError, append_line, load_tensors, open_run, provenance, read_lines, reports_root, save_tensors, to_json, write_atomic, write_results
 from .strong import GOALS, LTM_NEAREST, R_AT_1, WorstCase, curve, curve_line, outcomes, over_eps, over_steps, worst_case
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
@@ -602,7 +602,7 @@ def _report(task:Task, name:str, notes:Sequence[str], folder:Path)->Audit:
     for file, (picture, _) in figures.items(): write_atomic(folder/'figures'/file, picture)
     write_atomic(folder/'attacks.csv', _csv([['attack', 'before', 'after', 'low', 'high'], *([h, b, a, *sure] for h, b, a, sure in _attack_rows(evaluation))]))
     write_atomic(folder/'queries.csv', _csv(_query_rows(records, rows, task.pictures)))
-    write_atomic(folder/'results.json', to_json(results, compact=True))
+    write_results(folder, results)
     write_atomic(folder/'index.html', _page(results, figures).encode(errors='backslashreplace'))
     return Audit(folder/'index.html', answer, results)
 

@@ -28,7 +28,7 @@ from .experiments import DEFENSES, table_row
 from .pages import html_figure, look, new_figure, png, theme
 from .report import alike, logged_value, number_at
 from .scores import HEADINGS, PAPER_MINUTES, paper_table
-from .store import Run, to_json, write_atomic
+from .store import Run, read_results, write_atomic, write_results
 from .studies import agreement, spearman
 
 if TYPE_CHECKING:
@@ -82,12 +82,12 @@ def evidence(
     "All results that a claim may rest on; StoreError for a damaged file."
     found:dict[str, dict[tuple[str, str], dict]] = {name: {} for name in (*studies, *PAGES)}
     for name in PAGES:
-        if Run(reports/name).has('results.json'): found[name]['', ''] = Run(reports/name).read('results.json')
+        if Run(reports/name).has('results.json'): found[name]['', ''] = read_results(reports/name)
     for name in studies:
         for preset in PRESETS:
             for path in sorted(reports.glob(f'{name}-*-{preset}/results.json')):
                 dataset = path.parent.name.removeprefix(f'{name}-').removesuffix(f'-{preset}')
-                found[name][dataset, preset] = Run(path.parent).read('results.json', *_KEYS.get(name, ('records', 'settings')))
+                found[name][dataset, preset] = read_results(path.parent, *_KEYS.get(name, ('records', 'settings')))
     return found
 
 def seed_counts(results:Mapping[str, Any])->tuple[int, int]:
@@ -914,7 +914,7 @@ def write_claims(
 )->Path:                       # index.html
     "Write claims.md, claims/index.html and claims/results.json, each completely or not at all."
     folder = Path(reports)/'claims'
-    write_atomic(folder/'results.json', to_json(results, compact=True))
+    write_results(folder, results)
     write_atomic(folder/'index.html', as_html(results).encode())
     write_atomic(Path(reports)/'claims.md', as_markdown(results).encode())
     return folder/'index.html'

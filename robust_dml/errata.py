@@ -31,7 +31,7 @@ from .mining import semihard
 from .models import build, embed_all
 from .pages import document, facts_table, html_figure, html_row, maths, new_figure, opening, png, table_box, theme
 from .scores import _RANGES, ARS_HEADINGS, HEADINGS, PAPER_MINUTES, ars, ars_cells, constant_before, ers, paper_table
-from .store import provenance, to_json, write_atomic
+from .store import provenance, write_atomic, write_results
 from .train import train
 
 if TYPE_CHECKING:
@@ -604,7 +604,7 @@ def write_errata(
     "Write index.html, errata.csv and results.json, each completely or not at all."
     folder = Path(folder)
     write_atomic(folder/'errata.csv', to_csv(results))
-    write_atomic(folder/'results.json', to_json(results, compact=True))
+    write_results(folder, results)
     write_atomic(folder/'index.html', _errata_page(results, png(draw_scores(results))).encode())
     return folder/'index.html'
 
@@ -754,6 +754,6 @@ def write_appendix(
     "Write index.html, results.json and figures/*.png, each completely or not at all."
     folder = Path(folder)
     for name, (data, _) in figures.items(): write_atomic(folder/'figures'/name, data)
-    write_atomic(folder/'results.json', to_json(results, compact=True))
+    write_results(folder, results)
     write_atomic(folder/'index.html', _appendix_page(results, figures).encode())
     return folder/'index.html'

@@ -526,7 +526,7 @@ def _measure(plan, cell, config, show)->None:
 # %% ../nbs/33_experiments.ipynb #c76c7522
 def missing_cells(plan:Plan)->list[Cell]:
     "Cells whose training or evaluation the store does not hold."
-    def is_there(config): return find_run(plan.reports, 'eval', config).has('result.json') and (plan.reports/'store'/config['train']/'result.json').is_file()
+    def is_there(config): return find_run(plan.reports, 'eval', config).has('result.json') and Run(plan.reports/'store'/config['train']).has('result.json')
     return [cell for cell in cells(plan) if not is_there(_evaluation(plan, cell))]
 
 def compute_cell(

@@ -45,7 +45,7 @@ from .pgd import autograd_gradient
 from .pages import document, facts_table, html_figure, html_row, new_figure, opening, png, table_box, theme
 from .search import block_rows, kmeans, resolve_backend
 from .scores import HEADINGS, PAPER_MINUTES
-from .store import Run, find_run, provenance, reports_root, to_json, write_atomic
+from .store import Run, find_run, provenance, reports_root, write_atomic, write_results
 from .train import save_checkpoint, train
 from .tride import PARTS, PROFILES, step_factor
 
@@ -888,6 +888,6 @@ def write_cost_report(
     "Write index.html, cost.csv and results.json, each completely or not at all."
     folder = Path(folder)
     write_atomic(folder/'cost.csv', frame(results).to_csv(index=False, lineterminator='\n', float_format='%.6g').encode())
-    write_atomic(folder/'results.json', to_json(results, compact=True))
+    write_results(folder, results)
     write_atomic(folder/'index.html', _page(results, png(bars(results))).encode())
     return folder/'index.html'

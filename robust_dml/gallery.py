@@ -7,8 +7,9 @@ __all__ = ['WRITERS', 'report_folders', 'said_first', 'list_reports', 'list_runs
            'rewrite', 'rewrite_all']
 
 # %% ../nbs/50_gallery.ipynb #5e3fb97e
-import base64, json, math, re
+import base64, math, re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from html import escape, unescape
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from . import all_defenses, claims, compare, eat_tables, errata, forecast, locality, report, scale, stress, studies, tuning, tuple_tables
 from .experiments import example_tensors
 from .pages import document, fixed_text, html_row, in_255, opening, table_box
-from .store import write_atomic
+from .store import StoreError, finished_runs, read_results, write_atomic
 
 # %% ../nbs/50_gallery.ipynb #b73ebe59
 def report_folders(
@@ -38,7 +39,7 @@ def list_reports(
     "Every report with what it says first."
     found = []
     for folder in report_folders(reports):
-        results, page = json.loads((folder/'results.json').read_text(encoding='utf-8')), (folder/'index.html').read_text(encoding='utf-8')
+        results, page = read_results(folder), (folder/'index.html').read_text(encoding='utf-8')
         title = unescape((re.search(r'<title>(.*?)</title>', page, re.S) or ['', folder.name])[1])
         records = [r for r in results.get('records') or results.get('trainings') or () if isinstance(r, Mapping)]
         found.append(dict(folder=folder.name, title=title, said=said_first(page), experiment=_kind(folder, results), dataset=results.get('dataset', ''), preset=results.get('preset', ''),
@@ -65,9 +66,9 @@ def _lines(*parts:Any)->Iterable[Mapping[str, Any]]:
 def _cards(reports:Path)->dict[str, tuple[dict, dict]]: # address to card and result
     "Every finished run of the store; a damaged one is left out, its reader will say so."
     found = {}
-    for path in sorted((Path(reports)/'store').glob('*/result.json')):
-        try: found[path.parent.name] = tuple(json.loads((path.parent/name).read_text(encoding='utf-8')) for name in ('card.json', 'result.json'))
-        except (OSError, ValueError): continue
+    for run in finished_runs(reports):
+        if run.has('card.json') and run.has('result.json'):
+            with suppress(StoreError): found[run.address] = (run.read('card.json'), run.read('result.json'))
     return found
 
 def _settings(training:Mapping[str, Any], test:Mapping[str, Any])->str:
@@ -223,7 +224,7 @@ def rewrite(
     folder:Path,   # of one report
 )->Path|None:      # index.html; None for a page that only its notebook can write
     "Write a page anew from its results.json and the store."
-    results = json.loads((Path(folder)/'results.json').read_text(encoding='utf-8'))
+    results = read_results(Path(folder))
     kind = _kind(Path(folder), results)
     return WRITERS[kind](Path(folder), _revived(results, _NUMBERS.get(kind, ()))) if kind in WRITERS else None
 

@@ -25,7 +25,7 @@ from .experiments import Cell, Setting, _versions, defense as made, recipe, tabl
 from .models import EmbeddingNet, checksum
 from .pages import document, facts_table, fixed_text, html_figure, html_row, opening, png, slug, table_box
 from .report import STATE_COLUMNS, TABLE1_COLUMNS, Column, curves
-from .store import Run, open_run, provenance, reports_root, save_tensors, to_json, write_atomic
+from .store import Run, open_run, provenance, reports_root, save_tensors, write_atomic, write_results
 from .train import train
 
 # %% ../nbs/46_harden.ipynb #1bc82899
@@ -174,7 +174,7 @@ def harden(
     results = dict(name=name, sentence=verdict(before, after), defense=dict(name=defense, options=chosen.options), train=pictures.summary() | dict(sha256=config['data']), epochs=epochs, pairs=pairs, lr=lr, weight_decay=weight_decay, seed=seed,
                    sha256=sha, log=done['log'], seconds=done['seconds'], before=before.results, after=after.results, run=run.address, provenance=provenance())
     figure = png(curves([dict(label=defense, setting='own', defense=chosen.name, profile='', place=0, seed=seed, train=done)]))
-    write_atomic(folder/'results.json', to_json(results, compact=True))
+    write_results(folder, results)
     write_atomic(folder/'index.html', _page(results, before, after, folder/'hardened.safetensors', figure, folder).encode(errors='backslashreplace'))
     write_atomic(folder/'model_card.md', model_card(of_hardening(results)).encode(errors='backslashreplace'))
     return Hardened(folder/'index.html', results['sentence'], folder/'hardened.safetensors', net, before, after)

@@ -23,7 +23,7 @@ from .core import check_choice, need
 from .pages import (clock_text, defence_legend, defence_name, document, facts_table, fixed_text, html_figure, html_row, in_255, in_pixels, join_words, look, mean_spread, new_figure,
     number_cell, opening, png_file, png, slug, spread_text, table_box, theme)
 from .scores import ARS_HEADINGS, HEADINGS
-from .store import to_json, write_atomic
+from .store import to_json, write_atomic, write_results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -763,7 +763,7 @@ def write_report(
     for stale in {p.name for p in (folder/'figures').glob('*.png')} - figures.keys(): (folder/'figures'/stale).unlink()
     write_atomic(folder/'table.csv', to_csv(table, experiment))
     write_atomic(folder/'table.md', to_markdown(table, experiment).encode())
-    write_atomic(folder/'results.json', to_json({**results, 'records': records}, compact=True))
+    write_results(folder, {**results, 'records': records})
     write_atomic(folder/'index.html', _page(results, figures, examples).encode(errors='backslashreplace'))
     return folder/'index.html'
 
@@ -774,6 +774,6 @@ def publish(
     body:str,                 # HTML
 )->Path:                      # index.html
     "Write the page of a study and its results, each completely or not at all."
-    write_atomic(Path(folder)/'results.json', to_json(results, compact=True))
+    write_results(Path(folder), dict(results))
     write_atomic(Path(folder)/'index.html', document(results['title'], body).encode(errors='backslashreplace'))
     return Path(folder)/'index.html'

@@ -25,7 +25,7 @@ from .data import ImageSet, Split
 from .experiments import DEFENSES, SCALED, Cell, Plan, Setting, check_split, defense, describe, parameters, plan, record, resolve, tuned, _shareable
 from .jobs import only_inline
 from .pages import defence_legend, defence_name, facts_table, html_figure, html_row, look, new_figure, opening, png, table_box, theme
-from .store import Run, provenance, to_json, write_atomic
+from .store import Run, provenance, read_results, to_json, write_atomic
 from .report import publish
 from .tride import PROFILES
 
@@ -413,7 +413,7 @@ def keep(
     path:Path|None=None,     # file to write; None: the package's
 )->Path:
     "Make the chosen settings of a report the package's tuned ones."
-    found = Run(Path(folder)).read('results.json', 'dataset', 'preset', 'rule', 'confirmation', 'provenance', 'chosen')
+    found = read_results(Path(folder), 'dataset', 'preset', 'rule', 'confirmation', 'provenance', 'chosen')
     if found.get('experiment') != 'tune' or found['preset'] == 'smoke': raise ValueError(f'tuned settings come from a report of run_tune whose preset is not smoke, found {found.get("experiment")} with preset {found.get("preset")} in {folder}')
     path = path or Path(str(resources.files('robust_dml')))/'tuned.json'
     source = {key: found[key] for key in ('dataset', 'preset', 'rule')} | dict(checksum=found['confirmation']['data']['checksum'], commit=found['provenance']['commit'])

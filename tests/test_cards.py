@@ -1,16 +1,15 @@
 """Model cards of committed runs: every one can be written, and says what its files say."""
-import json
 from pathlib import Path
 
 import pytest
 
 from robust_dml.cards import TEMPLATE, model_card, of_run, rows
-from robust_dml.store import Run, StoreError, open_run
+from robust_dml.store import Run, StoreError, finished_runs, open_run
 
 STORE = Path(__file__).resolve().parent.parent/'reports'/'store'
-CONFIGS = {folder: json.loads((folder/'card.json').read_text(encoding='utf-8'))['config'] for folder in sorted(STORE.glob('eval-*'))}
+CONFIGS = {run.folder: run.read('card.json')['config'] for run in finished_runs(STORE.parent) if run.address.startswith('eval-')}
 PAIRS = [(STORE/config['train'], folder) for folder, config in CONFIGS.items() if 'kind' not in config] # of the ten attacks
-PAIRS = [(train, folder) for train, folder in PAIRS if (train/'result.json').is_file() and (folder/'result.json').is_file()]
+PAIRS = [(train, folder) for train, folder in PAIRS if Run(train).has('result.json') and Run(folder).has('result.json')]
 SECTIONS = [line for line in TEMPLATE.splitlines() if line.startswith('## ')]
 
 

@@ -9,7 +9,7 @@ import pytest
 from robust_dml import claims, errata
 from robust_dml.experiments import table_row
 from robust_dml.scores import ARS_HEADINGS, HEADINGS
-from robust_dml.store import StoreError, to_json
+from robust_dml.store import StoreError, read_results, to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT/'reports'
@@ -410,11 +410,12 @@ def test_committed_page_follows_from_the_committed_reports():
 def test_a_corrupted_report_changes_the_page(tmp_path):
     "A digit of a committed result, and the committed page is no longer what comes out."
     names = [p.parent.name for p in REPORTS.glob('*/results.json') if p.parent.name.startswith((*claims.STUDIES, *claims.PAGES))]
+    shutil.copy(REPORTS/'runs.jsonl', tmp_path)
     for name in names: (tmp_path/name).mkdir(), shutil.copy(REPORTS/name/'results.json', tmp_path/name)
     before = claims.as_markdown(claims.claims_results(tmp_path))
     assert before == claims.as_markdown(claims.claims_results(REPORTS))
     path = tmp_path/'table1-glyphs-quick'/'results.json' if 'table1-glyphs-small' not in names else tmp_path/'table1-glyphs-small'/'results.json'
-    results = json.loads(path.read_text())
+    results = read_results(path.parent)
     broken = copy.deepcopy(results)
     for r in broken['records']:
         if r['defense'] == 'hm': r['eval']['ers'] += 30.

@@ -14,6 +14,7 @@ import test_archives
 import test_run_notebooks
 
 from robust_dml import everything, experiments, forecast, report, studies
+from robust_dml.store import finished_runs, read_results
 from robust_dml.tride import OFFICIAL, PAPER
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,7 +103,7 @@ def test_a_value_that_no_switch_has_is_found_before_anything_is_trained(out):
 def test_committed_tables_are_found_in_the_store():
     "The addresses of committed runs are those that a plan asks for today."
     for path in sorted(ROOT.glob('reports/*-glyphs-*/results.json')):
-        results = json.loads(path.read_text(encoding='utf-8'))
+        results = read_results(path.parent)
         if results.get('experiment') not in TABLES: continue
         plan = experiments.plan(results['experiment'], experiments.parameters(dict(preset=results['preset'], out=str(ROOT/'reports'))))
         asked = {experiments.find_run(plan.reports, 'train', list(experiments._trainings(plan, cell))[-1][1]).address for cell in experiments.cells(plan)}
@@ -192,8 +193,8 @@ def test_its_cost_is_not_forecast(shop, tmp_path, named):
 def test_committed_evaluations_of_a_training_are_of_one_model():
     "Whatever is said of a training was measured on the same weights."
     weights = {}
-    for file in (ROOT/'reports'/'store').glob('*/result.json'):
-        config = json.loads((file.parent/'card.json').read_text())['config']
-        found = json.loads(file.read_text()).get('weights')
-        if found and isinstance(config.get('train'), str): weights.setdefault(config['train'], {}).setdefault(found, []).append(file.parent.name)
+    for run in finished_runs(ROOT/'reports'):
+        if not run.has('result.json'): continue
+        config, found = run.read('card.json')['config'], run.read('result.json').get('weights')
+        if found and isinstance(config.get('train'), str): weights.setdefault(config['train'], {}).setdefault(found, []).append(run.address)
     assert weights and {train: of for train,of in weights.items() if len(of) > 1} == {}

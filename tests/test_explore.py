@@ -17,6 +17,7 @@ from robust_dml.core import generator
 from robust_dml.data import ImageSet
 from robust_dml.models import build, embed
 from robust_dml.search import knn
+from robust_dml.store import read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 GRID = explore.Grid(2, (0, 51), (1, 4))
@@ -168,7 +169,7 @@ def test_start_page_leads_to_every_notebook():
 def test_committed_page_shows_the_models_of_table_1():
     "Weights and R@1 are those that the table quotes, and no page is larger than promised."
     folder = ROOT/'reports'/'explorer-glyphs-quick'
-    found, table = (json.loads((ROOT/'reports'/name/'results.json').read_text(encoding='utf-8')) for name in ('explorer-glyphs-quick', 'table1-glyphs-quick'))
+    found, table = (read_results(ROOT/'reports'/name) for name in ('explorer-glyphs-quick', 'table1-glyphs-quick'))
     records = {r['label']: r for r in table['records']}
     assert [m['label'] for m in found['models']] == ['Natural', 'HM', 'COLO-TRIDE (official)'] and {*found['grid']['attacks']} == {*SUITE}
     for m in found['models']:

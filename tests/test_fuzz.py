@@ -597,7 +597,7 @@ RESULTS = next(iter(sorted(ROOT.glob('reports/table1-*/results.json'))), None)
 @pytest.mark.parametrize('text', MARKUP)
 def test_a_report_shows_names_as_they_are(text):
     "Names of data sets, models, settings and options of a whole report."
-    plain = json.loads(RESULTS.read_text(encoding='utf-8'))
+    plain = store.read_results(RESULTS.parent)
     def page(word):
         results = json.loads(json.dumps(plain))
         results.update(dataset=word, overrides=[word])

@@ -1,12 +1,11 @@
 """The README's numbers come from committed reports. `python tests/test_readme.py` writes them anew."""
-import json
 import re
 from pathlib import Path
 
 import pytest
 
 from robust_dml import experiments, report
-from robust_dml.store import Run
+from robust_dml.store import ledger_of, ledger_record, read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT/'README.md'
@@ -31,7 +30,7 @@ def markdown(kind, results):
 
 def filled(text):
     "The README with every block made from its committed results."
-    return BLOCK.sub(lambda m: m[1] + markdown(m[2], json.loads((ROOT/m[3]/'results.json').read_text(encoding='utf-8'))) + m[5], text)
+    return BLOCK.sub(lambda m: m[1] + markdown(m[2], read_results(ROOT/m[3])) + m[5], text)
 
 
 def test_numbers_come_from_reports():
@@ -53,11 +52,10 @@ def test_parameters_and_defences_are_named():
 @pytest.mark.parametrize('report_folder', sorted(p.parent for p in ROOT.glob('reports/*/results.json')), ids=lambda p: p.name)
 def test_committed_reports_rest_on_committed_runs(report_folder):
     "Every record of a committed report stands in the store, with its card and the same numbers."
-    for record in json.loads((report_folder/'results.json').read_text(encoding='utf-8')).get('records', ()):
+    for record in read_results(report_folder).get('records', ()):
         for part in ('train', 'eval'):
-            folder = ROOT/'reports'/'store'/record[part]['address']
-            stored = Run(folder).read('result.json')
-            assert stored == {k: record[part][k] for k in stored} and (folder/'card.json').is_file()
+            stored = ledger_record(ledger_of(ROOT/'reports'), record[part]['address'])
+            assert stored and stored['result'] == {k: record[part][k] for k in stored['result']}
 
 
 if __name__ == '__main__': README.write_text(filled(README.read_text(encoding='utf-8')), encoding='utf-8')

@@ -1,15 +1,18 @@
 """Run folders shared by processes: locks, their death, and damage to what was stored."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from robust_dml import store
+from robust_dml.core import fingerprint
 from robust_dml.store import Run, StoreError, append_line, load_tensors, locked, open_run, read_lines, save_tensors
 
 # Adds one to a number in the run folder, slowly, so that two at once would lose a count.
@@ -248,3 +251,87 @@ def test_a_new_holder_clears_what_was_half_written(tmp_path):
     run.folder.mkdir()
     for name in ('checkpoint-3.safetensors.0a.part', 'result.json.0b.part', 'card.json.0c.part'): (run.folder/name).write_bytes(b'half')
     with locked(run): assert [p.name for p in run.folder.glob('*.part')] == ['card.json.0c.part']
+
+
+def finished(reports, seed=0, **result):
+    "A finished run of a store."
+    run = open_run(reports, 'train', dict(seed=seed))
+    run.write('result.json', dict(sha256='ab', log=[dict(loss=.1 + .2, epoch=0), dict(loss=None, epoch=1)]) | result)
+    return run
+
+
+def test_a_ledger_holds_what_the_folders_held(tmp_path):
+    runs = [finished(tmp_path, seed) for seed in range(3)]
+    before = [store.described(run) for run in runs]
+    assert sorted(store.collect(tmp_path)) == sorted(run.address for run in runs)
+    data = store.ledger_of(tmp_path).read_bytes()
+    assert store.collect(tmp_path) == [] and store.ledger_of(tmp_path).read_bytes() == data
+    for run in runs: shutil.rmtree(run.folder)
+    assert [store.described(run) for run in runs] == before and [run.address for run in store.finished_runs(tmp_path)] == sorted(run.address for run in runs)
+    assert store.collect(tmp_path) == [] and data.splitlines() == sorted(data.splitlines())
+
+
+@pytest.mark.parametrize('edit', [lambda line: line.replace(b'"sha256":"ab"', b'"sha256":"ac"'), lambda line: line.replace(b'0.30000000000000004', b'0.30000000000000005'),
+                                  lambda line: line[:line.rindex(b',"content"')] + b'}\n', lambda line: line.replace(b'"kind"', b' "kind"')])
+def test_an_edited_line_is_noticed(tmp_path, edit):
+    "A digit, the hash taken away, a blank: one sentence, wherever the line is read."
+    run = finished(tmp_path)
+    store.collect(tmp_path)
+    shutil.rmtree(run.folder)
+    path = store.ledger_of(tmp_path)
+    assert edit(path.read_bytes()) != path.read_bytes()
+    path.write_bytes(edit(path.read_bytes()))
+    for read in (lambda: run.read('result.json'), lambda: run.read('card.json'), lambda: store.collect(tmp_path)):
+        with pytest.raises(StoreError, match='own hash.*runs.jsonl.*from git again'): read()
+
+
+@pytest.mark.parametrize('edit, words', [(lambda data: data[:len(data)//2], 'cut off'), (lambda data: data + data[:data.index(b'\n') + 1], 'found two'), (lambda data: b'<<<<<<< ours\n' + data, 'line 1')])
+def test_a_damaged_ledger_is_one_sentence(tmp_path, edit, words):
+    runs = [finished(tmp_path, seed) for seed in range(3)]
+    store.collect(tmp_path)
+    path = store.ledger_of(tmp_path)
+    path.write_bytes(edit(path.read_bytes()))
+    shutil.rmtree(runs[0].folder)
+    with pytest.raises(StoreError, match=words): runs[0].read('result.json')
+    assert runs[1].read('result.json')['sha256'] == 'ab' # a folder that is there needs no ledger
+
+
+def test_two_results_for_one_address_are_refused(tmp_path):
+    run = finished(tmp_path, seconds=1.)
+    store.collect(tmp_path)
+    run.write('result.json', dict(run.read('result.json'), seconds=9.))
+    assert store.collect(tmp_path) == []
+    run.write('result.json', dict(run.read('result.json'), sha256='cd'))
+    with pytest.raises(StoreError, match=f'one result for {run.address}.*differ in sha256; delete'): store.collect(tmp_path)
+
+
+def test_other_stores_and_unfinished_runs(tmp_path):
+    "Finished runs of another store come in, without weights; a run from before there were hashes only on request."
+    run = finished(tmp_path/'far')
+    open_run(tmp_path/'far', 'train', dict(seed=7))
+    assert store.collect(tmp_path/'near', tmp_path/'far'/'store') == [run.address]
+    old = finished(tmp_path/'far', 8)
+    text = json.loads((old.folder/'result.json').read_text())
+    (old.folder/'result.json').write_text(json.dumps({k: v for k, v in text.items() if k != 'content'}))
+    with pytest.raises(StoreError, match='unsigned=True'): store.collect(tmp_path/'near', tmp_path/'far'/'store')
+    assert store.collect(tmp_path/'near', tmp_path/'far'/'store', unsigned=True) == [old.address]
+
+
+def test_two_processes_collect_at_once(tmp_path):
+    "Nothing is lost."
+    stores = [tmp_path/f'store{i}' for i in range(3)]
+    runs = [finished(folder, seed=10*i + seed) for i, folder in enumerate(stores) for seed in range(4)]
+    code = 'import sys; from robust_dml import store; store.collect(sys.argv[1], sys.argv[2])'
+    processes = [start(code, tmp_path/'all', folder/'store') for folder in stores]
+    for p in processes: assert p.wait(60) == 0, p.stderr.read()
+    assert [run.address for run in store.finished_runs(tmp_path/'all')] == sorted(run.address for run in runs)
+
+
+def test_the_committed_ledger_is_whole():
+    "Every line with its hash, sorted, and every address that of its configuration."
+    path = store.ledger_of(Path(__file__).resolve().parent.parent/'reports')
+    addresses = list(store._ledger(path))
+    assert addresses and addresses == sorted(addresses)
+    for address in addresses:
+        record = store.ledger_record(path, address)
+        assert address == record['address'] == f"{record['kind']}-{fingerprint(record['config'])[:12]}"

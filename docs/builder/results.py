@@ -8,6 +8,7 @@ from pathlib import Path
 from builder.api import escaped
 from builder.notebooks import NBS, ROOT, heading
 from robust_dml import gallery
+from robust_dml.store import read_results
 
 REPORTS = ROOT/'reports'
 
@@ -89,7 +90,7 @@ def _lines(head, rows)->str: return '\n'.join('| ' + ' | '.join(map(str, line)) 
 
 def errata_page()->str:
     "What the printed tables say against each other and against the text."
-    found = json.loads((REPORTS/'errata'/'results.json').read_text(encoding='utf-8'))
+    found = read_results(REPORTS/'errata')
     wrong = [s for s in found['scores'] if s['verdict'] == 'outside']
     parts = ['# Errata of COLO-TRIDE', f'{escaped(sentence_of("errata"))} Everything, with the repairs tried: <a href="reports/errata/index.html">the report</a>; how it is computed: [36_errata](nbs/36_errata.ipynb).',
              '## Printed twice, differently', '\n'.join('* ' + '; '.join(f'{escaped(c["cell"])}: **{escaped(c["printed"])}**' for c in cells) for cells in found['disagreements']),
