@@ -10,7 +10,7 @@ __all__ = ['reports_root', 'StoreError', 'write_atomic', 'to_json', 'ledger_of',
 # %% ../nbs/30_store.ipynb #0ca1b287
 import errno, hashlib, json, os, platform, subprocess, threading, time
 from _thread import interrupt_main
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -498,7 +498,7 @@ def _unpacked(value:Any, path:Path)->Any:
 
 def write_results(
     folder:Path,  # of one report
-    results:dict, # JSON-able; NaN becomes null
+    results:Mapping[str, Any], # JSON-able; NaN becomes null
 )->None:
     "Write results.json: runs that the ledger of the reports holds by address, everything else in full."
     plain = json.loads(to_json(results, compact=True))
