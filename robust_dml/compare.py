@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'METRICS', 'READINGS', 'per_query', 'scored', 'Answers', 'answers', 'check_same', 'query_interval',
-           'swap_test', 'seed_interval', 'holm', 'differences', 'pairs', 'suite_line', 'plane', 'retained_robustness',
-           'kept', 'stored', 'attack_again', 'prepare', 'own_lines', 'by_setting', 'comparison', 'words', 'frame',
-           'write_compare']
+           'swap_test', 'differences', 'pairs', 'suite_line', 'plane', 'retained_robustness', 'kept', 'stored',
+           'attack_again', 'prepare', 'own_lines', 'by_setting', 'comparison', 'words', 'frame', 'write_compare']
 
 # %% ../nbs/42_compare.ipynb #9254759f
 import itertools, math, statistics
@@ -29,6 +28,7 @@ from .report import COLUMNS, number_at, provenance_part, publish, setup_part
 from .scores import ARS_HEADINGS, HEADINGS, ars, ers
 from .store import Run, StoreError, read_lines, write_atomic
 from .strong import WorstCase, outcomes, worst_case
+from .verdicts import holm, seed_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,27 +126,6 @@ def swap_test(
         signs = 2.*torch.randint(2, (min(block, draws - start), half.shape[1]), generator=gen).double() - 1
         hits = hits + (difference(torch.einsum('dq,sqk->dsk', signs, half)).abs() >= found - 1e-9).sum(0) # rounding must not break ties
     return ((1 + hits)/(1 + draws)).where(~found.isnan(), math.nan)
-
-# %% ../nbs/42_compare.ipynb #20608489
-def seed_interval(
-    values:Sequence[float], # a difference per seed
-)->list[float]:             # low, high; NaN for one seed
-    "The 95 % t interval of the mean over the trainings."
-    known = [v for v in values if not math.isnan(v)]
-    mean, spread = mean_spread(known)
-    if len(known) < 2: return [math.nan, math.nan]
-    half = float(need('scipy.stats', 'the interval over seeds').t.ppf(.975, len(known) - 1))*spread/len(known)**.5
-    return [mean - half, mean + half]
-
-def holm(
-    p:Sequence[float], # p-values of all rows of a table; NaN is left out
-)->list[float]:        # adjusted so that below 0.05 the chance of one false row in the table is at most 5 %
-    "Holm's correction for many tests."
-    order, largest, found = sorted((i for i,v in enumerate(p) if not math.isnan(v)), key=lambda i: p[i]), 0., [math.nan]*len(p)
-    for place,i in enumerate(order):
-        largest = max(largest, min(1., (len(order) - place)*p[i]))
-        found[i] = largest
-    return found
 
 # %% ../nbs/42_compare.ipynb #a4e4afae
 READINGS = {'●': 'larger than the noise of queries and trainings', '◐': 'larger than the noise of queries', '○': 'within noise'}

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Cells', 'BENIGN', 'SAME_ROW', 'SAME_HEADING', 'FALLING', 'NEAR_ZERO', 'ABOUT', 'NO_GAIN', 'SETS', 'RANK', 'RECALL',
-           'EQUATIONS', 'GAINS', 'SHIFTS', 'ERRATA', 'APPENDIX', 'Key', 'printed', 'Span', 'span', 'apart', 'Check',
-           'row_checks', 'rows', 'possible', 'side', 'verdict', 'recompute', 'not_recomputed', 'implied_before',
-           'order_violations', 'repeated', 'disagreements', 'Repair', 'repairs', 'Fact', 'Claim', 'Printed', 'above',
-           'within', 'claims', 'errata_results', 'summary', 'to_csv', 'draw_scores', 'write_errata', 'asked',
-           'natural_triplets', 'check_lines', 'appendix_results', 'appendix_figures', 'appendix_summary',
+           'EQUATIONS', 'GAINS', 'SHIFTS', 'FIGURE_5', 'ERRATA', 'APPENDIX', 'Key', 'printed', 'Span', 'span', 'apart',
+           'Check', 'row_checks', 'rows', 'possible', 'side', 'verdict', 'recompute', 'not_recomputed',
+           'implied_before', 'order_violations', 'repeated', 'disagreements', 'Repair', 'repairs', 'Fact', 'Claim',
+           'Printed', 'above', 'within', 'claims', 'errata_results', 'summary', 'to_csv', 'draw_scores', 'write_errata',
+           'asked', 'natural_triplets', 'check_lines', 'appendix_results', 'appendix_figures', 'appendix_summary',
            'write_appendix']
 
 # %% ../nbs/36_errata.ipynb #1216c27d
@@ -620,6 +620,7 @@ EQUATIONS = ( # number, formulas in the notation of `pages.maths`, meaning
     ('(25)', ('s_S = frac{h}{k_A + k_C}',), 'shift of all three points in SIP'),
     ('(26)', ('R = frac{s_A + s_C}{2 s_S} = frac{2}{q}', 'q = frac{4 k_A k_C}{{(k_A + k_C)}^2} ≤ 1'), 'shift in turns over shift at once: never below 2'))
 GAINS, SHIFTS = (.01, .05, .2), (.01, .05, .2) # sizes at which real triplets are checked
+FIGURE_5 = {'anp': 'ab', 'cap': 'cd', 'sip': 'ef'} # letters of the special case, θ = π, and of the general one
 
 def asked(
     namespace:Mapping[str, Any], # globals() of the run notebook
@@ -696,10 +697,11 @@ def appendix_figures(
         sketch, geometry, ratio, views, real = new_figure(10, 1.5), new_figure(10, 3.4), new_figure(10, 3.4), new_figure(10, 3.4), new_figure(10, 3.6)
         for ax, scheme in zip(sketch.subplots(1, 3), ('sip', 'cap', 'anp')): theory.draw_sketch(ax, scheme)
         panels = geometry.subplots(2, 3, height_ratios=(2.6, 1))
-        for row, theta, names in zip(panels, (math.radians(75), math.pi), ('abc', 'def')):
-            for ax, scheme, name in zip(row, theory.MOVED, names):
+        for row, theta, words in zip(panels, (math.radians(75), math.pi), ('θ = 75°', 'θ = π')):
+            for ax, scheme in zip(row, FIGURE_5):
                 s = theory.exact_shift(theory.planar(theta), scheme, .8, space='plane').item()
-                theory.draw_scheme(ax, theta, scheme, h=.8).set_title(f'({name}) {scheme.upper()}, {"θ = 75°" if name in "abc" else "θ = π"}: s = {s:.2f}')
+                letter = FIGURE_5[scheme][theta < math.pi]
+                theory.draw_scheme(ax, theta, scheme, h=.8).set_title(f'({letter}) {scheme.upper()}, {words}: s = {s:.2f}')
         theory.draw_ratio(ratio.subplots(), [(l['theta'], l['R exact']) for l in results['angles']])
         theory.draw_views(*views.subplots(1, 2))
         if check:
@@ -707,7 +709,7 @@ def appendix_figures(
             theory.draw_check(shifts, ratios, check)
     n, lost = results['triplets']['triplets'], 'Reconstructed: the printed figure is not at hand, '
     made = {'figure1.png': (png(sketch), f'Figure 1, a sketch on the unit circle. All three attacks raise the hardness of the same triplet by 0.7; SIP moves each point about half as far as CAP or ANP. Ways are arcs, to scale. {lost}its message is.'),
-            'figure5.png': (png(geometry), f'Figure 5 (a) to (f): the geometry of Appendix A for a gain of 0.8. Grey and solid: before, coloured and dashed: after; arrows to scale, lengths s by bisection on the exact hardness. {lost}panels and angles follow the text.'),
+            'figure5.png': (png(geometry), f'Figure 5 (a) to (f): the geometry of Appendix A for a gain of 0.8. Above the general case (b, d, f), below the special one (a, c, e). Grey and solid: before, coloured and dashed: after; arrows to scale, lengths s by bisection on the exact hardness. {lost}panels and angles follow the text.'),
             'ratio.png': (png(ratio), 'R of eq. (26) over the angle, for triplets in the plane. Dots: exact, by bisection for a gain of 0.0001.'),
             'views.png': (png(views), 'Two ways to compare. Left, the view of Appendix A: all schemes are to gain the same, and SIP moves each point least. Right, the view of an attack with a fixed radius: all points may move equally far, and SIP gains most.')}
     if check: made['real.png'] = (png(real, dpi=110), f'{n} semihard test triplets of a trained network, gain {GAINS[1]:g}. Left: exact shifts on the sphere against h/k. Right: their ratio over the angle; the dashed line is 2.')

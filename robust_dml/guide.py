@@ -135,7 +135,7 @@ _EXHIBITS = (
     ('Figure 2', 'the pipeline', '', 'guide.pipeline'),
     ('Figure 3', 'distances, separability and collapse over training', r'\frac{D(A,N) - D(A,P)}{(D(A,N) + D(A,P))/2}', 'collapse.separability', 'run_figure3.ipynb'),
     ('Figure 4', 'shift of the perturbed embeddings, still to be divided by the mean distance', r'\overline{\|e(x^*) - e(x)\|}', 'defenses.mean_shift', 'run_figure4.ipynb'),
-    ('Figure 5', 'geometry of the three schemes', '', 'theory.draw_scheme', 'run_appendix_a.ipynb'),
+    ('Figure 5', 'geometry of ANP (a, b), CAP (c, d) and SIP (e, f), special and general', '', 'theory.draw_scheme', 'run_appendix_a.ipynb'),
     ('Table 1', 'retrieval, ten attacks, ERS', '', 'report.table1', 'run_table1.ipynb'),
     ('Table 2', 'eight resistances, ARS', '', 'report.table2', 'run_table2.ipynb'),
     ('Table 3', 'the phases alone, with and without COLO', '', 'experiments.EXPERIMENTS', 'run_table3.ipynb'),
