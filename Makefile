@@ -7,7 +7,7 @@ INPUTS := settings.ini setup.py pyproject.toml constraints.txt
 export MPLBACKEND := agg
 export PYTHONUNBUFFERED := 1
 
-RUNS := data table1 table2 table3 table4 figure3 figure4 switches paper_switches hard_triplets lambda early_disabling limits timing fairness baselines locality stress compare tuples eat all_defenses audit harden errata appendix_a claims tune all cost scale explore
+RUNS := data table1 table2 table3 table4 figure3 figure4 switches paper_switches hard_triplets lambda early_disabling limits timing fairness baselines reference locality stress compare tuples eat all_defenses audit harden errata appendix_a claims tune all cost scale explore
 .PHONY: help venv demo $(RUNS) reports ledger bench bench-full test types faults sync hooks lab browser-test clean
 help:
 	@echo "make demo  train, attack, score and report on the embedded images"

@@ -272,6 +272,7 @@ EXPERIMENTS = dict(
     explore=Experiment('Explorer: one search under attack', ('natural', 'hm', 'colo_tride:profile=official')),
     all_defenses=Experiment('Every defence of the three papers side by side', ('natural', 'est', 'ses', 'act', 'minmax', 'hm', 'colo_tride', 'natural_triplet', 'natural_contrastive', 'tuples_triplet', 'tuples_contrastive',
                                                                                     'pal_natural', 'pal_at', 'pal_mixup', 'pal_mixup_at', 'pal_trades', 'pal_alp', 'ensemble_at', 'joint_at', 'adp', 'gal', 'dverge', 'eat')),
+    reference=Experiment("Beside the numbers that the reference code's authors print", ('natural', 'act', 'est', 'colo_tride', 'hm')),
     cost=Experiment('What the tables cost', TABLE_DEFENSES))
 
 # %% ../nbs/33_experiments.ipynb #3b17c2d9

@@ -217,7 +217,7 @@ def _index(folder:Path, results:Mapping[str, Any])->Path:
     return studies.write_index(folder, results['pages'], title=results['title'])
 
 WRITERS:dict[str, Callable[[Path, Mapping[str, Any]], Path]] = dict.fromkeys(report.COLUMNS, _table_report) | dict(
-    appendix_a=_appendix, errata=errata.write_errata, claims=_claims_page, timing=studies.write_timing, fairness=studies.write_fairness, tune=tuning.write_tuning, locality=locality.write_locality, compare=compare.write_compare,
+    appendix_a=_appendix, errata=errata.write_errata, claims=_claims_page, timing=studies.write_timing, fairness=studies.write_fairness, reference=studies.write_reference, tune=tuning.write_tuning, locality=locality.write_locality, compare=compare.write_compare,
     tuples=tuple_tables.write_tuples, stress=stress.write_stress, eat=_eat_report, all_defenses=all_defenses.write_all, scale=scale.write_scale, cost=_cost_report, all=_index)
 
 def rewrite(

@@ -18,7 +18,7 @@ from robust_dml.store import finished_runs, read_results
 from robust_dml.tride import OFFICIAL, PAPER
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = [name for name in experiments.EXPERIMENTS if name not in ('cost', 'locality', 'stress', 'all_defenses', 'explore')]
+TABLES = [name for name in experiments.EXPERIMENTS if name not in ('cost', 'reference', 'locality', 'stress', 'all_defenses', 'explore')]
 
 
 @cache
