@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['timing', 'timing_rows', 'write_timing', 'ranks', 'spearman', 'agreement', 'redraws', 'fairness', 'heat',
-           'write_fairness', 'check_reference', 'every_row', 'reference', 'binomial_interval', 'ReferenceRow',
-           'changed_protocol', 'reference_rows', 'reference_words', 'gaps', 'reference_command', 'write_reference',
-           'run_one', 'write_index']
+           'write_fairness', 'check_reference', 'stored_seeds', 'every_row', 'reference', 'binomial_interval',
+           'ReferenceRow', 'changed_protocol', 'reference_rows', 'reference_words', 'gaps', 'reference_command',
+           'write_reference', 'run_one', 'write_index']
 
 # %% ../nbs/37_studies.ipynb #73c75c0c
 import itertools, math, statistics
@@ -23,7 +23,7 @@ from .pages import defence_name, facts_table, fixed_text, html_figure, html_row,
 from .pages import png, spread_text, table_box, theme
 from .report import TABLE1_COLUMNS, number_at, provenance_part, publish, setup_part, summary, write_report
 from .scores import HEADINGS, PAPER_MINUTES, beside_printed, reference_source, reference_table
-from .store import provenance
+from .store import finished_runs, provenance
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
@@ -159,19 +159,25 @@ def write_fairness(
     return publish(folder, results, page)
 
 # %% ../nbs/37_studies.ipynb #5c7e0a02
-_LOOKED_FOR = range(100) # seeds that the store is searched for, beside those of the plan
-
 def check_reference(plan:Plan)->None:
     "Refuse a plan for which no numbers are printed."
     if (plan.dataset, plan.preset) == ('fashion', 'paper'): return
     raise ValueError(f'reference needs dataset fashion and preset paper, for which numbers are printed, found {plan.dataset} and {plan.preset}; '
                      'leave out both parameters, or make table1')
 
+def stored_seeds(
+    reports:Path, # folder of the reports
+    checksum:str, # of the images
+)->set[int]:
+    "Seeds of all finished trainings on these images."
+    trained = [run.read('card.json', 'config')['config'] for run in finished_runs(reports) if run.address.startswith('train-')]
+    return {config['seed'] for config in trained if config.get('data') == checksum}
+
 def every_row(plan:Plan)->Plan:
-    "The same protocol with all rows and with every seed that a store may hold."
+    "The same protocol with all rows and with every seed that may be finished."
     lines = (*lines_of('reference', plan.preset), *plan.defenses)
     profiles = (*recipe(plan.preset, plan.dataset).profiles, *plan.recipe.profiles)
-    seeds = sorted({*plan.recipe.seeds, *_LOOKED_FOR})
+    seeds = sorted({*plan.recipe.seeds, *stored_seeds(plan.reports, plan.card['checksum'])})
     wanted = replace(plan.recipe, seeds=tuple(seeds), profiles=tuple(dict.fromkeys(profiles)))
     return replace(plan, defenses=tuple(dict.fromkeys(lines)), recipe=wanted)
 

@@ -7,6 +7,7 @@ import pytest
 
 from robust_dml import experiments, gallery, studies
 from robust_dml.scores import HEADINGS, reference_table
+from robust_dml.store import read_results
 
 REPORTS = Path(__file__).resolve().parent.parent/'reports'
 BENIGN = ('R@1', 'R@2', 'mAP', 'NMI')
@@ -132,7 +133,7 @@ def test_finished_cells_of_the_same_protocol_are_gathered(tmp_path):
 @pytest.mark.skipif(not (REPORTS/'reference-fashion-paper').is_dir(), reason='no committed report')
 def test_committed_page_claims_what_its_seeds_allow(tmp_path):
     "Made from the committed results alone; a head line with a count needs three seeds of a printed row."
-    found = json.loads((REPORTS/'reference-fashion-paper'/'results.json').read_text(encoding='utf-8'))
+    found = read_results(REPORTS/'reference-fashion-paper')
     page = studies.write_reference(tmp_path, found).read_text(encoding='utf-8')
     seeds = {row['defense']: len(row['seeds']) for row in found['rows'] if row['defense'] in reference_table()}
     enough = max(seeds.values()) >= 3
