@@ -209,7 +209,7 @@ class Shared:
     warm_epochs:int=1       # only heads and proxies learn
     clean_epochs:int=2      # clean images only
     ramp_epochs:int=5       # until ε is reached
-    decay_every:int=0       # epochs between decays of the learning rate; 0: constant
+    decay_every:float=0     # epochs between decays of the learning rate; 0: constant
     decay:float=.5          # factor of each decay
     on_collapse:str='halve' # or 'ignore'
 
@@ -237,16 +237,21 @@ class ProxyDefense(Defense):
     "A defence that trains an `Ensemble` and its proxies; `step` takes the batch's `parts` as well."
     shared:Shared
 
-    def optimizer(self, model:Ensemble, *, lr:float, weight_decay:float)->Optimizer:
-        "AdamW; the proxies are a group of their own."
+    def optimizer(self, model:Ensemble, *, lr:float, weight_decay:float, head_lr:float=0.)->Optimizer:
+        "AdamW; the proxies are a group of their own, and so are the heads if they have a rate of theirs."
         check_ensemble(model, self.shared)
-        groups = [dict(params=list(model.members.parameters()), lr=lr, base=lr), dict(params=list(model.proxies), lr=lr*self.shared.proxy_lr, base=lr*self.shared.proxy_lr)]
+        apart = head_lr and head_lr != lr
+        last = [p for m in model.members for p in m.head.parameters()] if apart else []
+        known = {id(p) for p in last}
+        rest = [p for p in model.members.parameters() if id(p) not in known]
+        groups = [dict(params=rest, lr=lr), dict(params=list(model.proxies), lr=lr*self.shared.proxy_lr)]
+        if apart: groups.append(dict(params=last, lr=head_lr))
         return AdamW(groups, weight_decay=weight_decay, fused=True)
 
-    def set_rate(self, optimizer:Optimizer, epoch:int)->None:
-        "Step decay of the learning rates."
+    def decayed(self, epoch:int)->float:
+        "Step decay: the factor of the learning rates in an epoch."
         times = epoch//self.shared.decay_every if self.shared.decay_every else 0
-        for group in optimizer.param_groups: group['lr'] = group['base']*self.shared.decay**times
+        return self.shared.decay**times
 
     def parts(self, model:Ensemble, dataset:ImageSet, seed:int)->Parts:
         "The split of a training set."

@@ -31,7 +31,7 @@ from .core import fingerprint, generator, kept_memory, listed, need, progress
 from .data import ImageSet
 from .distances import normalise
 from .eat import PROXY, Ensemble, make, network, sequential_gradient, transfer_matrix
-from .experiments import PAPER_224, Cell, Plan, Setting, alone, check_weights, defense, overrides, parameters, plan, recipe, table_row, train_cell, trained_as, _shareable
+from .experiments import PAPER_224, Cell, Plan, Setting, alone, check_weights, defense, overrides, parameters, plan, recipe, table_row, train_cell, trained_as, with_budget, _shareable
 from .forecast import noise_set, _peak
 from .jobs import only_inline
 from .models import checksum, embed, streamlined
@@ -80,7 +80,8 @@ _SMALL = Budget((.25, .5, 1., 2., 4.), (1, 5, 10, 20, 32, 100), 1)
 BUDGETS = dict(smoke=Budget((1., 2.), (1, 3), 1), quick=Budget((.5, 1., 2.), (1, 10, 32), 1), small=_SMALL, medium=_SMALL, paper=_SMALL._replace(restarts=5))
 STEPS = dict(smoke=2, quick=4, small=10, medium=10) # of the training
 LIMITS = dict(quick=400, small=500, medium=500)     # attacked images at most, whole classes
-PAPER_A = replace(PAPER_224, settings=(Setting('photographs', eps=8/255, step_size=2/255, steps=10, colo_steps=10),), model='resnet50', dim=512, epochs=60, pairs=60, lr=1e-4, weight_decay=1e-4, eval_step_size=1/255)
+PAPER_A = replace(PAPER_224, settings=(Setting('photographs', eps=8/255, step_size=2/255, steps=10, colo_steps=10),), model='resnet50', dim=512, epochs=30, pairs=60, lr=1e-4,
+                  weight_decay=1e-4, eval_step_size=1/255, allow_self=False) # 60 epochs of N/120 batches in the source
 
 def prepare(
     namespace:dict, # globals() of a run notebook, or a dict of parameters
@@ -96,6 +97,7 @@ def prepare(
     if p['preset'] == 'paper' and r.channels == 3:
         given = {name: getattr(PAPER_A, name) for name in ('settings', 'dim', 'pairs', 'lr', 'weight_decay', 'eval_step_size')}
         r = replace(r, **given, model=p['backbone'] or PAPER_A.model, epochs=p['epochs'] or PAPER_A.epochs)
+    r = with_budget(replace(r, allow_self=False), p)
     return replace(asked, experiment='eat', recipe=r, defenses=lines, parameters=p)
 
 def announce(plan:Plan)->None:
@@ -122,7 +124,7 @@ def cell_of(
     label, entry, *_ = LINES[line]
     row = table_row(entry)
     more:dict[str, Any] = {}
-    if row.defense in PROXY and plan.preset == 'paper' and plan.recipe.weights: more = dict(warm_epochs=5, decay_every=5 if plan.dataset == 'cub' else 10)
+    if row.defense in PROXY and plan.preset == 'paper' and plan.recipe.weights: more = dict(warm_epochs=3, decay_every=2.5 if plan.dataset == 'cub' else 5) # the source's 5 and 5 or 10, halved
     if row.defense == 'eat' and plan.data.train.labels.bincount().min() < row.options.get('members', 3): more['absent'] = 'negative'
     switches = '+'.join(f'{key}={value}' for key,value in more.items())
     return Cell(plan.recipe.settings[0], f"{entry}{'+' if ':' in entry else ':'}{switches}" if more else entry, plan.recipe.profiles[0] if entry == 'colo_tride' else '', label, seed)

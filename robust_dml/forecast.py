@@ -36,7 +36,7 @@ from .distances import normalise
 from .eat import PROXY
 from .evaluate import Protocol, attack_batches, check_size, evaluate, intervals
 from robust_dml.experiments import (
-    BUILT_IN, Cell, Plan, Recipe, _shareable, _trainings, cells, defense, describe, evaluation_config, folder_name, natural, plan, recipe, seed_list, table_lines, table_row, with_backbone,
+    BUILT_IN, Cell, Plan, Recipe, _shareable, _trainings, cells, defense, describe, evaluation_config, folder_name, natural, plan, recipe, seed_list, table_lines, table_row, with_backbone, with_budget,
     TABLE_DEFENSES,
 )
 from .metrics import retrieval
@@ -434,7 +434,7 @@ def attack_seconds(parts:Mapping[str, float])->float:
 # %% ../nbs/35_forecast.ipynb #29cfdb5c
 def _as_asked(base:Recipe, p:Mapping[str, Any])->Recipe:
     "A recipe with what the parameters change, as in `experiments.plan`; initial weights change no times."
-    return replace(with_backbone(base, p['backbone']), seeds=seed_list(p['seeds']) or base.seeds, epochs=p['epochs'] or base.epochs, limit=p['limit'] or base.limit, weights='',
+    return replace(with_budget(with_backbone(base, p['backbone']), p), seeds=seed_list(p['seeds']) or base.seeds, epochs=p['epochs'] or base.epochs, limit=p['limit'] or base.limit, weights='',
                    profiles=listed('profile', p['profile'], tuple(PROFILES)) or base.profiles, precision=p['precision'] or base.precision)
 
 NOT_FORECAST = ('free', 'multi_similarity', 'topweighted', 'library_loss', 'tuples', *PROXY) # their updates are of another form

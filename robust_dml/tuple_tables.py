@@ -23,7 +23,7 @@ from .collapse import indicators, is_collapsed
 from .core import generator, kept_memory, listed, need, progress
 from .defenses import Defense
 from .evaluate import picked, queries_and_gallery, query_rows
-from .experiments import PAPER_224, Plan, Recipe, Setting, alone, check_weights, overrides, parameters, plan, query_count, training_config, _shareable
+from .experiments import PAPER_224, Plan, Recipe, Setting, alone, check_weights, overrides, parameters, plan, query_count, training_config, training_options, with_budget, _shareable
 from .jobs import only_inline
 from .models import build, checksum, embed_all, streamlined
 from .pages import defence_name, html_figure, html_row, look, mean_spread, new_figure, number_cell, opening, png, spread_text, table_box, theme
@@ -58,7 +58,9 @@ class Budget(NamedTuple):
 
 def _setting(name, eps, steps): return Setting(name, eps=eps, step_size=2*eps/steps, steps=steps, colo_steps=steps)
 
-PAPER_B = replace(PAPER_224, settings=(_setting('photographs', .01, 5),), model='resnet50', dim=128, epochs=150)
+# 150 epochs of N/112 batches in the source: an SPC-2 epoch has twice as many batches
+PAPER_B = replace(PAPER_224, settings=(_setting('photographs', .01, 5),), model='resnet50', dim=128, epochs=75,
+                  allow_self=False)
 _SMALL = Budget(_setting('28 x 28', .1, 10), (.25, .5, 1., 2., 4.), (1, 5, 10, 20, 32))
 BUDGETS = dict(smoke=Budget(_setting('28 x 28', .1, 2), (.5, 1., 2.), (1, 2)), quick=_SMALL, **dict.fromkeys(('small', 'medium'), _SMALL._replace(steps=(*_SMALL.steps, 100))), paper=_SMALL._replace(steps=(*_SMALL.steps, 100)),
                photographs=Budget(PAPER_B.settings[0], _SMALL.factors, (*_SMALL.steps, 100)))
@@ -82,6 +84,7 @@ def prepare(
     r = replace(asked.recipe, settings=(budget(p['preset'], asked.recipe.size).setting,))
     if p['preset'] == 'smoke': r = replace(r, epochs=p['epochs'] or 1, limit=p['limit'] or 60)
     if p['preset'] == 'paper' and r.channels == 3: r = replace(r, model=p['backbone'] or PAPER_B.model, dim=PAPER_B.dim, epochs=p['epochs'] or PAPER_B.epochs)
+    r = with_budget(replace(r, allow_self=False), p)
     return replace(asked, experiment='tuples', recipe=r, defenses=lines, parameters=p)
 
 def announce(plan:Plan)->None:
@@ -126,8 +129,7 @@ def fit(plan:Plan, line:str, seed:int, *, show:bool=True)->nn.Module:
     r, chosen = plan.recipe, defence(plan, line)
     model = build(r.model, dim=r.dim, size=r.crop or r.size, channels=r.channels, seed=seed, weights=r.weights or None)
     run = open_run(plan.reports, 'train', training_config(plan, chosen, seed, epochs=r.epochs))
-    train(model, plan.data.train, chosen, epochs=r.epochs, pairs=r.pairs, lr=r.lr, weight_decay=r.weight_decay, seed=seed, allow_self=r.allow_self,
-          precision=r.precision, device=plan.device, run=run, show=show, desc=f'train {LINES[line].label}, seed {seed}')
+    train(model, plan.data.train, chosen, epochs=r.epochs, seed=seed, **training_options(r), device=plan.device, run=run, show=show, desc=f'train {LINES[line].label}, seed {seed}')
     return model
 
 def measure(

@@ -73,9 +73,9 @@ def test_the_recipe_for_photographs(tmp_path):
         for i in range(3): Image.new('RGB', (30, 30), (60*k, 80*i, 9)).save(tmp_path/f'kind{k}'/f'{i}.png')
     paper = prepare(dict(preset='paper', dataset=str(tmp_path), out=str(tmp_path/'out')))
     (s,), r = paper.recipe.settings, paper.recipe
-    assert (s.eps, s.step_size, s.steps) == pytest.approx((8/255, 2/255, 10)) and (r.model, r.dim, r.epochs, r.pairs, r.lr, r.weight_decay, r.crop) == ('resnet50', 512, 60, 60, 1e-4, 1e-4, 224)
+    assert (s.eps, s.step_size, s.steps) == pytest.approx((8/255, 2/255, 10)) and (r.model, r.dim, r.epochs, r.pairs, r.lr, r.weight_decay, r.crop, r.allow_self) == ('resnet50', 512, 30, 60, 1e-4, 1e-4, 224, False)
     assert protocol(paper)['restarts'] == 5 and (protocol(paper)['step_size'], protocol(paper)['steps']) == pytest.approx((1/255, 32))
-    assert [options_of(paper, 'pal_at')[key] for key in ('warm_epochs', 'decay_every')] == [5, 10] and options_of(replace(paper, dataset='cub'), 'pal_at')['decay_every'] == 5
+    assert [options_of(paper, 'pal_at')[key] for key in ('warm_epochs', 'decay_every')] == [3, 5] and options_of(replace(paper, dataset='cub'), 'pal_at')['decay_every'] == 2.5
     assert options_of(paper, 'eat')['absent'] == 'refuse' and options_of(paper, 'eat_five')['absent'] == 'negative' and options_of(paper, 'eat_two')['absent'] == 'refuse' and options_of(paper, 'colo_tride')['eps'] == pytest.approx(8/255)
     assert prepare(dict(preset='paper', dataset=str(tmp_path), backbone='resnet18', epochs=3)).recipe.model == 'resnet18'
 

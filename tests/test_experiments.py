@@ -198,3 +198,33 @@ def test_committed_evaluations_of_a_training_are_of_one_model():
         config, found = run.read('card.json')['config'], run.read('result.json').get('weights')
         if found and isinstance(config.get('train'), str): weights.setdefault(config['train'], {}).setdefault(found, []).append(run.address)
     assert weights and {train: of for train,of in weights.items() if len(of) > 1} == {}
+
+
+def test_new_fields_enter_a_configuration_only_where_they_change_it():
+    "So that every stored address stays."
+    plan, new = smoke(), ('optimizer', 'schedule', 'head_lr')
+    chosen = experiments.natural(plan.recipe)
+    def config(**changes):
+        changed = replace(plan, recipe=replace(plan.recipe, **changes))
+        return experiments.training_config(changed, chosen, 0, epochs=2)
+    assert not config().keys() & {*new} and config(head_lr=plan.recipe.lr) == config()
+    for name, value in zip(new, ('sgd', 'cosine', 1e-2)): assert config(**{name: value}) == config() | {name: value}
+
+
+@pytest.mark.parametrize('given, words', [
+    (dict(eps=.031), 'found 0.031, which looks like a fraction of the range: write 7.9'), (dict(eps=256), 'from 1 to 255'),
+    (dict(eps=-1), 'from 1 to 255'), (dict(eps=math.nan), 'from 1 to 255'), (dict(lr=-1e-3), 'lr must lie in'),
+    (dict(lr=1.5), 'lr must lie in'), (dict(head_lr=math.inf), 'head_lr must lie in'), (dict(pairs=1), 'at least 2'),
+    (dict(steps=10**6), 'at most 1000'), (dict(steps=-1), 'whole number')])
+def test_numbers_out_of_range(given, words):
+    with pytest.raises(ValueError, match=words) as error: experiments.parameters(given)
+    assert '\n' not in str(error.value)
+
+
+def test_a_budget_that_was_asked_for_is_listed(out):
+    "On the page as a difference from the paper, in 255ths; 0 keeps the preset's."
+    asked = experiments.parameters(dict(preset='smoke', eps=16, steps=2, pairs=8, lr=.01, out=str(out)))
+    recipe = experiments.plan('table1', asked).recipe
+    said = experiments.overrides(recipe, experiments.recipe('paper', 'glyphs'))
+    assert 'lr: 0.01 (paper: 0.001)' in said and 'pairs: 8 (paper: 128)' in said
+    assert any('ε 16/255, steps of 16/255, 2 for ACT and HM, 2 for COLO-TRIDE' in line for line in said)

@@ -10,7 +10,7 @@ from robust_dml import train as module
 from robust_dml.core import generator
 from robust_dml.defenses import Defense
 from robust_dml.models import build
-from robust_dml.store import Run, StoreError, save_tensors
+from robust_dml.store import Run, StoreError, load_tensors, save_tensors
 from robust_dml.train import replay, train
 from robust_dml.tride import make
 
@@ -202,3 +202,39 @@ def test_too_little_memory_says_what_to_do(images, tmp_path):
     run = Run(tmp_path)
     with pytest.raises(RuntimeError, match='expected room for 12 pairs of images on cpu, found too little; take fewer pairs'): train(fresh(), images, failing(robust(), 4, torch.OutOfMemoryError('full')), run=run, **OPTIONS)
     assert run.read('checkpoint.json')['epoch'] == 1
+
+
+@pytest.mark.parametrize('optimizer', ['adam', 'adamw', 'sgd'])
+@pytest.mark.parametrize('schedule', ['const', 'cosine'])
+def test_every_optimiser_resumes_bit_by_bit(images, tmp_path, optimizer, schedule):
+    "Cut off in the third epoch: the moments and the rates of both parameter groups are those of an undisturbed run."
+    options = dict(OPTIONS, optimizer=optimizer, schedule=schedule, head_lr=5e-3, weight_decay=1e-3)
+    run, whole, resumed = Run(tmp_path), fresh(), fresh()
+    train(whole, images, robust(), **options)
+    with pytest.raises(KeyboardInterrupt): train(fresh(), images, failing(robust(), 7), run=run, **options)
+    train(resumed, images, robust(), run=run, **options)
+    for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()): assert torch.equal(a, b)
+
+
+def test_the_head_has_a_rate_of_its_own(images):
+    "With a rate of zero below the head only the head moves; the same rate for both changes nothing."
+    still, moved, both, plain = fresh(), fresh(), fresh(), fresh()
+    train(moved, images, robust(), **dict(OPTIONS, lr=0.), head_lr=1e-3)
+    for (name, a), b in zip(still.named_parameters(), moved.parameters()):
+        assert torch.equal(a, b) != name.startswith('head')
+    train(both, images, robust(), **OPTIONS, head_lr=OPTIONS['lr'])
+    train(plain, images, robust(), **OPTIONS)
+    for a, b in zip(both.parameters(), plain.parameters()): assert torch.equal(a, b)
+
+
+def test_a_checkpoint_with_the_older_names_goes_on(images, tmp_path):
+    "Moments were once called adam.*."
+    run, whole, resumed = Run(tmp_path), fresh(), fresh()
+    train(whole, images, robust(), **OPTIONS)
+    with pytest.raises(KeyboardInterrupt): train(fresh(), images, failing(robust(), 7), run=run, **OPTIONS)
+    kept = run.read('checkpoint.json')
+    tensors = load_tensors(run, kept['file'], kept['sha256'])
+    older = {('adam' + k.removeprefix('optimizer') if k.startswith('optimizer.') else k): v for k, v in tensors.items()}
+    run.write('checkpoint.json', dict(kept, sha256=save_tensors(run, kept['file'], older)))
+    train(resumed, images, robust(), run=run, **OPTIONS)
+    for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()): assert torch.equal(a, b)

@@ -130,7 +130,7 @@ def test_the_smallest_run(small):
     assert natural['eval']['queries'] == 20 and outcome(natural, scope='all')['queries'] == len(plan.data.test)
     assert natural['train']['log'][0]['image_steps'] == 0 < moved['train']['log'][0]['image_steps'] and natural['train']['config']['defense'] == 'tuples'
     assert all(t['R@1'] <= natural['eval']['clean']['R@1'] for t in natural['eval']['probes'] if t['scope'] == 'query')
-    assert any('epochs: 1 (paper: 150)' in text for text in found['overrides']) and not any(text.startswith('lam') for text in found['overrides'])
+    assert any('epochs: 1 (paper: 75)' in text for text in found['overrides']) and not any(text.startswith('lam') for text in found['overrides'])
 
 
 def test_a_killed_measurement_goes_on(small, monkeypatch, tmp_path):
