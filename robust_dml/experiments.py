@@ -366,7 +366,7 @@ def with_backbone(
 
 def with_budget(
     recipe:Recipe,
-    p:dict, # of `parameters`
+    p:Mapping[str, Any], # of `parameters`
 )->Recipe:
     "The recipe with the batch, the learning rates, the radius and the inner steps that were asked for."
     settings = tuple(_asked(s, p['eps']/255, p['steps']) for s in recipe.settings)
