@@ -57,11 +57,11 @@ $(RUNS): venv
 
 # No training: pages from the results beside them.
 reports: venv
-	$(BIN)/python -c 'from robust_dml import gallery; gallery.rewrite_all("reports")'
+	$(BIN)/python -c 'from robust_dml.papers import gallery; gallery.rewrite_all("reports")'
 
 # S: another store; OLD=1: files from before there were hashes.
 ledger: venv
-	$(BIN)/python -c 'import sys; from robust_dml import store; print(*store.share("reports", sys.argv[1], unsigned=bool(sys.argv[2])), sep="\n")' '$(S)' '$(OLD)'
+	$(BIN)/python -c 'import sys; from robust_dml.runs import store; print(*store.share("reports", sys.argv[1], unsigned=bool(sys.argv[2])), sep="\n")' '$(S)' '$(OLD)'
 
 bench: venv
 	$(BIN)/python benchmarks/run.py

@@ -3,8 +3,8 @@ from dataclasses import dataclass
 
 import torch
 from common import Item
-from robust_dml.attacks import SUITE, Gallery, members, run_attack
-from robust_dml.models import build, embed, embed_all, frozen, streamlined
+from robust_dml.attacks.suite import SUITE, Gallery, members, run_attack
+from robust_dml.models.networks import build, embed, embed_all, frozen, streamlined
 
 
 @dataclass(frozen=True)

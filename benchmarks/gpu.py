@@ -10,13 +10,13 @@ from common import Item, machine, measure, seconds
 from search import embeddings
 from training import KINDS
 
-from robust_dml import data
-from robust_dml.attacks import SUITE, Gallery, members, run_attack
-from robust_dml.defenses import Clock
-from robust_dml.models import build, channels_last, embed, embed_all, streamlined, train_mode
-from robust_dml.search import kmeans, knn
-from robust_dml.train import train
-from robust_dml.tride import make
+from robust_dml.data import sets
+from robust_dml.attacks.suite import SUITE, Gallery, members, run_attack
+from robust_dml.defenses.base import Clock
+from robust_dml.models.networks import build, channels_last, embed, embed_all, streamlined, train_mode
+from robust_dml.neighbors import kmeans, knn
+from robust_dml.defenses.train import train
+from robust_dml.defenses.colo_tride import make
 
 HERE = Path(__file__).parent
 
@@ -69,7 +69,7 @@ def utilisation(device, size, pairs, steps):
     "GPU utilisation, sampled by nvidia-smi ten times a second, while a training loop runs on cropped images."
     pixels = torch.randint(256, (8*pairs, 3, size + 32, size + 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(len(pixels))//4
-    pool = data.ImageSet(pixels, labels, tuple(map(str, range(len(pixels)//4))), crop=size)
+    pool = sets.ImageSet(pixels, labels, tuple(map(str, range(len(pixels)//4))), crop=size)
     model, samples, over = build('resnet18', dim=512, size=size, channels=3, seed=0), [], threading.Event()
 
     def sample():

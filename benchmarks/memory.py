@@ -9,7 +9,7 @@ CODE = '''
 import sys, time, torch
 from contextlib import nullcontext
 from robust_dml.core import kept_memory
-from robust_dml.models import build, frozen
+from robust_dml.models.networks import build, frozen
 name, channels, size, batch, count, threads, keep = sys.argv[1], *map(int, sys.argv[2:])
 torch.set_num_threads(threads)
 model, x = build(name, dim=128, size=size, channels=channels, seed=0).eval(), torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(0))

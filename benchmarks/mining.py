@@ -1,8 +1,8 @@
 "The miners at the batch size of the papers: 56 pairs."
 import torch
 from common import Item
-from robust_dml.distances import normalise
-from robust_dml.mining import MINERS, gradual_margin
+from robust_dml.triplets.distances import normalise
+from robust_dml.triplets.mining import MINERS, gradual_margin
 
 
 def items(*, full:bool):

@@ -1,18 +1,18 @@
 "What half precision in the search does to each attack: outcomes on models that are trained here."
 import time
 
-from robust_dml import data
-from robust_dml.evaluate import evaluate
-from robust_dml.models import build
-from robust_dml.train import train
-from robust_dml.tride import make
+from robust_dml.data import sets
+from robust_dml.metrics.evaluate import evaluate
+from robust_dml.models.networks import build
+from robust_dml.defenses.train import train
+from robust_dml.defenses.colo_tride import make
 
 UNITS = {'TMA': 100, 'ES:D': 50} # both as percent of their range, like the other outcomes
 
 
 def outcomes(*, device='cpu', epochs=10, steps=32, limit=0)->dict:
     "Outcome of each attack by a search in float32 and in bfloat16, for a natural and an ACT model on glyphs, with the seconds of both."
-    split, found = data.glyphs(), {}
+    split, found = sets.glyphs(), {}
     budget = dict(eps=32/255, step_size=16/255, steps=4, margin=.2)
     for name,defense in {'natural': make('natural', margin=.2, miner='semihard'), 'ACT': make('act', **budget)}.items():
         model = build('small', dim=128, size=28, channels=1, seed=0)

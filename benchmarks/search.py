@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 from common import Item
-from robust_dml.distances import normalise
-from robust_dml.metrics import nmi, retrieval
-from robust_dml.search import knn, resolve_backend
+from robust_dml.triplets.distances import normalise
+from robust_dml.metrics.retrieval import nmi, retrieval
+from robust_dml.neighbors import knn, resolve_backend
 
-NITER, SEED = 25, 123 # of k-means, as in `metrics.nmi`
+NITER, SEED = 25, 123 # of k-means, as in `metrics.retrieval.nmi`
 
 
 @cache

@@ -2,9 +2,9 @@
 import torch
 from attacks import images, passes
 from common import Item, seconds
-from robust_dml.defenses import Clock, act, hm
-from robust_dml.models import build, embed, streamlined, train_mode
-from robust_dml.tride import make
+from robust_dml.defenses.base import Clock, act, hm
+from robust_dml.models.networks import build, embed, streamlined, train_mode
+from robust_dml.defenses.colo_tride import make
 
 EPS = dict(eps=8/255, step_size=1/255, margin=.2)
 KINDS = { # images that move and images that the update sees, in units of the number of triplets

@@ -17,14 +17,14 @@ def exported()->set[str]:
     names = set()
     for f in root.glob('nbs/**/*.ipynb'):
         source = '\n'.join(''.join(c['source']) for c in json.loads(f.read_text(encoding='utf-8'))['cells'])
-        names |= {f'robust_dml/{n}.py' for n in re.findall(r'^#\|\s*default_exp\s+(\w+)', source, re.M)}
+        names |= {f'robust_dml/{n.replace(".", "/")}.py' for n in re.findall(r'^#\|\s*default_exp\s+([\w.]+)', source, re.M)}
     return names
 
 
 before = contents()
 for command in ('nbdev_export', 'nbdev_clean'): subprocess.run([bin_dir/command], cwd=root, check=True)
 after = contents()
-orphans = {f for f in after if f.startswith('robust_dml/')} - exported() - {'robust_dml/__init__.py', 'robust_dml/_modidx.py'}
+orphans = {f for f in after if f.startswith('robust_dml/') and Path(f).name not in ('__init__.py', '_modidx.py')} - exported()
 changed = [f for f in before.keys() | after.keys() if before.get(f) != after.get(f)]
 if changed: sys.exit(f'expected notebooks and modules in sync, found changes in {", ".join(sorted(changed))}; they are written now: look at them and commit')
 if orphans: sys.exit(f'expected a notebook for every module, found none for {", ".join(sorted(orphans))}; delete the module')

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from robust_dml import all_defenses, experiments
-from robust_dml.store import read_lines
+from robust_dml.papers import all_defenses
+from robust_dml.study import experiments
+from robust_dml.runs.store import read_lines
 
 
 @pytest.fixture(scope='module')

@@ -9,8 +9,8 @@ import scipy.io
 import torch
 from PIL import Image
 
-from robust_dml import archives, data
-from robust_dml.archives import QueryGallery, SETS, check, describe, read
+from robust_dml.data import archives, sets
+from robust_dml.data.archives import QueryGallery, SETS, check, describe, read
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ('cub', 'cars', 'sop', 'inshop')
@@ -135,7 +135,7 @@ def test_root_is_the_folder_or_its_parent(tmp_path, name):
     folder = MAKE[name](tmp_path)
     split = small(name, tmp_path)
     assert split.name == name and split.card() == small(name, folder).card() == small(name, str(folder)).card()
-    assert type(split) is (QueryGallery if name in ('inshop', 'grocery') else data.Split)
+    assert type(split) is (QueryGallery if name in ('inshop', 'grocery') else sets.Split)
 
 
 def test_cub_in_the_order_of_the_image_numbers(tmp_path):
@@ -169,7 +169,7 @@ def test_inshop_queries_come_first(tmp_path, old):
     assert split.test.images[:, 0, 0, 0].tolist() == pytest.approx([8, 10, 12, 14, 9, 11, 13, 15], abs=1)
     assert split.test.labels.tolist() == [0, 0, 1, 1]*2 and split.test.classes == ('id_00000007', 'id_00000008')
     card = split.card()
-    assert (card['queries'], card['gallery'], card['search']) == (4, 4, 'queries and gallery apart: 4 queries, 4 gallery images') and card['checksum'] != data.Split.card(split)['checksum']
+    assert (card['queries'], card['gallery'], card['search']) == (4, 4, 'queries and gallery apart: 4 queries, 4 gallery images') and card['checksum'] != sets.Split.card(split)['checksum']
     one = small('inshop', tmp_path, test_classes=1)
     assert (one.queries, one.test.classes) == (2, ('id_00000007',))
 
@@ -302,7 +302,7 @@ def test_rows_keep_their_order_with_several_threads(tmp_path, monkeypatch):
     alone = small('cub', tmp_path, cache=tmp_path/'a')
     def slow(path, **options):
         time.sleep(.002*(8-int(Path(path).stem.split('_')[2])))
-        return data.read_image(path, **options)
+        return sets.read_image(path, **options)
     monkeypatch.setattr(archives, 'read_image', slow)
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 8)
     assert small('cub', tmp_path, cache=tmp_path/'b').card() == alone.card()
@@ -310,7 +310,7 @@ def test_rows_keep_their_order_with_several_threads(tmp_path, monkeypatch):
 
 KILLED = '''
 import sys, time
-from robust_dml import archives
+from robust_dml.data import archives
 plain = archives.read_image
 def slow(path, **options):
     if '0007' in str(path): open(sys.argv[1]+'/seventh', 'w').close(); time.sleep(60)
@@ -397,7 +397,7 @@ def test_broken_images(tmp_path, no_decoding, monkeypatch):
     assert (split.train.labels.tolist(), split.test.labels.tolist(), len(split.test)) == ([0, 1, 1], [0, 0, 1], 3)
     assert split.train.images[:, 1, 0, 0].tolist() == pytest.approx([10, 30, 40], abs=2)
     opened = []
-    monkeypatch.setattr(archives, 'read_image', lambda path, **options: opened.append(Path(path)) or data.read_image(path, **options))
+    monkeypatch.setattr(archives, 'read_image', lambda path, **options: opened.append(Path(path)) or sets.read_image(path, **options))
     small('cub', tmp_path, skip_unreadable=True)
     assert opened == [cut, page]                                # tried again, and none of the good ones
 
@@ -406,7 +406,7 @@ def test_an_image_that_was_unreadable_once_is_not_lost(tmp_path, monkeypatch, ca
     cub(tmp_path)
     def flaky(path, **options):
         if '_0003_' in str(path): raise OSError('Input/output error')
-        return data.read_image(path, **options)
+        return sets.read_image(path, **options)
     with monkeypatch.context() as m:
         m.setattr(archives, 'read_image', flaky)
         with pytest.raises(ValueError, match='found 1 .*Input/output error'): small('cub', tmp_path)
@@ -628,7 +628,7 @@ def test_sets_are_as_other_sets(tmp_path):
     "Training batches and the end of a run: what comes from a map is copied when asked for."
     cub(tmp_path)
     split = small('cub', tmp_path, crop=12)
-    x, label = next(iter(data.training_batches(split.train, [torch.tensor([3, 0])], gen=torch.Generator().manual_seed(0))))
+    x, label = next(iter(sets.training_batches(split.train, [torch.tensor([3, 0])], gen=torch.Generator().manual_seed(0))))
     assert x.shape == (2, 3, 12, 12) and label.tolist() == [1, 0]
     split.train.pixels([0]).fill_(0)
     assert split.train.pixels([0]).max() > 0

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn, tensor
 
-from robust_dml.attacks import (_extremes, FIXED, SUITE, Attack, Gallery, Queries, ca_constants, draw, gtm_targets, hinge, ltm_targets, mates, members, near, nearest, noise,
-                                position, qa_measure, run_attack, suite)
-from robust_dml.distances import normalise, paired_distance
-from robust_dml.models import embed
+from robust_dml.attacks.suite import _extremes, FIXED, SUITE, Attack, Gallery, Queries, ca_constants, draw, gtm_targets
+from robust_dml.attacks.suite import hinge, ltm_targets, mates, members, near, nearest, noise, position, qa_measure
+from robust_dml.attacks.suite import run_attack, suite
+from robust_dml.triplets.distances import normalise, paired_distance
+from robust_dml.models.networks import embed
 
 ALL = {**SUITE, **FIXED}
 HEADINGS = ('CA+', 'CA-', 'QA+', 'QA-', 'TMA', 'ES:D', 'ES:R', 'LTM', 'GTM', 'GTT')

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from robust_dml import audit as module
-from robust_dml.audit import audit
-from robust_dml.models import checksum
-from robust_dml.store import Run, StoreError
+from robust_dml.audit import measure as module
+from robust_dml.audit.measure import audit
+from robust_dml.models.networks import checksum
+from robust_dml.runs.store import Run, StoreError
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(size=16, steps=2, limit=6, show=False)
@@ -94,7 +94,7 @@ def test_killed_audit_goes_on(done, photos, tmp_path, monkeypatch):
     for name in ('queries.jsonl', 'curve-steps.jsonl'):
         data = (run.folder/name).read_bytes()
         (run.folder/name).write_bytes(data[:len(data)*2//3])
-    from robust_dml import evaluate
+    from robust_dml.metrics import evaluate
     calls, original = [], evaluate._attack_rows
     monkeypatch.setattr(evaluate, '_attack_rows', lambda *a: calls.append(a[4].name) or original(*a))
     again = audit(network(), photos, out=tmp_path/'out', name='toy', **SMALL)
@@ -318,7 +318,7 @@ def test_an_audit_needs_nothing_that_trains():
     "Floors 0, 1 and 3 of the module map are enough; importing the rest would cost every audit its dependencies."
     import subprocess
     import sys
-    code = 'import sys, robust_dml.audit; print(*sorted(m for m in sys.modules if m.startswith("robust_dml.")))'
+    code = 'import sys, robust_dml.audit.measure; print(*sorted(m for m in sys.modules if m.startswith("robust_dml.")))'
     loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
     assert not {f'robust_dml.{name}' for name in ('defenses', 'tride', 'baselines', 'tuples', 'eat', 'train', 'experiments')} & set(loaded)
-    assert 'robust_dml.evaluate' in loaded
+    assert 'robust_dml.metrics.evaluate' in loaded

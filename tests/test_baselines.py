@@ -6,14 +6,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from robust_dml import baselines, data, defenses, tride
-from robust_dml.baselines import BASELINES, away_from, est, free, library_loss, make, minmax, multi_similarity, multi_similarity_loss, pack, robust_loss, ses, topweighted, topweighted_loss, unpack, valid_options
+from robust_dml.defenses import baselines, base as defenses, colo_tride
+from robust_dml.data import sets
+from robust_dml.defenses.baselines import BASELINES, away_from, est, free, library_loss, make, minmax, multi_similarity, multi_similarity_loss, pack, robust_loss, ses, topweighted, topweighted_loss, unpack, valid_options
 from robust_dml.core import generator
-from robust_dml.defenses import Clock, Defense, clean_embedding, hm, hm_objective, natural, pseudo_hardness, take
-from robust_dml.mining import MINERS
-from robust_dml.models import build
-from robust_dml.store import Run, to_json
-from robust_dml.train import train
+from robust_dml.defenses.base import Clock, Defense, clean_embedding, hm, hm_objective, natural, pseudo_hardness, take
+from robust_dml.triplets.mining import MINERS
+from robust_dml.models.networks import build
+from robust_dml.runs.store import Run, to_json
+from robust_dml.defenses.train import train
 
 BALL = dict(eps=.1, step_size=.03, steps=5)
 INNER = dict(BALL, margin=.2)
@@ -173,7 +174,7 @@ def test_minmax_is_hm_with_hardness_two(monkeypatch, miner, seed):
 
 def test_minmax_is_the_naive_simultaneous_perturbation():
     net,(x,label) = network(),batch()
-    assert run(minmax(**INNER), net, x, label).loss.item() == pytest.approx(run(tride.naive('naive_sip', **INNER, lam=1., miner='random'), net, x, label).loss.item(), abs=1e-12)
+    assert run(minmax(**INNER), net, x, label).loss.item() == pytest.approx(run(colo_tride.naive('naive_sip', **INNER, lam=1., miner='random'), net, x, label).loss.item(), abs=1e-12)
 
 
 # ---- free adversarial training
@@ -476,9 +477,9 @@ def test_made_again_from_its_options(name):
 
 
 def test_names_of_both_tables():
-    assert not set(BASELINES) & set(tride.DEFENSES)
-    for name in tride.DEFENSES: assert valid_options(name) == tride.valid_options(name)
-    assert make('act', **INNER).options == tride.make('act', **INNER).options
+    assert not set(BASELINES) & set(colo_tride.DEFENSES)
+    for name in colo_tride.DEFENSES: assert valid_options(name) == colo_tride.valid_options(name)
+    assert make('act', **INNER).options == colo_tride.make('act', **INNER).options
     with pytest.raises(ValueError, match="'colo_tride'.*'est'.*found 'EST'"): make('EST', **INNER)
     with pytest.raises(TypeError, match='est has no option lam; it has eps'): make('est', **INNER, lam=1.)
     with pytest.raises(TypeError, match='act has no option lam'): make('act', **INNER, lam=1.)
@@ -515,7 +516,7 @@ def test_collapsed_and_tiny_batches_are_finite(name):
 
 
 @pytest.fixture(scope='module')
-def images(): return data.glyphs(train_classes=6, test_classes=2, per_class=6).train
+def images(): return sets.glyphs(train_classes=6, test_classes=2, per_class=6).train
 
 OPTIONS = dict(epochs=3, pairs=16, lr=1e-3, seed=0, show=False)  # 36 images: batches of 16, 16 and 4 pairs
 def fresh(): return build('small', dim=8, size=28, channels=1, seed=0)

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn, tensor
 
-from robust_dml.attacks import FIXED, SUITE, Gallery, members, run_attack
-from robust_dml.blackbox import (NES, Lists, Shifted, Subject, learned, measured, nes, random_noise, random_search, relevance, shared_gradient, side, square,
-                                 squares, streams, topk, transfer, transfer_matrix, universal)
+from robust_dml.attacks.suite import FIXED, SUITE, Gallery, members, run_attack
+from robust_dml.attacks.blackbox import NES, Lists, Shifted, Subject, learned, measured, nes, random_noise
+from robust_dml.attacks.blackbox import random_search, relevance, shared_gradient, side, square, squares, streams, topk
+from robust_dml.attacks.blackbox import transfer, transfer_matrix, universal
 from robust_dml.core import generator
-from robust_dml.models import embed
-from robust_dml.pgd import autograd_gradient
+from robust_dml.models.networks import embed
+from robust_dml.attacks.loop import autograd_gradient
 
 EPS, SOME, REST = .1, torch.arange(0, 120, 6), torch.arange(1, 120, 6)
 BALL, FINE = dict(eps=EPS, seed=0), dict(step_size=.02, steps=40)

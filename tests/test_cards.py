@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from robust_dml.cards import TEMPLATE, model_card, of_run, rows
-from robust_dml.store import Run, StoreError, finished_runs, open_run
+from robust_dml.audit.cards import TEMPLATE, model_card, of_run, rows
+from robust_dml.runs.store import Run, StoreError, finished_runs, open_run
 
 STORE = Path(__file__).resolve().parent.parent/'reports'/'store'
 CONFIGS = {run.folder: run.read('card.json')['config'] for run in finished_runs(STORE.parent) if run.address.startswith('eval-')}

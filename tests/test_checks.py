@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from robust_dml import checks
-from robust_dml.attacks import Gallery, members
-from robust_dml.collapse import indicators
+from robust_dml.metrics import flags as checks
+from robust_dml.attacks.suite import Gallery, members
+from robust_dml.triplets.collapse import indicators
 from robust_dml.core import generator
-from robust_dml.data import ImageSet, glyphs
-from robust_dml.models import build, embed_all
+from robust_dml.data.sets import ImageSet, glyphs
+from robust_dml.models.networks import build, embed_all
 
 GIVEN = dict(eps=32/255, step_size=3/255, steps=32)
 

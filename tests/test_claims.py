@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from robust_dml import claims, errata
-from robust_dml.experiments import table_row
-from robust_dml.scores import ARS_HEADINGS, HEADINGS
-from robust_dml.store import StoreError, read_results, to_json
+from robust_dml.papers.colo_tride import claims, errata
+from robust_dml.study.experiments import table_row
+from robust_dml.metrics.scores import ARS_HEADINGS, HEADINGS
+from robust_dml.runs.store import StoreError, read_results, to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT/'reports'

@@ -13,20 +13,23 @@ from sklearn import metrics as sk
 from sklearn.cluster import KMeans
 from torch import nn, tensor
 
-from robust_dml import clustering, data
-from robust_dml.attacks import Gallery, members, run_attack
-from robust_dml.clustering import (ATTACKS, MODES, SCOPES, ClusterProtocol, adjusted_mutual_information, agreement, aims, attacked_images, class_centres, class_rows, clustered,
-                                   clusters, hungarian_accuracy, scene_of, matched_clusters, new_centres, overlap, pairwise_f1, proxy, read, references, spread_start)
+from robust_dml.metrics import clustering
+from robust_dml.data import sets
+from robust_dml.attacks.suite import Gallery, members, run_attack
+from robust_dml.metrics.clustering import ATTACKS, MODES, SCOPES, ClusterProtocol, adjusted_mutual_information
+from robust_dml.metrics.clustering import agreement, aims, attacked_images, class_centres, class_rows, clustered
+from robust_dml.metrics.clustering import clusters, hungarian_accuracy, scene_of, matched_clusters, new_centres, overlap
+from robust_dml.metrics.clustering import pairwise_f1, proxy, read, references, spread_start
 from robust_dml.core import generator
-from robust_dml.data import ImageSet
-from robust_dml.distances import normalise
-from robust_dml.evaluate import evaluate
-from robust_dml.metrics import recall_at_k
-from robust_dml.models import build, embed, embed_all
-from robust_dml.pgd import autograd_gradient
-from robust_dml.store import Run, append_line, read_lines, to_json
-from robust_dml.train import train
-from robust_dml.tride import make
+from robust_dml.data.sets import ImageSet
+from robust_dml.triplets.distances import normalise
+from robust_dml.metrics.evaluate import evaluate
+from robust_dml.metrics.retrieval import recall_at_k
+from robust_dml.models.networks import build, embed, embed_all
+from robust_dml.attacks.loop import autograd_gradient
+from robust_dml.runs.store import Run, append_line, read_lines, to_json
+from robust_dml.defenses.train import train
+from robust_dml.defenses.colo_tride import make
 
 BUDGET = dict(eps=24/255, step_size=6/255, steps=6, show=False, backend='torch', kmeans_restarts=2, kmeans_rounds=20)
 
@@ -221,7 +224,7 @@ def test_nnpos_stays_with_its_first_mate_and_gap_looks_anew():
 # --- searches ---------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
-def images(): return data.glyphs(train_classes=16, test_classes=8, per_class=7)
+def images(): return sets.glyphs(train_classes=16, test_classes=8, per_class=7)
 
 
 @pytest.fixture(scope='module')

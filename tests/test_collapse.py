@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import tensor
 
-from robust_dml.collapse import collapseness, indicators, is_collapsed, separability, weighted_mean
+from robust_dml.triplets.collapse import collapseness, indicators, is_collapsed, separability, weighted_mean
 from robust_dml.core import generator
-from robust_dml.distances import normalise
+from robust_dml.triplets.distances import normalise
 
 AP,AN = tensor([.30, .60, .90, .20], dtype=torch.float64), tensor([.50, .55, 1., .70], dtype=torch.float64)
 

@@ -10,19 +10,19 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats
 from torch import nn
 
-from robust_dml import compare
-from robust_dml.archives import QueryGallery
-from robust_dml.collapse import is_collapsed
-from robust_dml.compare import KEYS, METRICS, answers, attack_again, check_same, comparison, differences, holm, kept, pairs, per_query, plane, prepare, query_interval, retained_robustness, seed_interval, stored, suite_line, swap_test, words, write_compare
+from robust_dml.study import compare
+from robust_dml.data.archives import QueryGallery
+from robust_dml.triplets.collapse import is_collapsed
+from robust_dml.study.compare import KEYS, METRICS, answers, attack_again, check_same, comparison, differences, holm, kept, pairs, per_query, plane, prepare, query_interval, retained_robustness, seed_interval, stored, suite_line, swap_test, words, write_compare
 from robust_dml.core import generator
-from robust_dml.data import glyphs
-from robust_dml.defenses import act, natural
-from robust_dml.evaluate import evaluate
-from robust_dml.experiments import cells
-from robust_dml.models import build
-from robust_dml.scores import ARS_HEADINGS, HEADINGS, ars, ers
-from robust_dml.store import Run, StoreError, read_lines, to_json
-from robust_dml.train import train
+from robust_dml.data.sets import glyphs
+from robust_dml.defenses.base import act, natural
+from robust_dml.metrics.evaluate import evaluate
+from robust_dml.study.experiments import cells
+from robust_dml.models.networks import build
+from robust_dml.metrics.scores import ARS_HEADINGS, HEADINGS, ars, ers
+from robust_dml.runs.store import Run, StoreError, read_lines, to_json
+from robust_dml.defenses.train import train
 
 LTM, TMA = (METRICS.index(h) for h in ('LTM', 'TMA'))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from robust_dml import data
+from robust_dml.data import sets as data
 from robust_dml.core import generator
 
 FOUND = functools.cache(data.characters)

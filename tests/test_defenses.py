@@ -7,11 +7,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from robust_dml.core import generator
-from robust_dml.defenses import (Clock, act, clean_embedding, embed_together, hm, hm_objective, ics_loss, natural, perturb, pseudo_hardness,
-                                 take, training_log, triplet_distances)
-from robust_dml.distances import triplet_loss
-from robust_dml.mining import MINERS, Triplets
-from robust_dml.models import train_mode
+from robust_dml.defenses.base import Clock, act, clean_embedding, embed_together, hm, hm_objective, ics_loss, natural
+from robust_dml.defenses.base import perturb, pseudo_hardness, take, training_log, triplet_distances
+from robust_dml.triplets.distances import triplet_loss
+from robust_dml.triplets.mining import MINERS, Triplets
+from robust_dml.models.networks import train_mode
 
 D_AP,D_AN = torch.tensor([.30, .60, .90, .20]),torch.tensor([.50, .55, 1.00, .70])
 INNER = dict(eps=.1, step_size=.03, steps=5, margin=.2)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from robust_dml.distances import _distance_matrix, distance_and_gradient, hardness, normalise, paired_distance, pairwise_distance, prepare, triplet_loss
+from robust_dml.triplets.distances import _distance_matrix, distance_and_gradient, hardness, normalise, paired_distance, pairwise_distance, prepare, triplet_loss
 
 
 def cloud(n, spread, seed=0, dim=128):

@@ -13,7 +13,10 @@ sys.path.insert(0, str(ROOT/'docs'))
 import prepare  # noqa: E402
 from builder import api, catalogues, notebooks, results  # noqa: E402
 
-from robust_dml import attacks, baselines, clustering, eat, guide, strong, tride  # noqa: E402
+from robust_dml.attacks import suite, strong
+from robust_dml.defenses import baselines, eat, colo_tride
+from robust_dml.metrics import clustering
+from robust_dml.papers.colo_tride import guide  # noqa: E402
 
 ROWS = guide.equations() + guide.attacks() + guide.scores() + guide.robust_tuples() + guide.ensembles()
 
@@ -51,14 +54,14 @@ def test_every_page_is_reachable(source):
             for line in block.splitlines():
                 if line and not line.startswith(':'): todo.append(str((Path(here).parent/line)))
     assert reached == set(found)
-    assert {f'nbs/{p.stem}' for p in (ROOT/'nbs').glob('*.ipynb')} <= reached | {'nbs/index'}
+    assert {str(p.relative_to(ROOT).with_suffix('')) for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts} <= reached | {'nbs/index'}
     assert not (source/'nbs'/'index.ipynb').exists(), 'the start page of JupyterLab is none of these pages'
 
 
-def test_worked_pages_extend_and_the_others_are_for_readers(source):
-    listed = {name: re.findall(r'\]\((\w+)\.ipynb\)', (source/'nbs'/f'{name}.md').read_text(encoding='utf-8')) for name in ('extend', 'readers')}
-    assert listed['extend'] == ['51_add_a_data_set', '52_add_an_attack', '53_add_a_defense']
-    assert {'50_gallery', '54_explore', '55_everything', 'explore'} <= {*listed['readers']}
+def test_worked_pages_extend_and_the_others_stand_in_their_folders(source):
+    listed = {name: re.findall(r'\]\(([\w/]+)\.ipynb\)', (source/'nbs'/f'{name}.md').read_text(encoding='utf-8')) for name in ('extend', 'papers', 'study')}
+    assert listed['extend'] == ['data/02_add_a_data_set', 'attacks/04_add_an_attack', 'defenses/06_add_a_defense']
+    assert {'papers/03_everything', 'papers/04_gallery'} <= {*listed['papers']} and {'study/06_explore', 'explore'} <= {*listed['study']}
 
 
 def test_explorer_and_gallery_are_reached_from_the_start_page(source):
@@ -79,12 +82,12 @@ def test_links_have_an_end(source):
 
 
 def test_links_of_outputs_lead_to_cells_that_export(source):
-    cells = {p.name: {c.id for c in nbformat.read(p, 4).cells if c.source.startswith('#| export')} for p in notebooks.library()}
+    cells = {p.resolve(): {c.id for c in nbformat.read(p, 4).cells if c.source.startswith('#| export')} for p in notebooks.library()}
     count = 0
     for path in notebooks.library():
         for output in (o for c in nbformat.read(path, 4).cells for o in c.get('outputs', ())):
-            for name, cell in re.findall(r'href="([\w.]+)#cell-id=(\w+)"', output.get('data', {}).get('text/html', '')):
-                assert cell in cells[name], f'{path.name} links to a cell that {name} no longer has ({cell}): run it again'
+            for name, cell in re.findall(r'href="([\w./]+)#cell-id=(\w+)"', output.get('data', {}).get('text/html', '')):
+                assert cell in cells[(path.parent/name).resolve()], f'{path.name} links to a cell that {name} no longer has ({cell}): run it again'
                 count += 1
     assert count > 100
 
@@ -109,7 +112,7 @@ def test_links_of_pages_to_signatures(source):
 
 def test_api_has_every_public_name(source):
     for module in guide.modules():
-        public = next(ast.literal_eval(n.value) for n in ast.parse((ROOT/'robust_dml'/f'{module}.py').read_text(encoding='utf-8')).body if isinstance(n, ast.Assign))
+        public = next(ast.literal_eval(n.value) for n in ast.parse((ROOT/'robust_dml'/f'{module.replace(".", "/")}.py').read_text(encoding='utf-8')).body if isinstance(n, ast.Assign))
         assert {f'{module}.{name}' for name in public} <= described(source), module
 
 
@@ -130,15 +133,15 @@ def test_outputs_of_notebooks_become_pages():
 
 def test_catalogues_are_complete(source):
     text = (source/'attacks.md').read_text(encoding='utf-8')
-    for name in (*attacks.SUITE, *attacks.FIXED, *strong.BEYOND, *clustering.ATTACKS): assert f'### {name}\n' in text and f'pictures/attack {name}.png' in text
+    for name in (*suite.SUITE, *suite.FIXED, *strong.BEYOND, *clustering.ATTACKS): assert f'### {name}\n' in text and f'pictures/attack {name}.png' in text
     text = (source/'defenses.md').read_text(encoding='utf-8')
-    for name in (*tride.DEFENSES, *baselines.BASELINES, 'tuples', *eat.PROXY): assert f'pictures/defense {name}.png' in text and f'make({name!r}' in text
+    for name in (*colo_tride.DEFENSES, *baselines.BASELINES, 'tuples', *eat.PROXY): assert f'pictures/defense {name}.png' in text and f'make({name!r}' in text
 
 
 def test_switches_are_those_of_the_library():
     lines = {re.match(r'\| `(\w+)`', line)[1]: line for line in catalogues.switches_table().splitlines()[2:]}
-    assert set(lines) == set(tride.PAPER)
-    for key, line in lines.items(): assert ('**' in line) == (tride.PAPER[key] != tride.OFFICIAL[key]), key
+    assert set(lines) == set(colo_tride.PAPER)
+    for key, line in lines.items(): assert ('**' in line) == (colo_tride.PAPER[key] != colo_tride.OFFICIAL[key]), key
     assert '| `near` | **`far`** |' in lines['weighting'] and 'eq. (6)' in lines['weighting']
 
 
@@ -184,8 +187,8 @@ def test_unchanged_files_keep_their_time(tmp_path):
 @pytest.mark.parametrize('name', ['CA+', 'QA-', 'TMA', 'ES', 'LTM', 'GTM', 'GTT'])
 def test_way_of_a_query_raises_the_objective(name):
     pictures = pytest.importorskip('builder.pictures')
-    gallery = attacks.Gallery(pictures._on_circle(pictures.DEGREES), torch.tensor(pictures.LABELS))
-    attack, queries = (attacks.SUITE | attacks.FIXED)['GTM fixed' if name == 'GTM' else name], attacks.members(gallery, torch.tensor([0]))
+    gallery = suite.Gallery(pictures._on_circle(pictures.DEGREES), torch.tensor(pictures.LABELS))
+    attack, queries = (suite.SUITE | suite.FIXED)['GTM fixed' if name == 'GTM' else name], suite.members(gallery, torch.tensor([0]))
     places, targets = pictures.way(attack, queries, gallery)
     values = torch.cat([attack.objective(q[None], queries, targets, gallery) for q in places])
     assert values[-1] > values[0] + .05 and torch.allclose(places.norm(dim=1), torch.ones(len(places), dtype=torch.double))
@@ -196,7 +199,7 @@ def test_pictures_show_the_images_of_the_update(name, moves):
     pictures = pytest.importorskip('builder.pictures')
     gen = torch.Generator().manual_seed(0)
     x, label = torch.rand(12, 1, 28, 28, generator=gen), torch.arange(12)//2
-    model = pictures.models.build('small', dim=8, size=28, channels=1, seed=0)
+    model = pictures.networks.build('small', dim=8, size=28, channels=1, seed=0)
     options = dict(margin=.2) if name == 'natural' else dict(eps=.1, step_size=.05, steps=2, margin=.2, lam=10.)
     images, = pictures.seen_in_update(eat.make(name, **options), model, x, label)
     apart = (images[:,None] - x).abs().flatten(2).amax(2).amin(1)

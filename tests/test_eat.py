@@ -9,17 +9,18 @@ from pytorch_metric_learning.losses import ProxyAnchorLoss
 from torch import nn
 from torch.nn import functional as F
 
-from robust_dml import data, eat as module
-from robust_dml.attacks import SUITE
+from robust_dml.data import sets
+from robust_dml.defenses import eat as module
+from robust_dml.attacks.suite import SUITE
 from robust_dml.core import generator
-from robust_dml.defenses import Clock
-from robust_dml.eat import PROXY, Batch, Ensemble, Parts, Shared, adp_term, ensemble, everything, gal_term, joined, make, network, pal, pal_sample, peers, sequential_gradient, split, strength, transfer_matrix
-from robust_dml.evaluate import Protocol, attack_batches, evaluate, mean_outcomes, queries_and_gallery
-from robust_dml.models import checksum, embed, embed_all, frozen
-from robust_dml.pgd import autograd_gradient, pgd
-from robust_dml.scores import HEADINGS
-from robust_dml.store import Run, to_json
-from robust_dml.train import train
+from robust_dml.defenses.base import Clock
+from robust_dml.defenses.eat import PROXY, Batch, Ensemble, Parts, Shared, adp_term, ensemble, everything, gal_term, joined, make, network, pal, pal_sample, peers, sequential_gradient, split, strength, transfer_matrix
+from robust_dml.metrics.evaluate import Protocol, attack_batches, evaluate, mean_outcomes, queries_and_gallery
+from robust_dml.models.networks import checksum, embed, embed_all, frozen
+from robust_dml.attacks.loop import autograd_gradient, pgd
+from robust_dml.metrics.scores import HEADINGS
+from robust_dml.runs.store import Run, to_json
+from robust_dml.defenses.train import train
 
 BALL = dict(eps=.1, step_size=.03, steps=4)
 AT_ONCE = dict(BALL, warm_epochs=0, clean_epochs=0, ramp_epochs=0, clip=1e9)
@@ -27,7 +28,7 @@ OPTIONS = dict(epochs=3, pairs=12, lr=1e-3, weight_decay=1e-2, seed=0, show=Fals
 
 
 @pytest.fixture(scope='module')
-def images(): return data.glyphs(train_classes=6, test_classes=4, per_class=6)
+def images(): return sets.glyphs(train_classes=6, test_classes=4, per_class=6)
 
 
 def fresh(defence, classes=6): return network(defence, 'small', classes=classes, dim=8, size=28, channels=1, seed=0)
@@ -535,7 +536,7 @@ def test_bad_switches_are_refused(options, words):
 
 def test_bad_models_are_refused(images):
     defence = make('eat', **BALL, members=2)
-    with pytest.raises(TypeError, match='trains an Ensemble with proxies for each member, found EmbeddingNet; make one with eat.ensemble'): train(Net28(0), images.train, defence, **OPTIONS)
+    with pytest.raises(TypeError, match='trains an Ensemble with proxies for each member, found EmbeddingNet; make one with defenses.eat.ensemble'): train(Net28(0), images.train, defence, **OPTIONS)
     with pytest.raises(ValueError, match='must have members=2, as its defence has, found 3'): train(fresh(make('eat', **BALL)), images.train, defence, **OPTIONS)
     with pytest.raises(ValueError, match='proxies for the 6 training classes, found 5'): train(fresh(defence, classes=5), images.train, defence, **OPTIONS)
     with pytest.raises(ValueError, match='set warm_epochs=0'): defence.optimizer(Ensemble([nn.Flatten(), nn.Flatten()], [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]), lr=1., weight_decay=0.)

@@ -10,15 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from robust_dml import eat_tables
-from robust_dml.clustering import class_rows, clustered
-from robust_dml.data import ImageSet
-from robust_dml.eat import transfer_matrix
-from robust_dml.eat_tables import (CLAIMS, CURVED, LINES, MAIN, TABLES, along, beside, borrowed, both_curves, cell_of, claim_table, claim_text, class_map, curve_table, flattened, from_outside, gradient_of,
-                                   growth, headline, judged, matrices, measured_apart, memory, paired, part_of, pictures, plan_of, points, prepare, protocol, record, results, switch, table, task_of, to_csv,
-                                   trained_as, verdict, words, write_eat)
-from robust_dml.experiments import cells, defense, parameters, plan, train_cell
-from robust_dml.store import Run, StoreError
+from robust_dml.papers import eat as eat_tables
+from robust_dml.metrics.clustering import class_rows, clustered
+from robust_dml.data.sets import ImageSet
+from robust_dml.defenses.eat import transfer_matrix
+from robust_dml.papers.eat import CLAIMS, CURVED, LINES, MAIN, TABLES, along, beside, borrowed, both_curves, cell_of
+from robust_dml.papers.eat import claim_table, claim_text, class_map, curve_table, flattened, from_outside, gradient_of
+from robust_dml.papers.eat import growth, headline, judged, matrices, measured_apart, memory, paired, part_of, pictures
+from robust_dml.papers.eat import plan_of, points, prepare, protocol, record, results, switch, table, task_of, to_csv
+from robust_dml.papers.eat import trained_as, verdict, words, write_eat
+from robust_dml.study.experiments import cells, defense, parameters, plan, train_cell
+from robust_dml.runs.store import Run, StoreError
 
 EPS, STEPS = .1, 10
 SCORES = ('R@1', 'centre', 'NMI', 'AMI', 'F1', 'Hungarian')

@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-from robust_dml import errata
-from robust_dml.errata import Key
-from robust_dml.scores import ARS_HEADINGS, HEADINGS, ars, ars_cells, constant_before, ers
+from robust_dml.papers.colo_tride import errata
+from robust_dml.papers.colo_tride.errata import Key
+from robust_dml.metrics.scores import ARS_HEADINGS, HEADINGS, ars, ars_cells, constant_before, ers
 
 ROWS = { # benign metrics, then the ten headings; TMA and ES:D with three digits leave little room
     'ACT': (30.3, 41.2, 13.1, 43.7, 15.1, 37.2, 14.6, 31.8, .471, .823, 11.4, 9.7, 15.2, 1.3),

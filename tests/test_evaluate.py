@@ -4,22 +4,22 @@ import math
 import pytest
 import torch
 
-from robust_dml import data
-from robust_dml import evaluate as module
-from robust_dml.attacks import FIXED, SUITE
-from robust_dml.collapse import indicators
+from robust_dml.data import sets
+from robust_dml.metrics import evaluate as module
+from robust_dml.attacks.suite import FIXED, SUITE
+from robust_dml.triplets.collapse import indicators
 from robust_dml.core import generator
-from robust_dml.distances import normalise
-from robust_dml.evaluate import evaluate
-from robust_dml.metrics import nmi
-from robust_dml.models import build
-from robust_dml.store import Run, StoreError, append_line, read_lines
-from robust_dml.train import train
-from robust_dml.tride import make
+from robust_dml.triplets.distances import normalise
+from robust_dml.metrics.evaluate import evaluate
+from robust_dml.metrics.retrieval import nmi
+from robust_dml.models.networks import build
+from robust_dml.runs.store import Run, StoreError, append_line, read_lines
+from robust_dml.defenses.train import train
+from robust_dml.defenses.colo_tride import make
 
 
 @pytest.fixture(scope='module')
-def images(): return data.glyphs(train_classes=20, test_classes=12, per_class=12)
+def images(): return sets.glyphs(train_classes=20, test_classes=12, per_class=12)
 
 
 @pytest.fixture(scope='module')
@@ -82,9 +82,9 @@ def test_model_is_left_alone(model, images):
 def test_lone_query_is_left_out(model, images):
     "A class with one image: reported, and in no mean of R@1."
     kept = torch.cat([torch.tensor([0]), torch.arange(12, 144)])
-    few = data.ImageSet(images.test.images[kept], images.test.labels[kept], images.test.classes)
+    few = sets.ImageSet(images.test.images[kept], images.test.labels[kept], images.test.classes)
     result = evaluate(model, few, **ATTACK)
-    rest = data.ImageSet(images.test.images[12:], images.test.labels[12:]-1, images.test.classes[1:])
+    rest = sets.ImageSet(images.test.images[12:], images.test.labels[12:]-1, images.test.classes[1:])
     assert result.excluded == 1 and not math.isnan(result.after['ES:R'])
     assert result.before['ES:R'] <= evaluate(model, rest, **ATTACK).before['ES:R'] + 1e-6 # one more distractor
 
@@ -148,7 +148,7 @@ def test_folding_changes_no_number_of_a_deep_network(images, monkeypatch):
     net = build('resnet18', dim=16, size=28, channels=1, seed=0)
     train(net, images.train, make('natural', margin=.2), epochs=1, pairs=40, lr=1e-3, show=False)
     options = dict(ATTACK, steps=2, limit=6)
-    few = data.ImageSet(images.test.images[:60], images.test.labels[:60], images.test.classes[:5])
+    few = sets.ImageSet(images.test.images[:60], images.test.labels[:60], images.test.classes[:5])
     fast = evaluate(net.double(), few, **options)
     monkeypatch.setattr(module, 'streamlined', lambda model, compiled=False: model)
     plain = evaluate(net, few, **options)
@@ -173,7 +173,7 @@ def apart():
     labels = torch.cat([torch.arange(9).repeat(2), torch.arange(9).repeat(2) % 7, torch.randint(7, (194,), generator=gen)])
     pixels = torch.randint(256, (9, 1, 4, 4), generator=gen)[labels] + 60*torch.randn(230, 1, 4, 4, generator=gen)
     pixels[18:36] = pixels[:18] + 20*torch.randn(18, 1, 4, 4, generator=gen)
-    return data.ImageSet(pixels.round().clamp(0, 255).to(torch.uint8), labels, tuple('abcdefghi'))
+    return sets.ImageSet(pixels.round().clamp(0, 255).to(torch.uint8), labels, tuple('abcdefghi'))
 
 
 @pytest.fixture(scope='module')
@@ -288,13 +288,13 @@ def test_parts_that_cannot_be_searched(apart, linear, queries, message):
 
 
 def test_a_gallery_without_any_class_of_the_queries(apart, linear):
-    strangers = data.ImageSet(apart.images[16:], torch.cat([torch.tensor([7, 8]), apart.labels[18:]]), apart.classes)
+    strangers = sets.ImageSet(apart.images[16:], torch.cat([torch.tensor([7, 8]), apart.labels[18:]]), apart.classes)
     with pytest.raises(ValueError, match='the class of at least one query, found none of those of 2 queries'): evaluate(linear, strangers, queries=2, **ATTACK)
 
 
 def test_records_of_another_version_are_refused(model, images, tmp_path):
     "Valid lines, hashes included, with another name for one thing."
-    few, run, options = data.ImageSet(images.test.images[:24], images.test.labels[:24], images.test.classes[:2]), Run(tmp_path), ATTACK | dict(attacks={'ES': SUITE['ES']}, batch_size=12)
+    few, run, options = sets.ImageSet(images.test.images[:24], images.test.labels[:24], images.test.classes[:2]), Run(tmp_path), ATTACK | dict(attacks={'ES': SUITE['ES']}, batch_size=12)
     evaluate(model, few, run=run, **options)
     first, *rest = read_lines(run, 'queries.jsonl')
     (tmp_path/'queries.jsonl').unlink()
@@ -304,7 +304,7 @@ def test_records_of_another_version_are_refused(model, images, tmp_path):
 
 def test_a_batch_that_has_no_room_is_halved(model, images, monkeypatch):
     "The outcomes are those of the whole batch, and a warning says so."
-    few = data.ImageSet(images.test.images[:48], images.test.labels[:48], images.test.classes[:4])
+    few = sets.ImageSet(images.test.images[:48], images.test.labels[:48], images.test.classes[:4])
     options = ATTACK | dict(attacks={name: SUITE[name] for name in ('ES', 'QA+')}, batch_size=48)
     whole, real = evaluate(model, few, **options), module.run_attack
     def small(net, attack, x, *args, **kw):

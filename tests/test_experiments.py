@@ -13,9 +13,11 @@ import pytest
 import test_archives
 import test_run_notebooks
 
-from robust_dml import everything, experiments, forecast, report, studies
-from robust_dml.store import finished_runs, read_results
-from robust_dml.tride import OFFICIAL, PAPER
+from robust_dml.papers import everything
+from robust_dml.study import experiments, cost, questions as studies
+from robust_dml.report import tables
+from robust_dml.runs.store import finished_runs, read_results
+from robust_dml.defenses.colo_tride import OFFICIAL, PAPER
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = [name for name in experiments.EXPERIMENTS if name not in ('cost', 'reference', 'locality', 'stress', 'all_defenses', 'explore')]
@@ -44,7 +46,7 @@ def test_report(name, out):
     labels = [cell.label for cell in experiments.cells(plan)]
     assert len(labels) == len(set(labels))*len(plan.recipe.seeds) and said
     assert escape(experiments.EXPERIMENTS[name].title) in page and all(escape(label) in page for label in labels)
-    files = {'index.html', 'results.json'} | ({'table.csv', 'table.md', 'figures'} if name in report.COLUMNS else set())
+    files = {'index.html', 'results.json'} | ({'table.csv', 'table.md', 'figures'} if name in tables.COLUMNS else set())
     assert {f.name for f in plan.folder.iterdir()} == files
 
 
@@ -187,7 +189,7 @@ def test_its_cost_is_not_forecast(shop, tmp_path, named):
     "One sentence, whatever the folder is called."
     if named: (tmp_path/'inshop').symlink_to(next(shop.iterdir()))
     asked = experiments.parameters(dict(dataset='inshop', root=str(tmp_path if named else shop), preset='smoke'))
-    with pytest.raises(ValueError, match='found inshop with a gallery of its own; run its table' if named else "found 'inshop'; the cost of"): forecast.cost_plan(asked)
+    with pytest.raises(ValueError, match='found inshop with a gallery of its own; run its table' if named else "found 'inshop'; the cost of"): cost.cost_plan(asked)
 
 
 def test_committed_evaluations_of_a_training_are_of_one_model():

@@ -11,13 +11,13 @@ import PIL.Image
 import pytest
 import torch
 
-from robust_dml import experiments, explore
-from robust_dml.attacks import SUITE, members, run_attack
+from robust_dml.study import experiments, explore
+from robust_dml.attacks.suite import SUITE, members, run_attack
 from robust_dml.core import generator
-from robust_dml.data import ImageSet
-from robust_dml.models import build, embed
-from robust_dml.search import knn
-from robust_dml.store import read_results
+from robust_dml.data.sets import ImageSet
+from robust_dml.models.networks import build, embed
+from robust_dml.neighbors import knn
+from robust_dml.runs.store import read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 GRID = explore.Grid(2, (0, 51), (1, 4))
@@ -163,7 +163,7 @@ def test_form_with_and_without_widgets(s, monkeypatch):
 def test_start_page_leads_to_every_notebook():
     text = '\n'.join(c.source for c in nbformat.read(ROOT/'nbs'/'index.ipynb', 4).cells if c.cell_type == 'markdown')
     links = set(re.findall(r'\]\(([^)]+)\)', text))
-    assert not {p.name for p in ROOT.glob('nbs/*.ipynb')} - links - {'index.ipynb'} and not [link for link in links if not (ROOT/'nbs'/link).exists()]
+    assert not {str(p.relative_to(ROOT/'nbs')) for p in ROOT.glob('nbs/**/*.ipynb') if '.ipynb_checkpoints' not in p.parts} - links - {'index.ipynb'} and not [link for link in links if not (ROOT/'nbs'/link).exists()]
 
 
 def test_committed_page_shows_the_models_of_table_1():

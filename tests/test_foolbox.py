@@ -3,9 +3,9 @@ import pytest
 import torch
 from torch import nn
 
-from robust_dml.models import embed
-from robust_dml.pgd import pgd
-from robust_dml.strong import BALLS, Ascent
+from robust_dml.models.networks import embed
+from robust_dml.attacks.loop import pgd
+from robust_dml.attacks.strong import BALLS, Ascent
 
 foolbox, eagerpy = (pytest.importorskip(name, reason=f'{name} is among the development requirements') for name in ('foolbox', 'eagerpy'))
 

@@ -15,8 +15,13 @@ from PIL import Image
 from safetensors.torch import save, save_file
 
 import robust_dml
-from robust_dml import archives, audit, core, data, experiments, jobs, pages, report, store
-from robust_dml.models import build
+from robust_dml.data import archives, sets
+from robust_dml.audit import measure
+from robust_dml import core
+from robust_dml.study import experiments
+from robust_dml.runs import jobs, store
+from robust_dml.report import pages, tables
+from robust_dml.models.networks import build
 
 PACKAGE = Path(robust_dml.__file__).resolve().parent
 ROOT = PACKAGE.parent
@@ -39,7 +44,7 @@ def ours(name, *mentioned):
     except Exception as error:
         if isinstance(error, AssertionError): raise
         where = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        assert type(error) in (ValueError, TypeError, FileNotFoundError, store.StoreError) and where.parent == PACKAGE, f'not one of ours: {error!r} from {where}'
+        assert type(error) in (ValueError, TypeError, FileNotFoundError, store.StoreError) and PACKAGE in where.parents, f'not one of ours: {error!r} from {where}'
         assert str(error) and '\n' not in str(error) and len(str(error)) < 20000, f'not one sentence: {str(error)[:300]!r}'
         assert not mentioned or any(word in str(error) for word in mentioned), f'{mentioned} not in {str(error)[:300]!r}'
 
@@ -328,7 +333,7 @@ def test_zip(tmp_path_factory, edits, side, skip, raw):
     for stem, members in PAIR: drawings(home, stem, members)
     path = home/f'{PAIR[side][0]}.zip'
     path.write_bytes(edited(path.read_bytes(), edits) if raw is None else raw)
-    with ours('zip', PAIR[side][0], 'readable image', 'omniglot'): data.omniglot(home, skip_unreadable=skip)
+    with ours('zip', PAIR[side][0], 'readable image', 'omniglot'): sets.omniglot(home, skip_unreadable=skip)
     assert {p.name for p in home.iterdir()} == {f'{stem}.zip' for stem, _ in PAIR}
 
 
@@ -343,7 +348,7 @@ def test_hostile_members(tmp_path_factory, seed, skip, encrypted):
     if encrypted:
         path = home/'images_evaluation.zip'
         path.write_bytes(path.read_bytes().replace(b'PK\1\2\x14\3\x14\0\0\0', b'PK\1\2\x14\3\x14\0\1\0'))
-    with ours('members', 'omniglot', 'readable image', str(home)): data.omniglot(home, skip_unreadable=skip)
+    with ours('members', 'omniglot', 'readable image', str(home)): sets.omniglot(home, skip_unreadable=skip)
     assert {p.name for p in home.iterdir()} == {f'{stem}.zip' for stem, _ in PAIR} and not (home.parent/'secret.png').exists()
 
 
@@ -351,7 +356,7 @@ def test_a_drawing_that_unpacks_to_too_much(place):
     chunk = struct.pack('>I', 2**26) + b'eXIf' + bytes(2**26) + bytes(4)
     for stem, members in PAIR: drawings(place, stem, members)
     with zipfile.ZipFile(place/'images_evaluation.zip', 'w', zipfile.ZIP_DEFLATED) as archive: archive.writestr(PAIR[1][1][0][0], DRAWING[:33] + chunk + DRAWING[33:])
-    with bounded(2**24), pytest.raises(ValueError, match='found 1 that are not: .*a drawing of at most 16777216 bytes expected, found'): data.omniglot(place)
+    with bounded(2**24), pytest.raises(ValueError, match='found 1 that are not: .*a drawing of at most 16777216 bytes expected, found'): sets.omniglot(place)
 
 
 # images
@@ -359,7 +364,7 @@ def test_a_drawing_that_unpacks_to_too_much(place):
 def _images():
     "A small image in every format and mode that is read, and an animation."
     noise, out = Image.fromarray(np.random.default_rng(0).integers(0, 255, (14, 11, 3), dtype=np.uint8)), []
-    for kind in data.FORMATS:
+    for kind in sets.FORMATS:
         for mode in ('RGB', 'L', 'P', '1', 'CMYK', 'RGBA', 'I;16'):
             try: noise.convert('L' if mode == 'I;16' else mode).convert(mode).save(file := io.BytesIO(), kind)
             except Exception: continue # no such mode in this format
@@ -370,7 +375,7 @@ def _images():
 IMAGES = _images()
 
 @many(1500)
-@given(which=st.integers(0, len(IMAGES)-1), edits=st.none() | SEEDS, raw=st.none() | RAW, skip=st.booleans(), suffix=st.sampled_from(data.SUFFIXES), channels=st.sampled_from((1, 3)))
+@given(which=st.integers(0, len(IMAGES)-1), edits=st.none() | SEEDS, raw=st.none() | RAW, skip=st.booleans(), suffix=st.sampled_from(sets.SUFFIXES), channels=st.sampled_from((1, 3)))
 def test_images(tmp_path_factory, which, edits, raw, skip, suffix, channels):
     home = _folder(tmp_path_factory, 'images')
     for name in 'ab':
@@ -379,7 +384,7 @@ def test_images(tmp_path_factory, which, edits, raw, skip, suffix, channels):
     for old in (home/'a').glob('x.*'): old.unlink()
     (home/'a'/f'x{suffix}').write_bytes(IMAGES[which] if edits is None else edited(IMAGES[which], edits) if raw is None else raw)
     with ours('images', f'a/x{suffix}'):
-        found = data.image_folder(home, size=8, channels=channels, skip_unreadable=skip)
+        found = sets.image_folder(home, size=8, channels=channels, skip_unreadable=skip)
         assert found.skipped in ((), (f'a/x{suffix}',)) and len(found.train) == 2 - len(found.skipped)
 
 
@@ -392,7 +397,7 @@ def test_huge_images_are_refused_before_they_are_decoded(place, kind, size):
     for name in 'ab':
         (place/name).mkdir()
         (place/name/f'x.{kind}').write_bytes(HUGE[kind](*size))
-    with bounded(2**26), pytest.raises(ValueError, match=f'found 2 that are not: a/x.{kind}'): data.image_folder(place, size=8)
+    with bounded(2**26), pytest.raises(ValueError, match=f'found 2 that are not: a/x.{kind}'): sets.image_folder(place, size=8)
 
 
 def test_only_formats_of_photographs_are_decoded(place, monkeypatch):
@@ -406,7 +411,7 @@ def test_only_formats_of_photographs_are_decoded(place, monkeypatch):
         others[kind] = file.getvalue()
     for kind, content in others.items():
         (place/'a'/'x.jpg').write_bytes(content)
-        with pytest.raises(ValueError, match=r'a/x.jpg \(not an image\)'): data.image_folder(place, size=8)
+        with pytest.raises(ValueError, match=r'a/x.jpg \(not an image\)'): sets.image_folder(place, size=8)
     assert not started
 
 
@@ -415,7 +420,7 @@ def test_pipes_and_devices_are_not_opened(place):
     os.mkfifo(place/'pipe.png')
     assert archives.missing(place, ['a.png', 'pipe.png', 'nul\0.png', 'x'*5000, '/dev/zero'])[1] == ['pipe.png', 'nul\0.png', 'x'*5000, '/dev/zero']
     for name in 'ab': (place/'set'/name).mkdir(parents=True); (place/'set'/name/'0.png').write_bytes(DRAWING); os.mkfifo(place/'set'/name/'p.png')
-    assert len(data.image_folder(place/'set', size=8).train) == 1
+    assert len(sets.image_folder(place/'set', size=8).train) == 1
 
 
 # the cache of decoded images
@@ -546,7 +551,7 @@ def test_names_of_data_sets(tmp_path_factory, dataset, root):
     home, before = _folder(tmp_path_factory, 'datasets'), Path.cwd()
     os.chdir(home)
     try:
-        for read in (data.load, archives.load):
+        for read in (sets.load, archives.load):
             if dataset not in ('glyphs', '.', '..', '~', ''):
                 with ours('data sets'): read(dataset, root=root, size=8)
         if dataset in archives.SETS:
@@ -563,8 +568,8 @@ def test_lists_of_an_audit(tmp_path_factory, seed, mark, raw):
     path = _folder(tmp_path_factory, 'audit')/'list.csv'
     path.write_bytes('\n'.join(mark.join(row) for row in rows).encode('utf-8', 'surrogatepass') if raw is None else raw)
     with ours('audit lists', str(path), 'images must', 'class', 'classes'):
-        some = audit.list_images(path)
-        with ours('audit lists', 'listed images must be in', 'readable', 'classes', 'class'): audit.read_images(some, size=8, channels=1, show=False)
+        some = measure.list_images(path)
+        with ours('audit lists', 'listed images must be in', 'readable', 'classes', 'class'): measure.read_images(some, size=8, channels=1, show=False)
 
 
 # pages
@@ -605,7 +610,7 @@ def test_a_report_shows_names_as_they_are(text):
             record['label'] = f'{record["label"]} {word}'
             record['train']['config']['options'] = {word: word}
             for flag in record['eval'].get('flags', ()): flag['says'] = word
-        return report._page(results, {f'queries-{word}.png': (b'', word)})
+        return tables._page(results, {f'queries-{word}.png': (b'', word)})
     assert tags(page(text)) == tags(page('x'))
 
 
@@ -613,25 +618,26 @@ def test_a_report_shows_names_as_they_are(text):
 
 def _calls():
     "Every call and import in the sources of the package: file, dotted name, keywords."
-    for path in sorted(PACKAGE.glob('*.py')):
+    for path in sorted(PACKAGE.rglob('*.py')):
+        file = str(path.relative_to(PACKAGE))
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
-            if isinstance(node, ast.Call): yield path.name, ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}, node
-            elif isinstance(node, (ast.Import, ast.ImportFrom)): yield path.name, 'import', {name: '' for name in [getattr(node, 'module', '') or '', *(a.name for a in node.names)]}, node
+            if isinstance(node, ast.Call): yield file, ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}, node
+            elif isinstance(node, (ast.Import, ast.ImportFrom)): yield file, 'import', {name: '' for name in [getattr(node, 'module', '') or '', *(a.name for a in node.names)]}, node
 
 
 def test_sources_hold_no_way_to_run_what_was_read():
     "No pickle, eval, exec, shell or unpacking; the few places that load code or start a program are known."
     names = Counter()
     for file, name, given, node in _calls():
-        if name == 'import': assert not ({*given} - ({'socket'} if file == 'ranks.py' else set())) & {'pickle', 'cPickle', 'dill', 'cloudpickle', 'joblib', 'marshal', 'shelve', 'yaml', 'requests', 'urllib.request', 'http.client', 'socket', 'ftplib', 'huggingface_hub'}, (file, given)
+        if name == 'import': assert not ({*given} - ({'socket'} if file == 'runs/processes.py' else set())) & {'pickle', 'cPickle', 'dill', 'cloudpickle', 'joblib', 'marshal', 'shelve', 'yaml', 'requests', 'urllib.request', 'http.client', 'socket', 'ftplib', 'huggingface_hub'}, (file, given)
         assert name not in ('eval', 'exec', 'compile', 'os.system', 'os.popen', 'builtins.eval', 'extractall', 'shutil.unpack_archive', 'loadmat'), (file, name)
         assert name.split('.')[-1] not in ('extractall', 'extract', 'unpack_archive', 'urlopen', 'urlretrieve', 'loadmat', 'read_pickle', 'execfile', 'download_url'), (file, name)
         assert given.get('shell', 'False') == 'False' and given.get('allow_pickle', 'False') == 'False', (file, name, given)
         if name.startswith('subprocess.') and node.args: assert isinstance(node.args[0], ast.List), (file, name) # a list of words is no shell's business
         if name == 'torch.load': assert given.get('weights_only') == 'True', (file, name)
         if name in ('torch.load', 'torch.jit.load', 'torch.export.load', 'importlib.import_module', 'np.load', '__import__'): names[file, name] += 1
-    assert names == {('archives.py', 'np.load'): 1, ('audit.py', 'importlib.import_module'): 1, ('audit.py', 'torch.export.load'): 1, ('audit.py', 'torch.jit.load'): 1, ('audit.py', 'torch.load'): 1,
-                     ('core.py', 'importlib.import_module'): 1, ('models.py', 'torch.load'): 1}
+    assert names == {('data/archives.py', 'np.load'): 1, ('audit/measure.py', 'importlib.import_module'): 1, ('audit/measure.py', 'torch.export.load'): 1, ('audit/measure.py', 'torch.jit.load'): 1, ('audit/measure.py', 'torch.load'): 1,
+                     ('core.py', 'importlib.import_module'): 1, ('models/networks.py', 'torch.load'): 1}
 
 
 def test_run_notebooks_hand_no_parameter_to_a_shell():
@@ -651,7 +657,7 @@ def test_no_network_unless_asked(tmp_path, monkeypatch):
     for name in archives.SETS:
         with ours('network', name): archives.load(name, root=tmp_path)
         archives.check(name, tmp_path)
-    with ours('network', 'omniglot'): data.load('omniglot', root=tmp_path)
+    with ours('network', 'omniglot'): sets.load('omniglot', root=tmp_path)
     build('resnet18', dim=8, size=32, channels=3, seed=0)
     store.provenance()
 

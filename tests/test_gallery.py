@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from robust_dml import gallery, pages, report
-from robust_dml.store import read_results, to_json
+from robust_dml.papers import gallery
+from robust_dml.report import pages, tables
+from robust_dml.runs.store import read_results, to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT/'reports'
@@ -71,9 +72,9 @@ def test_outside_is_seen(body): assert outside(body, REPORTS/'errata')
 @pytest.mark.parametrize('folder', [f for f in FOLDERS if (f/'table.md').is_file()], ids=lambda p: p.name)
 def test_tables_are_what_results_say(folder):
     results = read_results(folder)
-    table = report._table(results, results['experiment'])
-    assert report.to_csv(table, results['experiment']) == (folder/'table.csv').read_bytes()
-    assert report.to_markdown(table, results['experiment']).encode() == (folder/'table.md').read_bytes()
+    table = tables._table(results, results['experiment'])
+    assert tables.to_csv(table, results['experiment']) == (folder/'table.csv').read_bytes()
+    assert tables.to_markdown(table, results['experiment']).encode() == (folder/'table.md').read_bytes()
 
 
 def smallest():
@@ -121,7 +122,7 @@ def made_up_reports(folder):
         (run/'result.json').write_bytes(to_json(result))
     (folder/'store'/'eval-2').mkdir()
     (folder/'store'/'eval-2'/'result.json').write_text('{')  # damaged
-    report.publish(folder/'table1-a-smoke', dict(title='<b>Mine', experiment='table1', dataset='glyphs', preset='smoke', records=[dict(label='HM', train=dict(address='train-1'), eval=dict(address='eval-1'))]),
+    tables.publish(folder/'table1-a-smoke', dict(title='<b>Mine', experiment='table1', dataset='glyphs', preset='smoke', records=[dict(label='HM', train=dict(address='train-1'), eval=dict(address='eval-1'))]),
                    pages.opening('<b>Mine', '', ['HM & others are 50 % right.']))
 
 

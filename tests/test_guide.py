@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from robust_dml import attacks, clustering, eat, guide, scores, tuples
+from robust_dml.attacks import suite as attacks
+from robust_dml.metrics import clustering, scores
+from robust_dml.defenses import eat, tuples
+from robust_dml.papers.colo_tride import guide
 
 NBS = Path(__file__).resolve().parent.parent/'nbs'
 OTHERS = guide.robust_tuples() + guide.ensembles()
@@ -29,7 +32,7 @@ def test_the_paper_is_complete():
 @pytest.mark.parametrize('row', guide.equations(), ids=lambda row: row.label)
 def test_function_names_what_it_implements(row):
     "Imported and read by `inspect`, which knows nothing of cells."
-    module, name = row.code.split('.')
+    module, _, name = row.code.rpartition('.')
     thing = getattr(importlib.import_module(f'robust_dml.{module}'), name)
     source = inspect.getsource(thing if callable(thing) else importlib.import_module(f'robust_dml.{module}'))
     assert set(labels([row])) <= guide.mentions(source)
@@ -38,22 +41,22 @@ def test_function_names_what_it_implements(row):
 def test_sources_name_nothing_that_the_paper_lacks():
     known = set(labels(guide.equations()))
     named = {p.code: p.names - known for module in guide.modules() for p in guide._module(module).values()}
-    assert not {code: names for code, names in named.items() if names and not code.startswith('guide.')}
-    assert {p.code for p in guide.named_in('(1)')} >= {'distances.triplet_loss', 'tride.update_loss'}
+    assert not {code: names for code, names in named.items() if names and not code.startswith('papers.colo_tride.guide.')}
+    assert {p.code for p in guide.named_in('(1)')} >= {'triplets.distances.triplet_loss', 'defenses.colo_tride.update_loss'}
 
 
 def test_every_place_that_names_an_equation_is_listed():
     listed = {label: {row.code, *row.also} for row in guide.equations() for label in row.label.split(', ')}
-    for module in set(guide.modules()) - {'guide', 'errata'}:
+    for module in set(guide.modules()) - {*guide._SPEAKERS}:
         for p in guide._module(module).values(): assert all(p.code in listed[label] for label in p.names), p
 
 
 def test_links_lead_to_the_cell_that_defines():
     cells = {}
     for code, link in {(row.code, row.link) for row in ROWS} | {(code, guide.place(code).link) for row in ROWS for code in row.also}:
-        file, cell = re.fullmatch(r'(\d\d_\w+\.ipynb)#cell-id=(\w+)', link).groups()
+        file, cell = re.fullmatch(r'\.\./\.\./((?:\w+/)*\d\d_\w+\.ipynb)#cell-id=(\w+)', link).groups()
         book = cells.setdefault(file, {c['id']: ''.join(c['source']) for c in json.loads((NBS/file).read_text(encoding='utf-8'))['cells']})
-        assert re.search(rf'^(def |class |){code.partition(".")[2]}\b(\(|:| =)', book[cell], re.M), code
+        assert re.search(rf'^(def |class |){code.rpartition(".")[2]}\b(\(|:| =)', book[cell], re.M), code
     assert all((NBS/row.notebook).exists() and (NBS/row.run).exists() for row in ROWS)
     assert {row.run for row in guide.equations() if row.label.startswith('Table')} == {f'run_table{n}.ipynb' for n in range(1, 5)}
 
@@ -62,7 +65,7 @@ def test_the_other_papers_are_complete():
     "Every defence, attack, role, self-transfer and score that is theirs has a line, whose function is there."
     labels, codes = [row.label for row in OTHERS], {row.code for row in OTHERS}
     assert len(set(labels)) == len(labels) and {*clustering.ATTACKS, 'proxy', 'F1', 'AMI', 'Hungarian accuracy', 'A1 to A9', 'B1 to B5'} <= {*labels}
-    assert {f'eat.{name}' for name in eat.PROXY} | {f'tuples.{f.__name__}' for f in tuples.GRANULARITIES.values()} <= codes
+    assert {f'defenses.eat.{name}' for name in eat.PROXY} | {f'defenses.tuples.{f.__name__}' for f in tuples.GRANULARITIES.values()} <= codes
     assert {row.run for row in OTHERS} - {''} == {'run_tuples.ipynb', 'run_eat.ipynb'} and all(row.notebook and row.says for row in OTHERS)
 
 
@@ -73,7 +76,7 @@ def test_the_other_papers_are_complete():
 def test_mentions(text, found): assert guide.mentions(text) == found
 
 
-@pytest.mark.parametrize('code', ['collapse', 'collapse.nothing', 'nothing.collapse', 'collapse.torch', ''])
+@pytest.mark.parametrize('code', ['collapse', 'triplets.collapse.nothing', 'collapse.collapseness', 'triplets.collapse.torch', ''])
 def test_unknown_places_are_refused(code):
     with pytest.raises(ValueError, match='correct the index'): guide.place(code)
 
@@ -83,7 +86,7 @@ def test_attacks_follow_the_suite():
     for row in guide.attacks():
         attack = next(a for a in (*attacks.SUITE.values(), *attacks.FIXED.values()) if row.label in a.outcomes)
         used = [getattr(f, 'func', f) for f in (attack.objective, attack.targets, attack.measure)]
-        assert [getattr(attacks, code.removeprefix('attacks.')) for code in (row.code, *row.also)] == used
+        assert [getattr(attacks, code.removeprefix('attacks.suite.')) for code in (row.code, *row.also)] == used
 
 
 def test_cells_of_scores_are_those_of_the_code():

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from robust_dml.audit import load_model
-from robust_dml.data import glyphs
-from robust_dml.harden import chosen_defense, divided, harden, portable, prepared, write_list
-from robust_dml.models import build, checksum
+from robust_dml.audit.measure import load_model
+from robust_dml.data.sets import glyphs
+from robust_dml.audit.hardening import chosen_defense, divided, harden, portable, prepared, write_list
+from robust_dml.models.networks import build, checksum
 
 SETTINGS = dict(size=28, epochs=2, pairs=8, lr=1e-3, inner_steps=2, steps=2, limit=6, show=False)
 
@@ -41,7 +41,7 @@ def test_a_list_file_is_divided_and_keeps_its_queries(letters, tmp_path):
 
 def test_a_killed_training_goes_on(letters, tmp_path, monkeypatch):
     whole = harden(net(), letters, out=tmp_path/'a', **SETTINGS)
-    from robust_dml import train
+    from robust_dml.defenses import train
     real, calls = train.train_epoch, []
 
     def killed(*args, **options):

@@ -14,16 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from robust_dml import experiments, jobs
+from robust_dml.study import experiments
+from robust_dml.runs import jobs
 
 ENV = os.environ | {'OMP_NUM_THREADS': '1'}
 pytest.importorskip('submitit', reason='jobs need submitit')
 
 TABLE = '''
 import sys
-from robust_dml import experiments, report
+from robust_dml.study import experiments
+from robust_dml.report import tables
 plan = experiments.plan('table1', experiments.parameters(dict(preset='smoke', defenses='natural,act', limit=16, out=sys.argv[1], executor=sys.argv[2])))
-report.write_report(plan.folder, results := experiments.results(plan, show=False), experiments.example_images(plan, results))
+tables.write_report(plan.folder, results := experiments.results(plan, show=False), experiments.example_images(plan, results))
 '''
 
 
@@ -106,7 +108,7 @@ def test_other_images_on_the_other_machine(tmp_path):
 # One defence for many epochs; prints the epochs that it begins with.
 LONG = '''
 import sys
-from robust_dml import experiments
+from robust_dml.study import experiments
 plan = experiments.plan('table1', experiments.parameters(dict(preset='smoke', defenses='natural', epochs=12, limit=16, out=sys.argv[1], executor=sys.argv[2])))
 experiments.results(plan, show=False)
 '''

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from robust_dml import experiments
-from robust_dml.locality import plane, points, resistances, table, words, write_locality
+from robust_dml.study import experiments
+from robust_dml.study.locality import plane, points, resistances, table, words, write_locality
 
 BEFORE = {'CA+': 50., 'CA-': 2., 'QA+': 48., 'QA-': .4, 'ES:R': 80., 'LTM': 80., 'GTM': 80., 'GTT': 100.}
 

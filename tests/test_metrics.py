@@ -5,9 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from robust_dml import metrics
-from robust_dml.metrics import (average_precision, benign, first_match_rank, lone_queries, match_places, mean_average_precision,
-                                mean_average_precision_at_r, nmi, normalised_mutual_information, rankings, recall_at_k, retrieval)
+from robust_dml.metrics import retrieval as metrics
+from robust_dml.metrics.retrieval import average_precision, benign, first_match_rank, lone_queries, match_places
+from robust_dml.metrics.retrieval import mean_average_precision, mean_average_precision_at_r, nmi
+from robust_dml.metrics.retrieval import normalised_mutual_information, rankings, recall_at_k, retrieval
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from robust_dml.core import generator
-from robust_dml.distances import normalise
-from robust_dml.mining import MINERS, distance_weighted, gradual_margin, hardest, random_triplets, semihard, softhard
+from robust_dml.triplets.distances import normalise
+from robust_dml.triplets.mining import MINERS, distance_weighted, gradual_margin, hardest, random_triplets, semihard, softhard
 
 
 def batch(pairs=12, classes=6, dim=8, spread=1.5, seed=0):

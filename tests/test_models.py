@@ -9,12 +9,12 @@ from torch import nn
 from torchvision import models as zoo
 
 from robust_dml.core import generator
-from robust_dml.data import ImageSet
-from robust_dml.defenses import act
-from robust_dml.evaluate import evaluate
-from robust_dml.models import MODELS, build, embed, embed_all, foldable, frozen, streamlined, train_mode
-from robust_dml.pgd import pgd
-from robust_dml.train import train
+from robust_dml.data.sets import ImageSet
+from robust_dml.defenses.base import act
+from robust_dml.metrics.evaluate import evaluate
+from robust_dml.models.networks import MODELS, build, embed, embed_all, foldable, frozen, streamlined, train_mode
+from robust_dml.attacks.loop import pgd
+from robust_dml.defenses.train import train
 
 SMALL = dict(dim=16, size=28, channels=1, seed=0)
 

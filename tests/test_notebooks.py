@@ -1,4 +1,4 @@
-"""The shape of the numbered notebooks: direction of imports, one title, short functions, small outputs, one line each in the README's map."""
+"""The shape of the numbered notebooks: one title, one name, short functions, small outputs, one line each in the README's map."""
 import ast
 import json
 import re
@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NUMBERED = sorted(ROOT.glob('nbs/[0-9][0-9]_*.ipynb'))
+NUMBERED = sorted(p for p in ROOT.glob('nbs/**/[0-9][0-9]_*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
 
 def code(path): return [c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
@@ -17,15 +17,19 @@ def code(path): return [c.source for c in nbformat.read(path, 4).cells if c.cell
 def exported(path): return [source for source in code(path) if source.startswith('#| export')]
 
 
-def module(path): return next((m[1] for source in code(path) if (m := re.search(r'^#\|\s*default_exp\s+(\w+)', source, re.M))), None)
+def module(path): return next((m[1] for source in code(path) if (m := re.search(r'^#\|\s*default_exp\s+([\w.]+)', source, re.M))), None)
 
 
 LIBRARY = [path for path in NUMBERED if module(path)] # the others are worked pages: they show how to use the library and export nothing
 PAGES = [path for path in NUMBERED if path not in LIBRARY]
-NUMBER = {path.stem[3:]: int(path.stem[:2]) for path in LIBRARY}
 
 
-@pytest.mark.parametrize('path', NUMBERED, ids=lambda p: p.stem)
+def name(path):
+    "The module that a notebook should export: its folders and its own name."
+    return '.'.join([*path.relative_to(ROOT/'nbs').parts[:-1], path.stem[3:]])
+
+
+@pytest.mark.parametrize('path', NUMBERED, ids=name)
 def test_numbered_notebook(path):
     cells = nbformat.read(path, 4).cells
     prose = [c.source for c in cells if c.cell_type == 'markdown']
@@ -34,15 +38,23 @@ def test_numbered_notebook(path):
     assert all(len(json.dumps(c.get('outputs', []))) < 200_000 for c in cells)
 
 
-@pytest.mark.parametrize('path', LIBRARY, ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', LIBRARY, ids=name)
 def test_library_notebook(path):
-    assert module(path) == path.stem[3:], 'a notebook and its module have one name'
+    assert module(path) == name(path), 'a notebook and its module have one name and one folder'
     assert any(c.source.startswith('## Choices') for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
-    imported = set(re.findall(r'^\s*from robust_dml\.(\w+) import', '\n'.join(exported(path)), re.M))
-    assert not [name for name in imported if NUMBER[name] >= int(path.stem[:2])], 'a module imports only from modules with smaller numbers'
+    for source in exported(path):
+        for node in ast.walk(ast.parse(source)):
+            ours = isinstance(node, ast.ImportFrom) and (node.module or '').startswith('robust_dml')
+            assert not ours or node.lineno == node.end_lineno, 'nbdev makes imports relative line by line: write two lines instead of parentheses'
 
 
-@pytest.mark.parametrize('path', PAGES, ids=lambda p: p.stem)
+def test_numbers_begin_anew_in_each_folder():
+    for folder in {path.parent for path in NUMBERED}:
+        numbers = [int(path.stem[:2]) for path in NUMBERED if path.parent == folder]
+        assert numbers == list(range(len(numbers))), folder
+
+
+@pytest.mark.parametrize('path', PAGES, ids=name)
 def test_worked_page(path):
     assert not exported(path), 'a page exports nothing; a notebook that does says `#| default_exp`'
     assert any('expect_fail' in source for source in code(path)), 'a page shows the error that a newcomer meets'
@@ -50,12 +62,12 @@ def test_worked_page(path):
 
 
 def test_the_readme_maps_the_modules():
-    "Every module has its line, no line is left of a module that went, and the lines are in order."
-    lines = re.findall(r'^\| (\d\d) \| `(\w+)` \| \S', (ROOT/'README.md').read_text(encoding='utf-8'), re.M)
-    assert [(name, int(n)) for n, name in lines] == list(NUMBER.items())
+    "Every module has its line and its notebook, and no line is left of a module that went."
+    lines = re.findall(r'^\| \[`([\w.]+)`\]\((nbs/[\w/]+\.ipynb)\) \| \S', (ROOT/'README.md').read_text(encoding='utf-8'), re.M)
+    assert sorted(lines) == sorted((module(path), str(path.relative_to(ROOT))) for path in LIBRARY)
 
 
-LONGER = {('train', 'train'): 'one update after the other, with the checkpoint of each epoch and what may go wrong in between'}
+LONGER = {('defenses.train', 'train'): 'one update after the other, with the checkpoint of each epoch and what may go wrong in between'}
 
 
 def long_functions(path):
@@ -65,11 +77,11 @@ def long_functions(path):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 body = node.body[1:] if ast.get_docstring(node) is not None else node.body
                 lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
-                if lines > 30: yield path.stem[3:], node.name, lines
+                if lines > 30: yield module(path), node.name, lines
 
 
 def test_functions_are_short():
-    found = {(name, function): lines for path in LIBRARY for name, function, lines in long_functions(path)}
+    found = {(where, function): lines for path in LIBRARY for where, function, lines in long_functions(path)}
     assert found.keys() == LONGER.keys(), 'a function has at most 30 lines below its signature; split it, or give a reason in LONGER (and take out what is short now)'
 
 

@@ -9,7 +9,8 @@ from shutil import copy, copytree, ignore_patterns
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = sorted(path.stem for path in ROOT.glob('robust_dml/[a-z]*.py'))
+FILES = sorted(str(path.relative_to(ROOT/'robust_dml')) for path in ROOT.glob('robust_dml/**/*.py'))
+MODULES = [name.removesuffix('.py').replace('/', '.') for name in FILES if not Path(name).name.startswith('_')]
 PAPER = sorted(path.name for path in ROOT.glob('robust_dml/paper_tables/*'))
 
 
@@ -49,7 +50,7 @@ def test_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     package = {name.removeprefix('robust_dml/') for name in names if name.startswith('robust_dml/')}
     assert len(MODULES) > 40 and len(PAPER) >= 5
-    expected = {f'{m}.py' for m in MODULES} | {'__init__.py', '_modidx.py', 'py.typed'} | {f'paper_tables/{p}' for p in PAPER}
+    expected = {*FILES, 'py.typed'} | {f'paper_tables/{p}' for p in PAPER}
     assert package - {'tuned.json'} == expected
     assert {name.split('/')[0] for name in names if '.dist-info/' not in name} == {'robust_dml'}, 'no tests, notebooks or reports in a wheel'
     assert any(name.endswith('licenses/LICENSE') for name in names)
@@ -70,7 +71,7 @@ def test_every_module_can_be_imported(installed):
 
 
 def test_tables_of_the_paper_are_there(installed):
-    code = 'from robust_dml import scores\nfor table in (1, 2, 3, 4): print(len(scores.paper_table(table)))'
+    code = 'from robust_dml.metrics import scores\nfor table in (1, 2, 3, 4): print(len(scores.paper_table(table)))'
     printed = [len((ROOT/'robust_dml'/'paper_tables'/f'table{n}.csv').read_text(encoding='utf-8').splitlines()) - 1 for n in (1, 2, 3, 4)]
     assert min(printed) > 10 and [int(count) for count in isolated(installed, code).split()] == printed
 
@@ -79,10 +80,13 @@ EVALUATION = '''
 import sys
 for absent in ('faiss', 'sklearn', 'scipy', 'pandas', 'matplotlib', 'seaborn', 'fastcore', 'nbdev', 'papermill', 'IPython'): sys.modules[absent] = None
 import torch
-from robust_dml import core, data, evaluate, models, scores
+from robust_dml import core
+from robust_dml.data import sets
+from robust_dml.metrics import evaluate, scores
+from robust_dml.models import networks
 images = (torch.rand(24, 1, 28, 28, generator=core.generator(0, 'wheel'))*255).to(torch.uint8)
-dataset = data.ImageSet(images, torch.arange(24)//4, tuple('abcdef'))
-result = evaluate.evaluate(models.build('small', dim=16, size=28, channels=1, seed=0), dataset, eps=.1, step_size=.05, steps=2, show=False)
+dataset = sets.ImageSet(images, torch.arange(24)//4, tuple('abcdef'))
+result = evaluate.evaluate(networks.build('small', dim=16, size=28, channels=1, seed=0), dataset, eps=.1, step_size=.05, steps=2, show=False)
 print(set(scores.HEADINGS) - set(result.after), 0 < result.ers < 100)
 '''
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from robust_dml.models import embed
-from robust_dml.pgd import Attacked, autograd_gradient, pgd, project, sign_step
+from robust_dml.models.networks import embed
+from robust_dml.attacks.loop import Attacked, autograd_gradient, pgd, project, sign_step
 
 EPS, STEP = .1, .03
 

@@ -10,16 +10,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from robust_dml import data, eat, ranks, tuples
-from robust_dml.attacks import SUITE
+from robust_dml.data import sets as data
+from robust_dml.defenses import eat, tuples
+from robust_dml.runs import processes
+from robust_dml.attacks.suite import SUITE
 from robust_dml.core import generator
-from robust_dml.defenses import Clock, Defense
-from robust_dml.evaluate import evaluate
-from robust_dml.search import knn, knn_together
-from robust_dml.models import build, embed, streamlined, train_mode
-from robust_dml.store import Run, read_lines
-from robust_dml.train import train
-from robust_dml.tride import make
+from robust_dml.defenses.base import Clock, Defense
+from robust_dml.metrics.evaluate import evaluate
+from robust_dml.neighbors import knn, knn_together
+from robust_dml.models.networks import build, embed, streamlined, train_mode
+from robust_dml.runs.store import Run, read_lines
+from robust_dml.defenses.train import train
+from robust_dml.defenses.colo_tride import make
 
 INNER = dict(eps=.1, step_size=.05, steps=2, margin=.2)
 PROXIES = dict(eps=.1, step_size=.05, steps=2, warm_epochs=0, clean_epochs=0, ramp_epochs=0, clip=.01) # most gradients are clipped
@@ -62,7 +64,7 @@ def trained(name, **options):
 def failing(defense, at, who=None):
     "The same defence, failing at update `at`, in all processes or in one."
     def step(model, x, label, *, state, clock, gen):
-        if clock.update == at and who in (None, ranks.process_index()): raise ZeroDivisionError('a fault of the test')
+        if clock.update == at and who in (None, processes.process_index()): raise ZeroDivisionError('a fault of the test')
         return defense.step(model, x, label, state=state, clock=clock, gen=gen)
     return Defense(name=defense.name, options=defense.options, init=defense.init, step=step)
 
@@ -85,7 +87,7 @@ def stored(folder):
 def deep(x, shared):
     "Embedding and gradients of a network with BatchNorm, in training mode and folded, in the memory layout of training."
     net = build('resnet18', dim=8, size=32, channels=1, seed=0).double().to(memory_format=torch.channels_last)
-    with ranks.spread(*[net]*shared):
+    with processes.spread(*[net]*shared):
         emb = embed(train_mode(net), x)
         grads = torch.autograd.grad(emb.square().matmul(torch.arange(8.).double()).sum(), list(net.parameters()))
         folded = streamlined(net)
@@ -114,20 +116,20 @@ def counted():
     x, label = images().train.batch(torch.arange(16), dtype=torch.float64), torch.arange(8).repeat_interleave(2)
     try:
         dist.all_gather, dist.all_reduce = gather, reduce
-        with ranks.spread(net): step = make('act', **INNER).step(net, x, label, state={}, clock=Clock(0, 1), gen=generator(0, 'draw')); step.loss.backward()
+        with processes.spread(net): step = make('act', **INNER).step(net, x, label, state={}, clock=Clock(0, 1), gen=generator(0, 'draw')); step.loss.backward()
     finally: dist.all_gather, dist.all_reduce = plain
     moved = round(step.log['image_steps']/2)
-    said = ranks.traffic(clean=16, moved=moved, update=3*moved//2, steps=2, dim=8, pixels=28*28, weights=sum(p.numel() for p in net.parameters()), processes=2, itemsize=8)
+    said = processes.traffic(clean=16, moved=moved, update=3*moved//2, steps=2, dim=8, pixels=28*28, weights=sum(p.numel() for p in net.parameters()), processes=2, itemsize=8)
     return [sent['all_gather'], said['embeddings'] + said['images'], sent['all_reduce'], said['weights']]
 
 
 def refusals():
     "What several processes do not do."
     net, found = build('resnet18', dim=8, size=32, channels=1, seed=0), []
-    with ranks.spread(net):
+    with processes.spread(net):
         try: net.train()(torch.zeros(4, 1, 32, 32))
         except ValueError as error: found.append(str(error))
-    other = build('small', dim=8, size=28, channels=1, seed=ranks.process_index())
+    other = build('small', dim=8, size=28, channels=1, seed=processes.process_index())
     try: train(other, images().train, DEFENSES['natural'](), epochs=1, **OPTIONS)
     except RuntimeError as error: found.append(str(error))
     return found
@@ -135,31 +137,31 @@ def refusals():
 
 def work(folder):
     "What the two processes do; process 0 writes it."
-    with ranks.joined('cpu', processes=2, only_first=True):
-        found = dict(index=ranks.everyone([ranks.process_index(), ranks.process_count(), ranks.leads()]), agreed=ranks.everyone(ranks.agreed(ranks.process_index())),
-                     parts=ranks.everyone(ranks.gathered(torch.full((2 + ranks.process_index(), 2), ranks.process_index()), [2, 3]).tolist()))
+    with processes.joined('cpu', processes=2, only_first=True):
+        found = dict(index=processes.everyone([processes.process_index(), processes.process_count(), processes.leads()]), agreed=processes.everyone(processes.agreed(processes.process_index())),
+                     parts=processes.everyone(processes.gathered(torch.full((2 + processes.process_index(), 2), processes.process_index()), [2, 3]).tolist()))
         found |= {name: trained(name) for name in DEFENSES}
-        found |= dict(cut_off=cut_off(folder), stored=ranks.everyone(stored(folder)), refusals=refusals())
+        found |= dict(cut_off=cut_off(folder), stored=processes.everyone(stored(folder)), refusals=refusals())
         x = torch.rand(5, 1, 32, 32, generator=generator(0, 'x'), dtype=torch.float64)
         found['deep'] = max((a - b).abs().max().item() for a, b in zip(deep(x, 0), deep(x, 1)))
         found |= dict(evaluated=evaluated(Run(folder/'eval')), one_batch=evaluated(batch_size=50), single=evaluated(dtype=torch.float32), counted=counted())
         emb = torch.randn(23, 4, generator=generator(0, 'shards'), dtype=torch.float64)
-        found['search'] = knn_together(emb, emb.split([20, 3])[ranks.process_index()], k=5, rows=torch.arange(23))[1].tolist()
-        found['same'] = ranks.everyone(found)
+        found['search'] = knn_together(emb, emb.split([20, 3])[processes.process_index()], k=5, rows=torch.arange(23))[1].tolist()
+        found['same'] = processes.everyone(found)
     first, second = found.pop('same')
-    (folder/'found.json').write_text(json.dumps(found | dict(same=first == second, left=ranks.process_count()))) # process 1 has ended
+    (folder/'found.json').write_text(json.dumps(found | dict(same=first == second, left=processes.process_count()))) # process 1 has ended
 
 
 def fault(folder):
     "One of two processes fails in the second epoch."
-    with ranks.joined('cpu', processes=2):
+    with processes.joined('cpu', processes=2):
         defense = DEFENSES['natural']()
         train(network(defense), images().train, failing(defense, 3, who=1), run=Run(folder/'fault'), epochs=3, **OPTIONS)
 
 
 def launched(folder):
     "In each of two processes that accelerate has started."
-    with ranks.joined('cpu', processes=2): (folder/f'launched.{ranks.process_index()}').write_text(json.dumps(ranks.everyone(ranks.process_index())))
+    with processes.joined('cpu', processes=2): (folder/f'launched.{processes.process_index()}').write_text(json.dumps(processes.everyone(processes.process_index())))
 
 
 # the tests
@@ -289,12 +291,12 @@ def test_a_launcher_that_starts_one_process_is_noticed(monkeypatch):
     accelerate = pytest.importorskip('accelerate', reason='the launch from a notebook needs accelerate')
     called = []
     monkeypatch.setattr(accelerate, 'notebook_launcher', lambda function, args, **_: function(*args))
-    with pytest.raises(RuntimeError, match='expected 2 processes, found 1'): ranks.launch(called.append, 1, processes=2)
+    with pytest.raises(RuntimeError, match='expected 2 processes, found 1'): processes.launch(called.append, 1, processes=2)
     assert not called
-    ranks.launch(called.append, 1, processes=1)
+    processes.launch(called.append, 1, processes=1)
     assert called == [1]
 
 
 if __name__ == '__main__':
     asked, place = sys.argv[2:], Path(sys.argv[1])
-    ranks.launch(launched, place, processes=2) if asked == ['launch'] else fault(place) if asked else work(place)
+    processes.launch(launched, place, processes=2) if asked == ['launch'] else fault(place) if asked else work(place)

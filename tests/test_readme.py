@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from robust_dml import experiments, report
-from robust_dml.store import ledger_of, ledger_record, read_results
+from robust_dml.study import experiments
+from robust_dml.report import tables
+from robust_dml.runs.store import ledger_of, ledger_record, read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT/'README.md'
@@ -18,12 +19,12 @@ def markdown(kind, results):
         classes, attack, setting = (results['data'][side]['classes'] for side in ('train', 'test')), results['attack'], next(iter(results['settings'].values()))
         queries, seeds = attack['limit'] or results['data']['test']['images'], len({r['seed'] for r in results['records']})
         return '{} classes to train on and {} others to retrieve; '.format(*classes) + f"{'one seed' if seeds == 1 else f'{seeds} seeds'}, ε = {255*setting['eps']:g}/255, attacks of {attack['steps']} steps on {queries:,} queries.\n"
-    if kind == 'summary': return '\n\n'.join(report.summary(results)) + '\n'
+    if kind == 'summary': return '\n\n'.join(tables.summary(results)) + '\n'
     experiment = results['experiment']
-    frame = {'table1': report.table1, 'table2': report.table2}[experiment](results)
-    text = report.as_text(frame, experiment).drop(columns=['Setting', 'Seeds']).set_index('Defense').T
+    frame = {'table1': tables.table1, 'table2': tables.table2}[experiment](results)
+    text = tables.as_text(frame, experiment).drop(columns=['Setting', 'Seeds']).set_index('Defense').T
     if kind == 'scores': text = text.loc[[name for name in text.index if 'ARS' in name or name in ('R@1', 'Mean distance')]]
-    arrow = {c.name: {1: ' ↑', -1: ' ↓', 0: ''}[c.better] for c in report.COLUMNS[experiment]}
+    arrow = {c.name: {1: ' ↑', -1: ' ↓', 0: ''}[c.better] for c in tables.COLUMNS[experiment]}
     lines = [['', *text.columns], ['---', *['--:']*len(text.columns)], *([name + arrow.get(name, ''), *row] for name, row in zip(text.index, text.values))]
     return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines)
 

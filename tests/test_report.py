@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from robust_dml import report
-from robust_dml.scores import ARS_HEADINGS, HEADINGS, ars, ars_cells, constant_before, ers, ers_cells, paper_table
+from robust_dml.report import tables as report
+from robust_dml.metrics.scores import ARS_HEADINGS, HEADINGS, ars, ars_cells, constant_before, ers, ers_cells, paper_table
 
 LABELS = {'natural': 'Natural', 'act': 'ACT', 'colo_tride': 'COLO-TRIDE (official)'}
 
@@ -371,5 +371,5 @@ def test_bad_input():
 
 
 def test_import_is_light():
-    code = "import sys, robust_dml.report; print([m for m in ('pandas', 'matplotlib', 'seaborn', 'robust_dml.evaluate', 'robust_dml.train', 'robust_dml.models') if m in sys.modules])"
+    code = "import sys, robust_dml.report.tables; print([m for m in ('pandas', 'matplotlib', 'seaborn', 'robust_dml.metrics.evaluate', 'robust_dml.defenses.train', 'robust_dml.models.networks') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'

@@ -20,7 +20,8 @@ ENV = os.environ | {'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg'}
 # What a run notebook does, without the kernel: for tests that kill or starve it.
 SCRIPT = '''
 import sys
-from robust_dml import experiments, report
+from robust_dml.study import experiments
+from robust_dml.report import tables as report
 plan = experiments.plan('table1', experiments.parameters(dict(preset='smoke', defenses='natural,hm', out=sys.argv[1])))
 results = experiments.results(plan, show=False)
 print(report.write_report(plan.folder, results, experiments.example_images(plan, results)))
@@ -44,7 +45,7 @@ def test_form(path):
     assert len(tagged) == 1
     names = {}
     exec(tagged[0].source, {}, names)
-    from robust_dml.experiments import EXPERIMENTS, PARAMETERS
+    from robust_dml.study.experiments import EXPERIMENTS, PARAMETERS
     own = dict(reference=dict(dataset='fashion', preset='paper', seeds='0,1,2')) # the others begin with the parameters' defaults
     name = path.stem.removeprefix('run_')
     if name in EXPERIMENTS: assert names == PARAMETERS | own.get(name, {})
@@ -134,7 +135,7 @@ def test_full_disk_is_one_sentence(tmp_path):
     "A limit of 20 kB per file stands for a full disk: the first weights do not fit, and nothing half-written stays."
     done = script(tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith('robust_dml.store.StoreError: expected to write') and 'what was finished before is kept' in done.stderr
+    assert done.stderr.splitlines()[-1].startswith('robust_dml.runs.store.StoreError: expected to write') and 'what was finished before is kept' in done.stderr
     assert not list(tmp_path.rglob('*.part')) and not list(tmp_path.rglob('*.safetensors'))
 
 
@@ -168,7 +169,7 @@ def test_folder_beside_printed_numbers(tmp_path):
     results = json.loads((report/'results.json').read_text())
     assert results['data']['skipped'] == ['class3/3.png'] and results['data']['test']['images'] == 7
     assert str(tmp_path) not in json.dumps(results)
-    from robust_dml.report import compare
+    from robust_dml.report.tables import compare
     table = compare(results)
     assert {'Natural', 'ACT'} == set(table['Defense']) and '27.5' in set(table['Printed'])
 
@@ -184,12 +185,19 @@ BARE = '''
 import sys
 for absent in ('faiss', 'sklearn', 'scipy', 'pandas', 'matplotlib', 'seaborn', 'fastcore', 'nbdev', 'papermill', 'IPython'): sys.modules[absent] = None
 import torch
-from robust_dml import core, data, distances, models, mining, collapse, pgd, search, metrics, attacks, scores, defenses, tride, store, evaluate, train
+from robust_dml import core, neighbors
+from robust_dml.data import sets as data
+from robust_dml.triplets import distances, mining, collapse
+from robust_dml.models import networks
+from robust_dml.attacks import loop, suite
+from robust_dml.metrics import retrieval, scores, evaluate
+from robust_dml.defenses import base, colo_tride, train
+from robust_dml.runs import store
 gen = core.generator(0, 'bare')
 images = (torch.rand(24, 1, 28, 28, generator=gen)*255).to(torch.uint8)
 dataset = data.ImageSet(images, torch.arange(24)//4, tuple('abcdef'))
-model = models.build('small', dim=16, size=28, channels=1, seed=0)
-robust = tride.make('colo_tride', eps=.1, step_size=.05, steps=2, margin=.2, lam=2., profile='official')
+model = networks.build('small', dim=16, size=28, channels=1, seed=0)
+robust = colo_tride.make('colo_tride', eps=.1, step_size=.05, steps=2, margin=.2, lam=2., profile='official')
 train.train(model, dataset, robust, epochs=2, pairs=8, lr=1e-3, show=False)
 result = evaluate.evaluate(model, dataset, eps=.1, step_size=.05, steps=2, show=False)
 print(result.backend, 0 < result.ers < 100)

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from robust_dml import scale
+from robust_dml.study import scale
 from robust_dml.core import generator
-from robust_dml.distances import normalise
-from robust_dml.scale import Attacked, Index, Job
+from robust_dml.triplets.distances import normalise
+from robust_dml.study.scale import Attacked, Index, Job
 
 
 def job(**changes): return Job(**(dict(name='x', images=112, steps=16, weights=10**7, dim=512, pixels=3*224*224, seconds=1e-3, updates=1000) | changes))

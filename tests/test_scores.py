@@ -3,8 +3,9 @@ import math, subprocess, sys
 
 import pytest
 
-from robust_dml.scores import (ARS_HEADINGS, HEADINGS, ars, ars_cells, beside_printed, constant_before, ers, ers_cells,
-                               paper_rows, paper_table, paper_values, reference_source, reference_table, scorecard)
+from robust_dml.metrics.scores import ARS_HEADINGS, HEADINGS, ars, ars_cells, beside_printed, constant_before, ers
+from robust_dml.metrics.scores import ers_cells, paper_rows, paper_table, paper_values, reference_source
+from robust_dml.metrics.scores import reference_table, scorecard
 
 ERS = {  # what the formula gives for each row of Table 1
     ('CUB', 'N/A'): 3.79, ('CUB', 'ACT'): 33.97, ('CUB', 'HM'): 36.04, ('CUB', 'Ours'): 38.77,
@@ -185,10 +186,10 @@ def test_bare_machine():
     "scores, search and metrics work with torch, numpy and tqdm alone, and 'auto' then takes torch."
     code = ('import sys\n'
             'for name in ("faiss", "sklearn", "pandas", "matplotlib", "seaborn", "fastcore", "scipy"): sys.modules[name] = None\n'
-            'import torch\nfrom robust_dml import metrics, scores, search\n'
-            'row = metrics.benign(torch.eye(4), torch.tensor([0, 0, 1, 1]))\n'
+            'import torch\nfrom robust_dml import neighbors\nfrom robust_dml.metrics import retrieval, scores\n'
+            'row = retrieval.benign(torch.eye(4), torch.tensor([0, 0, 1, 1]))\n'
             'print(row["backend"], scores.paper_values(1, "CUB", "HM")["ERS"])\n'
-            'try: search.knn(torch.eye(4), torch.eye(4), k=1, backend="faiss")\nexcept ImportError as err: print(err)\n')
+            'try: neighbors.knn(torch.eye(4), torch.eye(4), k=1, backend="faiss")\nexcept ImportError as err: print(err)\n')
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines() == ['torch 36.0', "backend='faiss' needs faiss; install it with: pip install faiss-cpu"]
 

@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 
-from robust_dml import search
-from robust_dml.distances import pairwise_distance, prepare
-from robust_dml.search import block_rows, cache_rows, distances, faiss_gpus, kmeans, knn, mask_rows_, resolve_backend, smallest, tally
+from robust_dml import neighbors as search
+from robust_dml.triplets.distances import pairwise_distance, prepare
+from robust_dml.neighbors import block_rows, cache_rows, distances, faiss_gpus, kmeans, knn, mask_rows_, resolve_backend, smallest, tally
 
 BACKENDS = ['torch', pytest.param('faiss', marks=pytest.mark.skipif(resolve_backend('auto') == 'torch', reason='faiss is not installed'))]
 

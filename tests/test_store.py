@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from robust_dml import store
+from robust_dml.runs import store
 from robust_dml.core import fingerprint
-from robust_dml.store import Run, StoreError, append_line, load_tensors, locked, open_run, read_lines, save_tensors
+from robust_dml.runs.store import Run, StoreError, append_line, load_tensors, locked, open_run, read_lines, save_tensors
 
 # Adds one to a number in the run folder, slowly, so that two at once would lose a count.
 COUNT = '''
 import sys, time
 from pathlib import Path
-from robust_dml.store import Run, locked
+from robust_dml.runs.store import Run, locked
 run, times = Run(Path(sys.argv[1])), int(sys.argv[2])
 for _ in range(times):
     with locked(run):
@@ -30,7 +30,7 @@ for _ in range(times):
 HOLD = '''
 import sys, time
 from pathlib import Path
-from robust_dml.store import Run, locked
+from robust_dml.runs.store import Run, locked
 with locked(Run(Path(sys.argv[1])), beat=float(sys.argv[2])):
     print('held', flush=True)
     time.sleep(60)
@@ -321,7 +321,7 @@ def test_two_processes_collect_at_once(tmp_path):
     "Nothing is lost."
     stores = [tmp_path/f'store{i}' for i in range(3)]
     runs = [finished(folder, seed=10*i + seed) for i, folder in enumerate(stores) for seed in range(4)]
-    code = 'import sys; from robust_dml import store; store.collect(sys.argv[1], sys.argv[2])'
+    code = 'import sys; from robust_dml.runs import store; store.collect(sys.argv[1], sys.argv[2])'
     processes = [start(code, tmp_path/'all', folder/'store') for folder in stores]
     for p in processes: assert p.wait(60) == 0, p.stderr.read()
     assert [run.address for run in store.finished_runs(tmp_path/'all')] == sorted(run.address for run in runs)

@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import pytest
 
-from robust_dml import experiments, stress
-from robust_dml.store import read_lines
+from robust_dml.study import experiments, stress
+from robust_dml.runs.store import read_lines
 
 EFFORT = stress.EFFORTS['smoke']
 

@@ -10,19 +10,20 @@ import torch
 from scipy.stats import kendalltau
 from torch import nn, tensor
 
-from robust_dml import data
-from robust_dml.attacks import FIXED, SUITE, Attack, Gallery, Queries, members, run_attack
-from robust_dml.baselines import multi_similarity_loss
+from robust_dml.data import sets
+from robust_dml.attacks.suite import FIXED, SUITE, Attack, Gallery, Queries, members, run_attack
+from robust_dml.defenses.baselines import multi_similarity_loss
 from robust_dml.core import generator
-from robust_dml.distances import normalise
-from robust_dml.evaluate import evaluate, queries_and_gallery
-from robust_dml.models import build, embed, embed_all
-from robust_dml.pgd import pgd, project
-from robust_dml.store import Run, append_line, read_lines
-from robust_dml.strong import (APGD, BALLS, BEYOND, GOALS, LTM_NEAREST, R_AT_1, Ascent, adaptive, checkpoints, curve, curve_line, decisive, onto_l2, onto_linf, order,
-                               over_eps, over_steps, random_start, run_strong, sides, spqa, three, unit, worst_case)
-from robust_dml.train import train
-from robust_dml.tride import make
+from robust_dml.triplets.distances import normalise
+from robust_dml.metrics.evaluate import evaluate, queries_and_gallery
+from robust_dml.models.networks import build, embed, embed_all
+from robust_dml.attacks.loop import pgd, project
+from robust_dml.runs.store import Run, append_line, read_lines
+from robust_dml.attacks.strong import APGD, BALLS, BEYOND, GOALS, LTM_NEAREST, R_AT_1, Ascent, adaptive, checkpoints
+from robust_dml.attacks.strong import curve, curve_line, decisive, onto_l2, onto_linf, order, over_eps, over_steps
+from robust_dml.attacks.strong import random_start, run_strong, sides, spqa, three, unit, worst_case
+from robust_dml.defenses.train import train
+from robust_dml.defenses.colo_tride import make
 
 PLAIN = {**SUITE, **FIXED}
 ALL = {**PLAIN, **BEYOND}
@@ -43,7 +44,7 @@ def toy(dtype=torch.float64, rows=range(0, 60, 5)):
 @pytest.fixture(scope='module')
 def trained():
     "A net trained for seconds on characters, and a part of the test set as queries."
-    images = data.glyphs(train_classes=20, test_classes=12, per_class=8)
+    images = sets.glyphs(train_classes=20, test_classes=12, per_class=8)
     net = build('small', dim=16, size=28, channels=1, seed=0)
     train(net, images.train, make('natural', margin=.2, miner='semihard'), epochs=12, pairs=20, lr=2e-3, show=False)
     queries, gallery = queries_and_gallery(embed_all(net, images.test, batch_size=96), images.test.labels)

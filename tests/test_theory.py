@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from robust_dml import theory
+from robust_dml.papers.colo_tride import theory
 from robust_dml.core import generator
-from robust_dml.distances import normalise
+from robust_dml.triplets.distances import normalise
 
 TABLE = [ # degrees, shifts of ANP, CAP, SIP over h, exact R
     (180, .5, .5, .25, 2.), (150, .5176, .5, .2543, 2.0006), (120, .5774, .5, .2679, 2.0104), (90, .7071, .5, .2929, 2.0607),

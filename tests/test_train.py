@@ -5,14 +5,15 @@ import numpy as np
 import pytest
 import torch
 
-from robust_dml import core, data
-from robust_dml import train as module
+from robust_dml import core
+from robust_dml.data import sets as data
+from robust_dml.defenses import train as module
 from robust_dml.core import generator
-from robust_dml.defenses import Defense
-from robust_dml.models import build
-from robust_dml.store import Run, StoreError, load_tensors, save_tensors
-from robust_dml.train import replay, train
-from robust_dml.tride import make
+from robust_dml.defenses.base import Defense
+from robust_dml.models.networks import build
+from robust_dml.runs.store import Run, StoreError, load_tensors, save_tensors
+from robust_dml.defenses.train import replay, train
+from robust_dml.defenses.colo_tride import make
 
 OPTIONS = dict(epochs=3, pairs=12, lr=1e-3, seed=0, show=False)  # 36 images: three batches in an epoch
 

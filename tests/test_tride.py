@@ -8,12 +8,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from robust_dml.collapse import collapseness
+from robust_dml.triplets.collapse import collapseness
 from robust_dml.core import generator
-from robust_dml.defenses import Clock, Step, clean_embedding, perturb, take, triplet_distances
-from robust_dml.mining import MINERS, gradual_margin
-from robust_dml.tride import (CHOICES, DEFENSES, NAIVE, PAPER, PROFILES, Switches, anp_objective, cap_objective, direction, inner_objective, make,
-                              naive, nearest_half, reaction, stop_rule, switches, top_gain, top_loss, top_term, tride, update_loss, valid_options)
+from robust_dml.defenses.base import Clock, Step, clean_embedding, perturb, take, triplet_distances
+from robust_dml.triplets.mining import MINERS, gradual_margin
+from robust_dml.defenses.colo_tride import CHOICES, DEFENSES, NAIVE, PAPER, PROFILES, Switches, anp_objective
+from robust_dml.defenses.colo_tride import cap_objective, direction, inner_objective, make, naive, nearest_half
+from robust_dml.defenses.colo_tride import reaction, stop_rule, switches, top_gain, top_loss, top_term, tride
+from robust_dml.defenses.colo_tride import update_loss, valid_options
 
 D_AP,D_AN = torch.tensor([.30, .60, .90, .20]),torch.tensor([.50, .55, 1.00, .70])
 INNER = dict(eps=.1, step_size=.03, steps=6, margin=.2, lam=4.)

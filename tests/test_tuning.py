@@ -11,8 +11,8 @@ import nbformat
 import pytest
 import torch
 
-from robust_dml import experiments, tuning
-from robust_dml.data import Split
+from robust_dml.study import experiments, tuning
+from robust_dml.data.sets import Split
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from robust_dml import tuple_tables
-from robust_dml.store import Run, StoreError
-from robust_dml.tuple_tables import CURVED, LINES, TABLES, Probe, along, both_curves, budget, curve_table, defence, fold_of, outcome, prepare, probes, record, results, table, words, write_tuples
+from robust_dml.papers import tuples as tuple_tables
+from robust_dml.runs.store import Run, StoreError
+from robust_dml.papers.tuples import CURVED, LINES, TABLES, Probe, along, both_curves, budget, curve_table, defence, fold_of, outcome, prepare, probes, record, results, table, words, write_tuples
 
 EPS, STEPS = .1, 10
 

@@ -7,20 +7,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from robust_dml import data
-from robust_dml.attacks import Gallery, Queries, members
-from robust_dml.clustering import ATTACKS
+from robust_dml.data import sets
+from robust_dml.attacks.suite import Gallery, Queries, members
+from robust_dml.metrics.clustering import ATTACKS
 from robust_dml.core import generator
-from robust_dml.data import ImageSet
-from robust_dml.defenses import Clock, Defense, clean_embedding
-from robust_dml.distances import paired_distance
-from robust_dml.forecast import noise_set
-from robust_dml.mining import Triplets
-from robust_dml.models import build, embed, embed_all
-from robust_dml.store import Run, to_json
-from robust_dml.train import train
-from robust_dml.tuples import (GRANULARITIES, LOSSES, ROLES, craft, find, fold_increase, make, mean_cosine, mine, on_batch, per_image, per_tuple, retrieved, surrogate, tuple_loss,
-                               tuple_terms, tuples, under_attack, valid_options)
+from robust_dml.data.sets import ImageSet
+from robust_dml.defenses.base import Clock, Defense, clean_embedding
+from robust_dml.triplets.distances import paired_distance
+from robust_dml.study.cost import noise_set
+from robust_dml.triplets.mining import Triplets
+from robust_dml.models.networks import build, embed, embed_all
+from robust_dml.runs.store import Run, to_json
+from robust_dml.defenses.train import train
+from robust_dml.defenses.tuples import GRANULARITIES, LOSSES, ROLES, craft, find, fold_increase, make, mean_cosine, mine
+from robust_dml.defenses.tuples import on_batch, per_image, per_tuple, retrieved, surrogate, tuple_loss, tuple_terms
+from robust_dml.defenses.tuples import tuples, under_attack, valid_options
 
 BALL = dict(eps=.1, step_size=.04, steps=5)
 INNER = dict(BALL, margin=.2)
@@ -105,7 +106,7 @@ def test_an_anchor_without_a_near_negative_has_no_tuple():
 def test_mining_refuses_batches_without_tuples():
     emb = F.normalize(torch.randn(4, 3, generator=generator(0)))
     with pytest.warns(UserWarning, match='at least 2 classes in a batch, found 1 in one of 4 images'): assert len(mine(emb, torch.zeros(4).long(), gen=generator(0)).a) == 0
-    with pytest.raises(ValueError, match='found 1 of class 9: it has no positive; draw batches with data.pair_batches'): mine(emb, torch.tensor([3, 3, 3, 9]), gen=generator(0))
+    with pytest.raises(ValueError, match='found 1 of class 9: it has no positive; draw batches with data.sets.pair_batches'): mine(emb, torch.tensor([3, 3, 3, 9]), gen=generator(0))
 
 
 @pytest.mark.parametrize('options', [dict(attack_rate=0.), dict(loss='contrastive', attack_rate=0.), {}, dict(loss='contrastive'), dict(granularity='image'), dict(granularity='batch')], ids=str)
@@ -332,7 +333,7 @@ def test_a_batch_with_nothing_to_do():
         assert all(math.isnan(out.log[key]) for key in ('hardness', 'collapseness', 'shift', 'nonzero')) and out.log['image_steps'] == 0
 
 
-def few(): return data.glyphs(train_classes=6, test_classes=3, per_class=6)
+def few(): return sets.glyphs(train_classes=6, test_classes=3, per_class=6)
 
 
 @pytest.mark.parametrize('options', [{}, dict(loss='contrastive', attack_rate=.5), dict(granularity='batch')], ids=('tuple', 'rate', 'batch'))

@@ -5,7 +5,7 @@ import re
 import tokenize
 from pathlib import Path
 
-from builder.notebooks import ROOT, library, module_of, heading, toctree
+from builder.notebooks import ROOT, address, heading, library, module_of, toctree
 
 PACKAGE = ROOT/'robust_dml'
 _SPECIAL = re.compile(r'([\\*_$<>|\[\]{}~^])')
@@ -111,12 +111,12 @@ def described(
     notebook:Path, # that exports it
 )->list[str]:      # a directive for each public name, in order
     "Every public definition of a module."
-    source = (PACKAGE/f'{module}.py').read_text(encoding='utf-8')
+    source = (PACKAGE/f'{module.replace(".", "/")}.py').read_text(encoding='utf-8')
     tree, says, lines, found = ast.parse(source), comments(source), source.splitlines(), []
     public = next((ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == '__all__'), [])
     for node in tree.body:
-        cell = next((m[1] for line in lines[node.lineno-1::-1] if (m := re.match(r'# %% \.\./nbs/\S+ #(\w+)', line))), '')
-        where = f'*Explained in [{notebook.stem}](#cell-{cell}).*' if cell else ''
+        cell = next((m[1] for line in lines[node.lineno-1::-1] if (m := re.match(r'# %% (?:\.\./)+nbs/\S+ #(\w+)', line))), '')
+        where = f'*Explained in [{address(notebook)}](#cell-{cell}).*' if cell else ''
         if isinstance(node, ast.FunctionDef) and node.name in public: found.append(_function(node, says, where=where))
         elif isinstance(node, ast.ClassDef) and node.name in public: found.append(_class(node, says, where))
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
@@ -133,7 +133,7 @@ def write(
     modules = {module_of(p): p for p in library() if module_of(p)}
     for module, path in modules.items():
         title, purpose = heading(path)
-        head = f'# {module}\n\n```{{py:module}} robust_dml.{module}\n```\n\n{purpose}\n\nThe notebook [{path.stem}](../nbs/{path.name}) explains and checks what is listed here.\n'
+        head = f'# {module}\n\n```{{py:module}} robust_dml.{module}\n```\n\n{purpose}\n\nThe notebook [{address(path)}](../nbs/{address(path)}.ipynb) explains and checks what is listed here.\n'
         (target/'api'/f'{module}.md').write_text('\n'.join([head, *described(module, path)]), encoding='utf-8')
     intro = 'Signatures of all modules. The last column of each table is the comment behind the parameter: shape, data type, unit and range. Shapes: `B` images or triplets of a batch, `N` rows of a gallery, `D` dimensions of an embedding, `C, H, W` channels, height and width. Images lie in [0, 1]; ε and α are in the same unit.'
     lines = [f'* [{module}]({module}.md): {heading(path)[1]}' for module, path in modules.items()]

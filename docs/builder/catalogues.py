@@ -2,21 +2,26 @@
 import ast
 import hashlib
 import inspect
+import re
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
 from builder.api import PACKAGE, comments, escaped
-from builder.notebooks import library, links, section
-from robust_dml import attacks, baselines, clustering, eat, experiments, guide, strong, tride
-from robust_dml.tuples import tuples
+from builder.notebooks import address, folder_of, library, links, section
+from robust_dml.attacks import suite, strong
+from robust_dml.defenses import baselines, eat, colo_tride as tride
+from robust_dml.metrics import clustering
+from robust_dml.study import experiments
+from robust_dml.papers.colo_tride import guide
+from robust_dml.defenses.tuples import tuples
 
 
 def linked(
     code:str, # module.name, as in the guide
 )->str:
     "Name of a function that leads to its signature; private ones lead to their cell."
-    module, name = code.split('.')
+    module, _, name = code.rpartition('.')
     return f'[`{code}`](#cell-{guide.place(code).link.split("cell-id=")[1]})' if name.startswith('_') or name not in import_module(f'robust_dml.{module}').__all__ else f'{{py:obj}}`{code} <robust_dml.{code}>`'
 
 
@@ -41,7 +46,7 @@ def rows_table(
 
 def equations_page()->str:
     "Every equation, algorithm, figure, table, attack and score."
-    parts = ['# Find an equation', 'The number in the paper, what it says, the function that holds it and the cell that explains it. The same tables stand in [the guide](nbs/39_guide.ipynb), with the pipeline drawn.',
+    parts = ['# Find an equation', 'The number in the paper, what it says, the function that holds it and the cell that explains it. The same tables stand in [the guide](nbs/papers/colo_tride/03_guide.ipynb), with the pipeline drawn.',
              '## Equations of COLO-TRIDE', r'$D$ is a mean distance over the triplets of a batch, a star marks perturbed images, $T$ is a triplet. There is no equation (29). Symbols: [glossary](glossary.md).', rows_table(guide.equations()),
              '## Attacks', rows_table(guide.attacks()), '## Scores', rows_table(guide.scores()),
              '## Robust optimisation of tuples', rows_table(guide.robust_tuples()), '## EAT, its ensembles, and inference by clustering', rows_table(guide.ensembles())]
@@ -55,7 +60,7 @@ class Pictures:
         target:Path, # folder of the sources
         cache:Path,  # folder that outlives a build
     ):
-        files = [*sorted(PACKAGE.glob('*.py')), Path(__file__).with_name('pictures.py')]
+        files = [*sorted(PACKAGE.rglob('*.py')), Path(__file__).with_name('pictures.py')]
         self.key = hashlib.sha256(b''.join(f.read_bytes() for f in files)).hexdigest()[:12]
         self.target, self.cache = target/'pictures', cache
         for folder in (self.target, cache): folder.mkdir(parents=True, exist_ok=True)
@@ -97,18 +102,18 @@ def attacks_page(pictures:Pictures)->str:
     "Every attack with its picture."
     from builder.pictures import black_box_picture, black_boxes
     says = {r.label: r for r in (*guide.attacks(), *guide.ensembles())}
-    groups = (('The suite', 'Nine optimisations with ten outcomes; their names are the headings of the tables.', attacks.SUITE),
-              ('Sound forms', 'The reference code of LTM and GTM has a quirk each (see [paper and code](paper_and_code.md)); these are free of it and stand beside the others in every table.', attacks.FIXED),
-              ('Beyond the suite', 'Stronger or different aims, in [16_strong](nbs/16_strong.ipynb).', strong.BEYOND),
-              ('Clustering and retrieval, by EAT and the tuple paper', 'Aims of inference by neighbours, centres and clusters, in [18_clustering](nbs/18_clustering.ipynb).', clustering.ATTACKS))
+    groups = (('The suite', 'Nine optimisations with ten outcomes; their names are the headings of the tables.', suite.SUITE),
+              ('Sound forms', 'The reference code of LTM and GTM has a quirk each (see [paper and code](paper_and_code.md)); these are free of it and stand beside the others in every table.', suite.FIXED),
+              ('Beyond the suite', 'Stronger or different aims, in [attacks/02_strong](nbs/attacks/02_strong.ipynb).', strong.BEYOND),
+              ('Clustering and retrieval, by EAT and the tuple paper', 'Aims of inference by neighbours, centres and clusters, in [metrics/02_clustering](nbs/metrics/02_clustering.ipynb).', clustering.ATTACKS))
     parts = ['# Attacks', 'Each picture is made by the library: twelve images of three classes (colour and shape) lie on the unit circle, the query is the black star, and the arrow is the way on which its objective leads it, at most 75 degrees. '
              'A ring marks the image aimed at, crosses are class centres. Arrows are where the objective pulls; how far an attack comes is a matter of ε, steps and the model.']
     for title, intro, some in groups: parts += [f'## {title}', intro, *(_attack_section(a, says, pictures) for a in some.values())]
-    parts += ['## Black boxes', 'Attacks that see no gradient, in [17_blackbox](nbs/17_blackbox.ipynb). Below, each pushes a glyph away from its place (ES) in a network trained for a moment, with a small budget of questions; white in the difference is no change, red brighter, blue darker.']
+    parts += ['## Black boxes', 'Attacks that see no gradient, in [17_blackbox](nbs/attacks/03_blackbox.ipynb). Below, each pushes a glyph away from its place (ES) in a network trained for a moment, with a small budget of questions; white in the difference is no change, red brighter, blue darker.']
     for name in black_boxes():
-        doc = getattr(import_module('robust_dml.blackbox'), name).__doc__
-        parts.append(f'### {name.replace("_", " ")}\n\n' + beside(pictures(f'blackbox {name}', lambda: black_box_picture(name), f'An image before and after {name}'), escaped(doc), f'{linked("blackbox." + name)}, explained in {cell_link("blackbox." + name)}.'))
-    parts.append('Further ones without a picture of their own: ' + ', '.join(f'{linked(c)} ({escaped(getattr(import_module("robust_dml." + c.split(".")[0]), c.split(".")[1]).__doc__.rstrip(".").lower())})' for c in ('blackbox.universal', 'blackbox.transfer', 'strong.adaptive', 'clustering.proxy')) + '.')
+        doc = getattr(import_module('robust_dml.attacks.blackbox'), name).__doc__
+        parts.append(f'### {name.replace("_", " ")}\n\n' + beside(pictures(f'blackbox {name}', lambda: black_box_picture(name), f'An image before and after {name}'), escaped(doc), f'{linked("attacks.blackbox." + name)}, explained in {cell_link("attacks.blackbox." + name)}.'))
+    parts.append('Further ones without a picture of their own: ' + ', '.join(f'{linked(c)} ({escaped(getattr(import_module("robust_dml." + c.rpartition(".")[0]), c.rpartition(".")[2]).__doc__.rstrip(".").lower())})' for c in ('attacks.blackbox.universal', 'attacks.blackbox.transfer', 'attacks.strong.adaptive', 'metrics.clustering.proxy')) + '.')
     return '\n\n'.join(parts) + '\n'
 
 
@@ -126,10 +131,10 @@ def _defense_section(name:str, made, label:str, pictures:Pictures)->str:
 def defenses_page(pictures:Pictures)->str:
     "Every defence with its picture."
     labels = {row.defense: row.label for row in experiments.DEFENSES.values() if not row.options} | dict(tuples='Robust tuples', library_loss='Losses of pytorch-metric-learning', free='Free adversarial training', eat='EAT (our reconstruction)')
-    groups = (('The table of COLO-TRIDE', 'Triplet defences of [21_defenses](nbs/21_defenses.ipynb) and [22_tride](nbs/22_tride.ipynb). For the two that take turns, orange is the first batch (CAP) and black the second (ANP).', tride.DEFENSES),
-              ('Baselines', 'More ways to train against attacks, in [23_baselines](nbs/23_baselines.ipynb).', baselines.BASELINES),
-              ('Robust tuples', 'One element of each tuple moves, in [24_tuples](nbs/24_tuples.ipynb).', dict(tuples=tuples)),
-              ('Proxies and ensembles', 'EAT (our reconstruction) and what stands beside it, in [25_eat](nbs/25_eat.ipynb). The picture is that of the first member; crosses are mixtures of two images.', eat.PROXY))
+    groups = (('The table of COLO-TRIDE', 'Triplet defences of [defenses/00_base](nbs/defenses/00_base.ipynb) and [defenses/01_colo_tride](nbs/defenses/01_colo_tride.ipynb). For the two that take turns, orange is the first batch (CAP) and black the second (ANP).', tride.DEFENSES),
+              ('Baselines', 'More ways to train against attacks, in [defenses/02_baselines](nbs/defenses/02_baselines.ipynb).', baselines.BASELINES),
+              ('Robust tuples', 'One element of each tuple moves, in [defenses/03_tuples](nbs/defenses/03_tuples.ipynb).', dict(tuples=tuples)),
+              ('Proxies and ensembles', 'EAT (our reconstruction) and what stands beside it, in [defenses/04_eat](nbs/defenses/04_eat.ipynb). The picture is that of the first member; crosses are mixtures of two images.', eat.PROXY))
     parts = ['# Defences', 'Each picture is made by the library: one batch of twelve glyphs of six classes (colour and shape, a line joins a class) in a small network trained for a moment without attack, seen along its two main axes. '
              'An arrow leads from an image to the copy from which the defence would learn next. No arrow: it learns from the clean image. ε = 48/255, 8 steps.']
     for title, intro, some in groups: parts += [f'## {title}', intro, *(_defense_section(name, made, labels.get(name, name), pictures) for name, made in some.items())]
@@ -137,7 +142,7 @@ def defenses_page(pictures:Pictures)->str:
 
 
 def switch_meanings()->dict[str, str]:
-    "The comment behind each field of `tride.Switches`."
+    "The comment behind each field of `defenses.colo_tride.Switches`."
     source = inspect.getsource(tride)
     says = comments(source)
     node = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == 'Switches')
@@ -174,5 +179,5 @@ def choices()->str:
     "The section Choices of every library notebook."
     parts = []
     for path in library():
-        if (text := section(path, 'Choices')) and not path.stem.endswith('_tride'): parts += [f'### [{path.stem}](nbs/{path.name})', links(text.replace('](', '](nbs/')) if '.ipynb' in text else text]
+        if (text := section(path, 'Choices')) and not path.stem.endswith('_tride'): parts += [f'### [{address(path)}](nbs/{address(path)}.ipynb)', links(re.sub(r'\]\((?=[\w./-]+\.ipynb)', f'](nbs/{folder_of(path)}/', text), 0)]
     return '\n\n'.join(parts)

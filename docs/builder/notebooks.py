@@ -6,19 +6,41 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[2]
 NBS = ROOT/'nbs'
-FLOORS = { # tens digit of the notebook, or what the last ones are for: page, title, purpose
-    '0': ('ground', 'Ground', 'Images, distances, networks, triplets, collapse: what everything else stands on.'),
-    '1': ('measuring', 'Measuring robustness', 'One loop, ten attacks and many more, and the scores made of them.'),
-    '2': ('training', 'Training for it', 'Defences of three papers as rules for one training step.'),
-    '3': ('running', 'Running and reporting', 'From a table of an experiment to finished runs, and from these to a page.'),
-    '4': ('studies', 'Studies', 'Audits, comparisons and experiments beyond the tables of the papers.'),
-    'readers': ('readers', 'For readers', 'The page that leads to all reports, one search under attack to play with, everything in one run.'),
+FOLDERS = { # folder of the notebooks, or what pages without a module are for: page, title, purpose
+    '.': ('ground', 'Ground', 'Argument checks and random numbers; exact search and k-means.'),
+    'triplets': ('triplets', 'Triplets', 'Distances and hardness, which triplets are taken, and when embeddings collapse.'),
+    'data': ('data', 'Data', 'Image sets, splits and batches; the benchmark sets from their authors\' files.'),
+    'models': ('models', 'Models', 'Networks with an embedding head.'),
+    'runs': ('running', 'Runs', 'Where results are kept, and how work is dealt out to processes and clusters.'),
+    'attacks': ('attacks', 'Attacks', 'One loop, ten attacks, and those beyond the ten.'),
+    'metrics': ('metrics', 'Metrics', 'Retrieval, clustering, scores of robustness, and when not to believe them.'),
+    'defenses': ('defenses', 'Defenses', 'Defences of three papers as rules for one training step, and the training loop.'),
+    'report': ('report', 'Reports', 'From results to tables, figures and pages.'),
+    'audit': ('audit', 'Audit', 'Your own model on your own images: measured, and hardened.'),
+    'study': ('study', 'Studies', 'The grid behind a table, and questions that no single table answers.'),
+    'papers/colo_tride': ('colo_tride', 'The paper on COLO-TRIDE', 'Its theory, its printed tables, its claims, and where each equation stands.'),
+    'papers': ('papers', 'The papers together', 'Tables of the other two papers, all defences side by side, everything in one run.'),
     'extend': ('extend', 'Extend it', 'Your own data set, attack or defence, each as a worked page.')}
+
+
+
+def folder_of(
+    path:Path, # notebook
+)->str:        # key of FOLDERS
+    "Folder of a notebook below nbs/."
+    return str(path.parent.relative_to(NBS))
+
+
+def address(
+    path:Path, # notebook
+)->str:        # 'attacks/00_loop'
+    "A notebook seen from nbs/."
+    return str(path.relative_to(NBS).with_suffix(''))
 
 
 def library()->list[Path]:
     "Notebooks that are read: those with a number."
-    return sorted(NBS.glob('[0-9]*.ipynb'))
+    return sorted((p for p in NBS.rglob('[0-9]*.ipynb') if '.ipynb_checkpoints' not in p.parts), key=lambda p: ([*FOLDERS].index(folder_of(p)), p.name))
 
 
 def forms()->list[Path]:
@@ -59,11 +81,12 @@ def in_pages(
 
 
 def links(
-    text:str, # Markdown of a page one folder deep
+    text:str,    # Markdown of a page
+    depth:int=1, # folders that the page is deep
 )->str:
     "The same for Markdown: Sphinx knows cells by their label, and reports are not its pages."
     text = re.sub(r'\]\((?:[\w./-]+\.ipynb)#cell-id=(\w+)\)', r'](#cell-\1)', text)
-    return re.sub(r'\[([^\]]+)\]\((?:\.\./)+(reports/[^)]+)\)', r'<a href="../\2">\1</a>', text)
+    return re.sub(r'\[([^\]]+)\]\((?:\.\./)+(reports/[^)]+)\)', rf'<a href="{"../"*depth}\2">\1</a>', text)
 
 
 def _first_words(prose:str)->str:
@@ -99,7 +122,7 @@ def page(
         if cell.cell_type == 'code':
             cells += _code(cell, prose)
             continue
-        cell.source = re.sub(r'^####+ ', '### ', links(cell.source), flags=re.M)
+        cell.source = re.sub(r'^####+ ', '### ', links(cell.source, 1 + len(path.parent.relative_to(NBS).parts)), flags=re.M)
         prose = cell.source
         if below and cell.source.startswith('# '):
             head, *rest = re.split(r'\n\n(?!>)', cell.source, maxsplit=1)
@@ -113,21 +136,22 @@ def module_of(
     path:Path, # notebook
 )->str:        # '' where it exports none
     "Name of the module that a notebook exports."
-    found = re.search(r'^#\|\s*default_exp\s+(\w+)', '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code'), re.M)
+    found = re.search(r'^#\|\s*default_exp\s+([\w.]+)', '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code'), re.M)
     return found[1] if found else ''
 
 
-def floor_of(
+def listed_in(
     path:Path, # notebook of `library` or `forms`
-)->str:        # key of FLOORS
-    "Where a notebook is listed."
-    if path.stem[0] in FLOORS: return path.stem[0]
-    return 'extend' if path.stem[0].isdigit() and not module_of(path) else 'readers'
+)->str:        # key of FOLDERS
+    "The page that lists a notebook."
+    if not path.stem[0].isdigit(): return 'study'
+    return folder_of(path) if module_of(path) else 'extend'
 
 
 def _above(path:Path, reports:dict[str, str])->str:
     "What stands under the title: the module's page, or the finished reports of a run notebook."
-    if module := module_of(path): return f'*Module [`robust_dml.{module}`](../api/{module}.md). Cells with a bar on the left are the module; the others check it. Run it: `make lab`, then `{path.name}`.*'
+    up = '../'*(1 + len(path.parent.relative_to(NBS).parts))
+    if module := module_of(path): return f'*Module [`robust_dml.{module}`]({up}api/{module}.md). Cells with a bar on the left are the module; the others check it. Run it: `make lab`, then `{address(path)}.ipynb`.*'
     mine = [name for name, experiment in reports.items() if path.stem == f'run_{experiment}']
     found = ', '.join(f'<a href="../reports/{name}/index.html">{name}</a>' for name in mine)
     if path.stem.startswith('run_'): return f'*Committed reports of this experiment: {found}.*' if found else '*No report of this experiment is committed yet: run it.*'
@@ -138,21 +162,25 @@ def write(
     target:Path,           # folder of the sources
     reports:dict[str, str], # folders in reports/ and their experiments
 )->None:
-    "All notebooks, a page for each floor and one for all."
+    "All notebooks, a page for each folder and one for all."
     (target/'nbs').mkdir(parents=True)
     read = library() + forms()
-    for path in read + runs(): nbformat.write(page(path, _above(path, reports)), target/'nbs'/path.name)
-    for key, (name, title, purpose) in FLOORS.items(): (target/'nbs'/f'{name}.md').write_text(_floor(title, purpose, [p for p in read if floor_of(p) == key]), encoding='utf-8')
-    lines = [f'* [{title}]({name}.md): {purpose}' for name, title, purpose in FLOORS.values()]
-    intro = 'Each notebook is a chapter: the equation, the code, a number that must come out, and a picture. The tens digit is the floor of the house; a module imports only from smaller numbers.'
-    (target/'nbs'/'index.md').write_text('\n\n'.join(['# Notebooks', intro, '\n'.join(lines), toctree(name for name, *_ in FLOORS.values())]), encoding='utf-8')
-    (target/'nbs'/'runs.md').write_text(_floor('Run notebooks', 'Every table and figure, and every audit, is one of these, executed by `make NAME` or papermill.', runs()), encoding='utf-8')
+    for path in read + runs():
+        (target/'nbs'/address(path)).parent.mkdir(exist_ok=True, parents=True)
+        nbformat.write(page(path, _above(path, reports)), target/'nbs'/f'{address(path)}.ipynb')
+    for key, (name, title, purpose) in FOLDERS.items():
+        listed = [p for p in read if listed_in(p) == key]
+        (target/'nbs'/f'{name}.md').write_text(_list(title, purpose, listed), encoding='utf-8')
+    lines = [f'* [{title}]({name}.md): {purpose}' for name, title, purpose in FOLDERS.values()]
+    intro = 'Each notebook is a chapter: the equation, the code, a number that must come out, and a picture. The folders stand in the order in which they build on each other; the numbers in a folder give the order of reading.'
+    (target/'nbs'/'index.md').write_text('\n\n'.join(['# Notebooks', intro, '\n'.join(lines), toctree(name for name, *_ in FOLDERS.values())]), encoding='utf-8')
+    (target/'nbs'/'runs.md').write_text(_list('Run notebooks', 'Every table and figure, and every audit, is one of these, executed by `make NAME` or papermill.', runs()), encoding='utf-8')
 
 
 def extend()->str:
     "Links to the notebooks on adding something of one's own, and to the interfaces that these use."
-    names = [p for p in library() if floor_of(p) == 'extend'] + [p for p in library() if p.stem in ('01_data', '13_attacks', '21_defenses')]
-    return ', '.join(f'[{heading(p)[0]}](nbs/{p.name})' for p in names)
+    names = [p for p in library() if listed_in(p) == 'extend'] + [p for p in library() if address(p) in ('data/00_sets', 'attacks/01_suite', 'defenses/00_base')]
+    return ', '.join(f'[{heading(p)[0]}](nbs/{address(p)}.ipynb)' for p in names)
 
 
 def toctree(names)->str:
@@ -160,11 +188,11 @@ def toctree(names)->str:
     return '\n'.join(['```{toctree}', ':hidden:', '', *names, '```', ''])
 
 
-def _floor(title:str, intro:str, paths:list[Path])->str:
+def _list(title:str, intro:str, paths:list[Path])->str:
     "A page that leads to some notebooks."
     lines = []
     for path in paths:
         name, purpose = heading(path)
         number = f'{path.stem[:2]} ' if path.stem[0].isdigit() else ''
-        lines.append(f'* [{number}{name}]({path.name}): {links(purpose)}')
-    return '\n\n'.join([f'# {title}', intro, '\n'.join(lines), toctree([p.stem for p in paths])])
+        lines.append(f'* [{number}{name}]({address(path)}.ipynb): {links(purpose)}')
+    return '\n\n'.join([f'# {title}', intro, '\n'.join(lines), toctree([address(p) for p in paths])])

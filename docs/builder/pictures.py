@@ -9,13 +9,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 from torch import Tensor, nn
 
-from robust_dml import blackbox, data, eat, models, train, tride
-from robust_dml.attacks import SUITE, Attack, Gallery, Queries, members, run_attack
+from robust_dml.attacks import blackbox
+from robust_dml.data import sets
+from robust_dml.defenses import eat, train, colo_tride
+from robust_dml.models import networks
+from robust_dml.attacks.suite import SUITE, Attack, Gallery, Queries, members, run_attack
 from robust_dml.core import generator
-from robust_dml.defenses import Clock
-from robust_dml.distances import normalise
-from robust_dml.models import embed
-from robust_dml.report import png, theme
+from robust_dml.defenses.base import Clock
+from robust_dml.triplets.distances import normalise
+from robust_dml.models.networks import embed
+from robust_dml.report.tables import png, theme
 
 COLOURS, SHAPES = ('#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9', '#7a7a7a'), 'os^Dvp'
 ATTACK = '#d55e00'
@@ -88,14 +91,14 @@ def attack_picture(
 
 
 @lru_cache(maxsize=None)
-def _glyphs()->data.Split: return data.glyphs(train_classes=6, test_classes=6, per_class=8)
+def _glyphs()->sets.Split: return sets.glyphs(train_classes=6, test_classes=6, per_class=8)
 
 
 @lru_cache(maxsize=None)
 def _learned(seed:int, epochs:int=20)->nn.Module:
     "A small network after a little training without attack, so that classes have a place."
-    model = models.build('small', dim=16, size=28, channels=1, seed=seed)
-    train.train(model, _glyphs().train, tride.make('natural', margin=.2), epochs=epochs, pairs=12, lr=1e-3, show=False)
+    model = networks.build('small', dim=16, size=28, channels=1, seed=seed)
+    train.train(model, _glyphs().train, colo_tride.make('natural', margin=.2), epochs=epochs, pairs=12, lr=1e-3, show=False)
     return model
 
 
@@ -136,7 +139,7 @@ def _arrows(ax, spots, before, images, x, colour)->None:
 
 
 def defense_picture(
-    name:str, # key of `eat.make`
+    name:str, # key of `defenses.eat.make`
 )->bytes:     # PNG
     "Where a defence takes the images of one batch before it learns from them."
     options = dict(eps=EPS, step_size=EPS/4, steps=8, lam=10., ics=.5, profile='official', top=.5)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from builder.api import escaped
 from builder.notebooks import NBS, ROOT, heading
-from robust_dml import gallery
-from robust_dml.store import read_results
+from robust_dml.papers import gallery
+from robust_dml.runs.store import read_results
 
 REPORTS = ROOT/'reports'
 
@@ -92,7 +92,7 @@ def errata_page()->str:
     "What the printed tables say against each other and against the text."
     found = read_results(REPORTS/'errata')
     wrong = [s for s in found['scores'] if s['verdict'] == 'outside']
-    parts = ['# Errata of COLO-TRIDE', f'{escaped(sentence_of("errata"))} Everything, with the repairs tried: <a href="reports/errata/index.html">the report</a>; how it is computed: [36_errata](nbs/36_errata.ipynb).',
+    parts = ['# Errata of COLO-TRIDE', f'{escaped(sentence_of("errata"))} Everything, with the repairs tried: <a href="reports/errata/index.html">the report</a>; how it is computed: [36_errata](nbs/papers/colo_tride/01_errata.ipynb).',
              '## Printed twice, differently', '\n'.join('* ' + '; '.join(f'{escaped(c["cell"])}: **{escaped(c["printed"])}**' for c in cells) for cells in found['disagreements']),
              '## Scores that other printed numbers exclude', 'Beyond is the distance to the nearest value that rounding allows.',
              _lines(['table', 'row', 'score', 'printed', 'recomputed', 'beyond'], [[s['table'], f'{escaped(s["dataset"])} {escaped(s["defense"])}', escaped(s['heading']), escaped(s['printed']), f'{s["computed"]:.2f}', f'{s["beyond"]:.2f}'] for s in wrong]),
@@ -103,7 +103,7 @@ def errata_page()->str:
 def _bars(items, picture_title:str)->bytes:
     "Ratios to the least work with their range and target."
     from matplotlib.figure import Figure
-    from robust_dml.report import png, theme
+    from robust_dml.report.tables import png, theme
     items = [i for i in items if i['unit'] == 'ratio' and i['target']][::-1]
     with theme():
         fig = Figure(figsize=(7, .6 + .27*len(items)), layout='constrained')

@@ -53,8 +53,8 @@ test('two clicks lead from the start page to the equation of collapseness', asyn
   await page.click('article a:has-text("Find an equation")')
   await page.waitForSelector('article mjx-container')
   await shot(page, 'docs-equations-1300')
-  await page.click('tr:has-text("(5)"):has-text("collapseness of the batch") a:has-text("05_collapse")')
-  await page.waitForURL(/nbs\/05_collapse\.html#cell-/)
+  await page.click('tr:has-text("(5)"):has-text("collapseness of the batch") a:has-text("triplets/02_collapse")')
+  await page.waitForURL(/nbs\/triplets\/02_collapse\.html#cell-/)
   await page.waitForSelector('mjx-container svg')
   assert.ok(await page.locator('div.math mjx-container').count() >= 2, 'expected the equations of the notebook typeset')
   assert.ok(!(await page.locator('article').innerText()).includes('\\frac'), 'expected no raw LaTeX')
@@ -68,8 +68,8 @@ test('the search finds collapseness, served and from the file system', async () 
     await page.waitForSelector('#search-results li a')
     await page.waitForFunction(() => /found/i.test(document.querySelector('#search-results p.search-summary')?.textContent ?? ''))
     const found = await page.locator('#search-results li a').evaluateAll(links => links.map(a => a.getAttribute('href')))
-    assert.ok(found.some(href => href.includes('robust_dml.collapse.collapseness')), `expected the function among ${found.slice(0, 5)}`)
-    assert.ok(found.some(href => href.includes('05_collapse')), `expected the notebook among ${found.slice(0, 9)}`)
+    assert.ok(found.some(href => href.includes('robust_dml.triplets.collapse.collapseness')), `expected the function among ${found.slice(0, 5)}`)
+    assert.ok(found.some(href => href.includes('triplets/02_collapse')), `expected the notebook among ${found.slice(0, 9)}`)
     assert.deepEqual(bad, [])
   }
 })
@@ -77,7 +77,7 @@ test('the search finds collapseness, served and from the file system', async () 
 test('code copies without its output', async () => {
   const { page, bad, context } = await watched()
   await context.grantPermissions(['clipboard-read', 'clipboard-write'])
-  await page.goto(`${base}/nbs/05_collapse.html`)
+  await page.goto(`${base}/nbs/triplets/02_collapse.html`)
   const cell = page.locator('div.tag_export div.highlight', { hasText: 'def collapseness' })
   await cell.hover()
   await cell.locator('button.copybtn').click()
@@ -88,8 +88,8 @@ test('code copies without its output', async () => {
 })
 
 test('no page is wider than a telephone, light and dark', async () => {
-  for (const [scheme, path] of [['light', 'index.html'], ['dark', 'nbs/05_collapse.html'], ['light', 'equations.html'], ['light', 'attacks.html'], ['dark', 'defenses.html'], ['light', 'api/collapse.html'],
-    ['light', 'paper_and_code.html'], ['light', 'claims.html'], ['light', 'errata.html'], ['light', 'reports.html'], ['dark', 'benchmarks.html'], ['light', 'nbs/22_tride.html'], ['light', 'glossary.html']]) {
+  for (const [scheme, path] of [['light', 'index.html'], ['dark', 'nbs/triplets/02_collapse.html'], ['light', 'equations.html'], ['light', 'attacks.html'], ['dark', 'defenses.html'], ['light', 'api/triplets.collapse.html'],
+    ['light', 'paper_and_code.html'], ['light', 'claims.html'], ['light', 'errata.html'], ['light', 'reports.html'], ['dark', 'benchmarks.html'], ['light', 'nbs/defenses/01_colo_tride.html'], ['light', 'glossary.html']]) {
     const { page, bad, context } = await watched({ width: 400, colorScheme: scheme })
     await page.goto(`${base}/${path}`)
     await page.waitForLoadState('networkidle')
@@ -131,12 +131,12 @@ test('every link inside the pages leads to a place that exists', async () => {
 
 test('pages and reports ask nobody outside for anything', async () => {
   const { page, bad } = await watched()
-  for (const path of ['nbs/39_guide.html', 'nbs/13_attacks.html', 'api/tride.html', 'nbs/run_table1.html', 'reports/table1-glyphs-quick/index.html', 'genindex.html']) {
+  for (const path of ['nbs/papers/colo_tride/03_guide.html', 'nbs/attacks/01_suite.html', 'api/defenses.colo_tride.html', 'nbs/run_table1.html', 'reports/table1-glyphs-quick/index.html', 'genindex.html']) {
     await page.goto(`${base}/${path}`)
     await page.waitForLoadState('networkidle')
     await shot(page, `docs-${path.replace(/\W+/g, '-')}-1300`)
   }
-  await page.goto(`${base}/nbs/39_guide.html`)
+  await page.goto(`${base}/nbs/papers/colo_tride/03_guide.html`)
   await page.waitForSelector('.cell_output mjx-container')
   assert.deepEqual(bad, [])
 })

@@ -55,7 +55,7 @@ test('JupyterLab', async t => {
     await page.context().close()
   })
 
-  for (const name of ['02_distances', '05_collapse', '13_attacks']) {
+  for (const name of ['triplets/00_distances', 'triplets/02_collapse', 'attacks/01_suite']) {
     await t.test(`${name} runs from top to bottom and shows a figure`, async () => {
       const { page } = await opened(chromium, server, `nbs/${name}.ipynb`)
       await runAll(page, server, `nbs/${name}.ipynb`)

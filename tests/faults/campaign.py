@@ -33,9 +33,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from robust_dml import experiments, report, store
+from robust_dml.study import experiments
+from robust_dml.report import tables
+from robust_dml.runs import store
 from robust_dml.core import generator
-from robust_dml.store import Run, load_tensors, save_tensors
+from robust_dml.runs.store import Run, load_tensors, save_tensors
 
 STAGES = ('caching', 'training', 'attacks', 'training', 'attacks', 'report') # of the run, in order
 REFUSALS = {'StoreError', 'ValueError', 'FileNotFoundError', 'OSError'}
@@ -65,8 +67,8 @@ def job(home:Path, mark:Callable[[], None]=lambda: None, executor:str='inline')-
     plan = replace(plan, recipe=replace(plan.recipe, dim=8, pairs=4, eval_steps=2, eval_batch=6))
     results = experiments.results(plan, show=False)
     mark()
-    report._figures = lambda *_: {'picture.png': (PICTURE, 'A picture.')} # drawing touches no file and would take half of the time
-    report.write_report(plan.folder, results, experiments.example_images(plan, results))
+    tables._figures = lambda *_: {'picture.png': (PICTURE, 'A picture.')} # drawing touches no file and would take half of the time
+    tables.write_report(plan.folder, results, experiments.example_images(plan, results))
 
 
 def table(home:Path)->bytes|None:
@@ -270,7 +272,7 @@ def states(folder:Path, calm:Path)->Iterator[tuple[str, Path]]:
 
 def kill_at_checkpoint()->None:
     "A fault: SIGKILL when the first epoch is stored."
-    from robust_dml import train
+    from robust_dml.defenses import train
     save = train.save_checkpoint
     def deadly(*args):
         save(*args)
@@ -306,14 +308,15 @@ def damage(folder:Path, calm:dict, step:int)->Iterator[tuple[str, Callable[[], s
 def small_device(room:int)->Callable[[], None]:
     "A fault: the device has room for so many images at a time, attacked or embedded."
     def fault():
-        from robust_dml import evaluate, models
+        from robust_dml.metrics import evaluate
+        from robust_dml.models import networks
         def small(function):
             def call(model, *args, **options):
                 x = next(a for a in args if isinstance(a, torch.Tensor))
                 if len(x) > room: raise torch.OutOfMemoryError('CUDA out of memory')
                 return function(model, *args, **options)
             return call
-        evaluate.run_attack, models.embed = small(evaluate.run_attack), small(models.embed)
+        evaluate.run_attack, networks.embed = small(evaluate.run_attack), small(networks.embed)
     return fault
 
 
