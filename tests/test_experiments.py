@@ -121,7 +121,7 @@ def test_both_readings_of_the_paper_stand_in_the_larger_tables():
         labels = {cell.label for cell in experiments.cells(plan)}
         assert any('(paper_range)' in label for label in labels) and any('(paper)' in label for label in labels), name
         assert name == 'switches' or 'COLO-TRIDE (paper, C per step)' in labels, name
-    assert experiments.recipe('paper', 'cub').profiles == ('official', 'paper_range')
+    assert experiments.recipe('paper', 'cub').profiles == ('official', 'paper_steps')
     assert 'colo_steps' not in experiments.lines_of('table1', 'quick') and 'hm' in experiments.lines_of('figure4', 'quick')
 
 

@@ -440,7 +440,9 @@ def _record(run:Run, unsigned:bool)->dict:
 def _differences(one:dict, other:dict)->list[str]:
     "Parts in which two results of a run differ, times aside."
     a, b = one['result'] or {}, other['result'] or {}
-    differ = [key for key in sorted({*a, *b}) if key not in _TIMES and a.get(key) != b.get(key)]
+    same_weights = one['kind'] == 'train' and a.get('sha256') == b.get('sha256') # another version may log more of the same training
+    ignored = (*_TIMES, 'log') if same_weights else _TIMES
+    differ = [key for key in sorted({*a, *b}) if key not in ignored and a.get(key) != b.get(key)]
     return differ + ['config']*(one['config'] != other['config'])
 
 def _is_finished(folder:Path)->bool:

@@ -93,7 +93,7 @@ class Recipe:
 
 # %% ../../nbs/study/00_experiments.ipynb #09c84e89
 PAPER_28 = Recipe(settings=(Setting('28', eps=77/255, step_size=3/255, steps=32, colo_steps=16),), seeds=(0,), model='c2f2', weights='', dim=512,
-    size=28, channels=1, crop=0, epochs=8, pairs=128, lr=1e-3, weight_decay=1e-7, allow_self=True, lam=10., ics=.5, profiles=('official', 'paper_range'),
+    size=28, channels=1, crop=0, epochs=8, pairs=128, lr=1e-3, weight_decay=1e-7, allow_self=True, lam=10., ics=.5, profiles=('official', 'paper_steps'),
     eval_step_size=3/255, eval_steps=32, eval_batch=128)
 PAPER_224 = replace(PAPER_28, settings=(Setting('224', eps=8/255, step_size=1/255, steps=32, colo_steps=16),), model='resnet18', weights='IMAGENET1K_V1',
     size=256, channels=3, crop=224, epochs=75, pairs=56, lr=1e-5, weight_decay=4e-4, eval_batch=112)
@@ -106,7 +106,7 @@ SMOKE = replace(QUICK, dim=32, epochs=2, pairs=16, train_classes=6, test_classes
 # Inner steps of 2ε/K as in A and B; a pretrained network learns slowly below its new last layer.
 P = Setting('P', eps=8/255, step_size=4/255, steps=4, colo_steps=4)
 PHOTOS = replace(PAPER_224, settings=(P,), model='mobilenet_v2', size=64, crop=0, epochs=6, lr=3e-5, head_lr=1e-3,
-                 allow_self=False, natural_miner='semihard', profiles=('official', 'paper_range'), eval_batch=128,
+                 allow_self=False, natural_miner='semihard', profiles=('official', 'paper_steps'), eval_batch=128,
                  limit=500)
 PRESETS = ('smoke', 'quick', 'small', 'medium', 'photos', 'photos96', 'paper')
 BUILT_IN = ('glyphs', 'omniglot') # and the keys of `data.archives.SETS`; every other name is a folder
