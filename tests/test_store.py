@@ -296,6 +296,17 @@ def test_a_damaged_ledger_is_one_sentence(tmp_path, edit, words):
     assert runs[1].read('result.json')['sha256'] == 'ab' # a folder that is there needs no ledger
 
 
+def test_a_training_that_ends_in_the_same_weights_is_the_same(tmp_path):
+    "Another version of the package may log more; the line in the ledger stays."
+    run = finished(tmp_path)
+    store.collect(tmp_path)
+    before = store.ledger_of(tmp_path).read_bytes()
+    finished(tmp_path, log=[dict(loss=.3, epoch=0, more=1.)])
+    assert store.collect(tmp_path) == [] and store.ledger_of(tmp_path).read_bytes() == before
+    finished(tmp_path, sha256='ac')
+    with pytest.raises(StoreError, match='they differ in sha256'): store.collect(tmp_path)
+
+
 def test_two_results_for_one_address_are_refused(tmp_path):
     run = finished(tmp_path, seconds=1.)
     store.collect(tmp_path)

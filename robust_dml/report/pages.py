@@ -63,7 +63,7 @@ def slug(text:str)->str:
 # %% ../../nbs/report/00_pages.ipynb #fe9836d7
 _LOOKS = { # colour and marker
     'natural': ('#7a7a7a', 'o'), 'act': ('#0072b2', 's'), 'hm': ('#009e73', '^'), 'colo_tride': ('#d55e00', 'D'), 'colo_tride paper': ('#cc79a7', 'P'),
-    'colo_cap': ('#b45f06', 'v'), 'colo_anp': ('#0b5394', '<'), 'colo_cap paper': ('#f6b26b', 'v'), 'colo_anp paper': ('#6fa8dc', '<'), 'colo_steps paper': ('#8c564b', 'h'),
+    'colo_cap': ('#b45f06', 'v'), 'colo_anp': ('#0b5394', '<'), 'colo_cap paper': ('#f6b26b', 'v'), 'colo_anp paper': ('#6fa8dc', '<'), 'colo_steps paper': ('#8c564b', 'h'), 'colo_tride paper_steps': ('#8c564b', 'h'),
     'colo_early paper': ('#741b47', 'p'), 'assist_part paper': ('#38761d', '^'), 'assist_full paper': ('#93c47d', 'd'),
     'colo_tride paper_range': ('#c90076', '>'), 'colo_cap paper_range': ('#bf9000', 'v'), 'colo_anp paper_range': ('#134f5c', '<'),
     'range_early paper_range': ('#351c75', 'p'), 'range_part paper_range': ('#274e13', '^'), 'range_full paper_range': ('#6aa84f', 'd'),
