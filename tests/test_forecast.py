@@ -66,3 +66,49 @@ def test_noise_pretends_its_size():
     assert len(images) == 60502 and images.pool.numel() < 60000
     assert not torch.equal(images[torch.tensor([0])], images[torch.tensor([256])])
     assert torch.equal(images[torch.tensor([700])], cost.Noise(60502, (3, 8, 8))[torch.tensor([700])])
+
+
+def test_flops_of_known_networks():
+    "ResNet-18 at 224 x 224 has 1.82 billion multiply-adds; a network by hand; the backward pass costs twice the forward pass, less what needs no gradient."
+    import torchvision
+    assert cost.forward_flops(torchvision.models.resnet18(), (3, 224, 224))/2e9 == pytest.approx(1.82, rel=.01)
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(4*36, 5))
+    convolution, product = 2*36*4*9, 2*4*36*5
+    assert cost.forward_flops(net, (1, 6, 6)) == convolution + product
+    assert cost.counted_flops(lambda: net(torch.rand(1, 1, 6, 6)).sum().backward()) == 2*convolution + 3*product
+
+
+def test_passes_are_counted_in_a_real_update(finished):
+    plan, _, _, _ = finished
+    act = experiments.defense(next(experiments.cells(plan)), plan.recipe)
+    before = act.options['steps']
+    worth = cost.passes(plan.recipe, act, 'act')
+    assert worth.step == pytest.approx(4.) and 6 < worth.update < 12  # two moved images, each forward and backward
+    assert act.options['steps'] == before
+
+
+def test_work_of_a_plan(finished):
+    "Work by hand from the counts of the cost model, and hours from a rate."
+    plan, _, workload, rates = finished
+    work = cost.gpu_work({'glyphs': (workload, plan)})['glyphs']
+    row, worth = cost.table_costs(rates, workload, plan)[0], cost.passes(plan.recipe, experiments.defense(next(experiments.cells(plan)), plan.recipe), 'act')
+    one, pairs = 2*work['multiply_adds'], workload.train*plan.recipe.epochs
+    assert work['rows'][0]['training'] == pytest.approx(one*(pairs*worth.update + row['image_steps']/2*worth.step), rel=1e-6)
+    assert work['rows'][0]['evaluation'] >= 2*one*row['attack_image_steps']
+    assert cost.gpu_hours(3600e12, 1.) == 1.
+    with pytest.raises(ValueError, match='above 0 TFLOP/s, found 0'): cost.gpu_hours(1., 0)
+
+
+def test_cards_have_a_rate_and_a_source():
+    cards = cost.gpu_cards()
+    assert [card.memory for card in cards] == [24, 80] and all(0 < card.fp32 < card.bf16 and len(card.source) > 20 for card in cards)
+
+
+def test_gpu_hours_stand_on_the_page_as_a_forecast(finished):
+    plan, _, workload, rates = finished
+    rows = {'glyphs': cost.table_costs(rates, workload, plan)}
+    results = dict(device='cpu', rows=rows, gpu=dict(work=cost.gpu_work({'glyphs': (workload, plan)}), cards=[card._asdict() for card in cost.gpu_cards()]))
+    section = cost._gpu_section(results)
+    assert 'not measured' in section and 'TFLOP/s in float32' in section and 'One GPU of 24 GB, float32' in section and 'One GPU of 80 GB, bfloat16' in section
+    del results['gpu']
+    assert cost._gpu_section(results) == ''

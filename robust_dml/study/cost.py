@@ -9,22 +9,27 @@ __all__ = ['PAPER_SETS', 'MOVED', 'Rates', 'ATTACKS', 'NOT_FORECAST', 'GAPS', 'W
            'defense_key', 'training_probes', 'training_seconds', 'network_probes', 'gallery_key', 'gallery_probes',
            'evaluation_seconds', 'attack_seconds', 'cost_plan', 'cases', 'all_probes', 'cell_cost', 'table_costs',
            'seconds_per_seed', 'saved_storages', 'Footprint', 'footprint', 'training_bytes', 'evaluation_bytes',
-           'data_bytes', 'peak_growth', 'check_memory', 'compared', 'choose_trainings', 'rehearse_training',
+           'data_bytes', 'peak_growth', 'check_memory', 'counted_flops', 'forward_flops', 'Passes', 'passes', 'Card',
+           'gpu_cards', 'gpu_hours', 'gpu_work', 'compared', 'choose_trainings', 'rehearse_training',
            'rehearse_evaluation', 'recorded', 'beside_paper', 'cost_results', 'frame', 'duration', 'summary', 'bars',
            'write_cost_report']
 
 # %% ../../nbs/study/08_cost.ipynb #465d2aa5
-import json, math, shutil, statistics, subprocess, sys, time
+import csv, json, math, shutil, statistics, subprocess, sys, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from html import escape
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from ..attacks.suite import FIXED, SUITE, Gallery
 from ..defenses.baselines import make
@@ -629,6 +634,116 @@ def check_memory(
     if done.returncode: raise RuntimeError(f'expected the memory of an update, found a process that failed: {(done.stderr.strip().splitlines() or [str(done.returncode)])[-1]}')
     return dict(defense=chosen.name, pairs=pairs, predicted=training_bytes(recipe, chosen, device, pairs=pairs), measured=int(done.stdout.split()[-1]))
 
+# %% ../../nbs/study/08_cost.ipynb #60f1ca02
+class _FlopCounter(TorchDispatchMode):
+    "Counts the work of matrix products and convolutions, backward passes included."
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = flop_registry.get(func._overloadpacket)
+        if known: self.flops += known(*args, **(kwargs or {}), out_val=out)
+        return out
+
+def counted_flops(
+    work:Callable[[], Any],
+)->int: # a multiplication and an addition count two
+    "Floating-point operations of the matrix products and convolutions in a piece of work."
+    with _FlopCounter() as counter: work()
+    return counter.flops
+
+def forward_flops(
+    model:nn.Module,
+    shape:tuple[int, int, int], # (C, H, W) of what the model sees
+)->int: # of one image
+    "Floating-point operations of a forward pass, on a copy in evaluation mode."
+    still = deepcopy(model).eval()
+    device = next((p.device for p in still.parameters()), torch.device('cpu'))
+    with torch.no_grad(): return counted_flops(lambda: still(torch.rand(1, *shape, generator=generator(0)).to(device)))
+
+# %% ../../nbs/study/08_cost.ipynb #60f1ca04
+_COUNT_SIDE, _COUNT_PAIRS = 32, 2 # images and batch on which passes are counted
+
+class Passes(NamedTuple):
+    "Work per pair, in forward passes of one image."
+    update:float # without inner steps
+    step:float   # of one inner step
+
+def passes(
+    recipe:Recipe,
+    chosen:Defense,
+    phase:str,
+)->Passes:
+    "Forward passes that an update and an inner step are worth, counted in a real update of a small batch."
+    side = min(recipe.crop or recipe.size, _COUNT_SIDE)
+    shape = (recipe.channels, side, side)
+    model = build(recipe.model, dim=recipe.dim, size=side, channels=recipe.channels, seed=0)
+    one, images = forward_flops(model, shape), noise_set(_COUNT_PAIRS, 2, shape)
+    def update(steps:int)->float:
+        endless = _endless(chosen, phase, steps)
+        def work(): train(model, images, endless, epochs=1, pairs=_COUNT_PAIRS, lr=0., show=False)
+        return counted_flops(work)/one/_COUNT_PAIRS
+    if not chosen.options.get('steps'): return Passes(update(0), 0.)
+    first, second = update(1), update(2)
+    return Passes(2*first - second, second - first)
+
+# %% ../../nbs/study/08_cost.ipynb #60f1ca06
+class Card(NamedTuple):
+    "A class of GPUs, and what it sustains in training."
+    name:str
+    memory:float # GB
+    fp32:float   # TFLOP/s
+    bf16:float   # TFLOP/s
+    source:str
+
+def gpu_cards()->list[Card]:
+    "The classes of GPUs for which hours are estimated."
+    text = (resources.files('robust_dml')/'gpu_cards.csv').read_text(encoding='utf-8')
+    lines = csv.DictReader(line for line in text.splitlines() if not line.startswith('#'))
+    return [Card(line['card'], float(line['memory_gb']), float(line['fp32_tflops']), float(line['bf16_tflops']), line['source']) for line in lines]
+
+def gpu_hours(
+    flops:float,
+    tflops:float, # sustained, in 10^12 a second
+)->float:
+    "Hours of some work at some rate."
+    if not tflops > 0: raise ValueError(f'gpu_hours needs a rate above 0 TFLOP/s, found {tflops}')
+    return flops/(3600e12*tflops)
+
+def _training_flops(amounts:Mapping[str, Amount], worth:Mapping[str, Passes], one:int)->float: # both by phase
+    "Work of a training with all its inner steps."
+    return math.fsum(one*(a.pairs*worth[phase].update + a.steps*worth[phase].step) for phase, a in amounts.items())
+
+def _evaluation_flops(recipe:Recipe, workload:Workload, one:int)->float:
+    "Work of an evaluation: the parts of `evaluation_seconds` that run the network, a search step forward and backward."
+    queries = min(recipe.limit or workload.test, workload.test)
+    sample = check_size(queries)
+    searches = len(ATTACKS)*queries + 7*sample + 4
+    return one*(2*workload.test + 2*recipe.eval_steps*searches + 10*recipe.eval_steps*sample)
+
+def gpu_work(
+    every:Mapping[str, tuple[Workload, Plan]], # of `cases`
+)->dict[str, dict]: # by data set: multiply-adds of one image, and the work of each row
+    "Floating-point operations of each cell, for one seed."
+    found:dict[str, dict] = {}
+    counted:dict[tuple[str, str], dict[str, Passes]] = {} # data sets share network and defenses, but for weights of loss terms
+    for name, (workload, plan) in every.items():
+        r = plan.recipe
+        model = build(r.model, dim=r.dim, size=workload.seen, channels=r.channels, seed=0)
+        one = forward_flops(model, (r.channels, workload.seen, workload.seen))
+        rows = []
+        for cell in cells(plan):
+            if cell.seed != r.seeds[0]: continue
+            chosen, key = defense(cell, r), (network(r), defense_key(cell.defense, cell.profile))
+            if key not in counted: counted[key] = {phase: passes(r, chosen, phase) for phase in phases(chosen)}
+            amounts = training_amounts(chosen, images=workload.train, pairs=r.pairs, epochs=r.epochs)
+            training = _training_flops(amounts, counted[key], one)
+            rows.append(dict(label=cell.label, setting=cell.setting.name, defense=cell.defense, training=training, evaluation=_evaluation_flops(r, workload, one)))
+        found[name] = dict(multiply_adds=one//2, side=workload.seen, model=r.model, rows=rows)
+    return found
+
 # %% ../../nbs/study/08_cost.ipynb #3af57488
 def compared(
     what:str,
@@ -775,7 +890,12 @@ def cost_results(
                 settings=[describe(s) for s in plan.recipe.settings], workloads={name: asdict(workload) for name,(workload,_) in every.items()}, rows=rows, memory=memory,
                 seeds=len(plan.recipe.seeds), rehearsed=rehearsed, recorded=recorded(rates, plan, own) if plan.card['checksum'] else [],
                 memory_check=check_memory(plan.recipe, hardest, plan.device, pairs=_check_pairs(plan)), paper=beside_paper(rows['cub']),
-                rates=[dict(line._asdict(), key=list(key)) for key,line in rates.items()], provenance=provenance())
+                rates=[dict(line._asdict(), key=list(key)) for key,line in rates.items()], provenance=provenance(), **_gpu_part(plan, every))
+
+def _gpu_part(plan:Plan, every:Mapping[str, tuple[Workload, Plan]])->dict:
+    "The work of the paper's preset and the cards that it is divided by; nothing for the others, which a CPU can do."
+    if plan.preset != 'paper': return {}
+    return dict(gpu=dict(work=gpu_work(every), cards=[card._asdict() for card in gpu_cards()]))
 
 def _memory(workload, plan)->dict:
     "Bytes by defence, of an evaluation, and of the images."
@@ -869,6 +989,38 @@ def _paper_table(results)->str:
             _table(('Defence', 'Forecast', 'Relative to HM', 'Printed', 'Printed, relative to HM'),
                    [(line['label'], duration(3600*line['hours']), ratio(line['ratio']), f"{line['printed_hours']:.1f} h", ratio(line['printed_ratio'])) for line in results['paper']]))
 
+def _gpu_table(results, name)->str:
+    "Hours of each cell of a data set on a CPU and on one GPU of each class."
+    cards, work = results['gpu']['cards'], results['gpu']['work'][name]
+    cpu = {(row['label'], row['setting']): row['training_seconds'] + row['evaluation_seconds'] for row in results['rows'][name]}
+    rates = [(card, precision) for card in cards for precision in ('fp32', 'bf16')]
+    head = ['Defence', 'Setting', f"This machine ({results['device']}), measured rates", *(f"One GPU of {card['memory']:g} GB, {'bfloat16' if precision == 'bf16' else 'float32'}" for card, precision in rates)]
+    body, totals = [], [0.]*(1 + len(rates))
+    for row in work['rows']:
+        flops = row['training'] + row['evaluation']
+        seconds = [cpu.get((row['label'], row['setting']), math.nan), *(3600*gpu_hours(flops, card[precision]) for card, precision in rates)]
+        totals = [total + s for total, s in zip(totals, seconds)]
+        body.append([row['label'], row['setting'], *('–' if math.isnan(s) else duration(s) for s in seconds)])
+    body.append(['All', '', *('–' if math.isnan(s) else duration(s) for s in totals)])
+    return f"<h3>{escape(name)}</h3><p>{escape(work['model'])}: {work['multiply_adds']/1e9:.2f} billion multiply-adds for one image of {work['side']} × {work['side']}.</p>{_table(head, body)}"
+
+def _gpu_section(results)->str:
+    "Hours on GPUs that were not there, with the assumption."
+    if 'gpu' not in results: return ''
+    sources = [f"{card['name']}, {card['memory']:g} GB: {card['fp32']:g} TFLOP/s in float32, {card['bf16']:g} in bfloat16; {card['source']}." for card in results['gpu']['cards']]
+    items = ''.join(f'<li>{escape(text)}</li>' for text in sources)
+    note = ('A forecast from counted work, not measured: training and evaluation for one seed. Assumed is that the card sustains the rate below, which was published for large batches of ResNet-50 at 224 × 224 in tuned code. '
+            'Reading images, comparisons with the gallery and the start of each kernel are not counted, and all inner steps are. Expect more hours where these matter, fewer where HM or COLO-TRIDE leave inner steps out.')
+    tables = ''.join(_gpu_table(results, name) for name in results['gpu']['work'])
+    return f'<h2>On one GPU (forecast)</h2><p class="note">{escape(note)}</p><ul>{items}</ul>{_gpu_printed(results)}{tables}'
+
+def _gpu_printed(results)->str:
+    "The forecast beside the hours that the paper prints for one RTX 3090."
+    card = next(iter(results['gpu']['cards']))
+    rows = [row for row in results['gpu']['work'].get('cub', {}).get('rows', ()) if row['defense'] in PAPER_MINUTES]
+    parts = [f"{row['label']} {gpu_hours(row['training'], card['fp32']):.1f} h (printed {PAPER_MINUTES[row['defense']]/60:.1f} h)" for row in rows]
+    return f"<p>Training on CUB with the {escape(card['name'])}, the paper's card, in float32 with all inner steps: {escape('; '.join(parts))}.</p>" if parts else ''
+
 def _page(results:Mapping[str, Any], picture:bytes)->str:
     "The whole page."
     caption, check = f'Forecast for {results["dataset"]}, one seed.', results['memory_check']
@@ -876,7 +1028,7 @@ def _page(results:Mapping[str, Any], picture:bytes)->str:
     recorded = f'<h3>Runs in the store</h3><p>Finished runs of this plan, made on such a machine at some other time.</p>{_comparison(results["recorded"])}' if results['recorded'] else ''
     return document(title, opening(title, f'Measured on {results["device"]}, {results["threads"]} threads. Reading image files is not counted.', [summary(results)]) +
             f'<h2>Where the time will go</h2>{html_figure(picture, caption)}'
-            f'<h2>Every cell</h2>{"".join(_cells_table(results, name) for name in results["rows"])}<p class="note">≤: HM and COLO-TRIDE may leave inner steps out; all are counted.</p>'
+            f'<h2>Every cell</h2>{"".join(_cells_table(results, name) for name in results["rows"])}<p class="note">≤: HM and COLO-TRIDE may leave inner steps out; all are counted.</p>{_gpu_section(results)}'
             f'<h2>Beside real runs</h2><h3>Short runs</h3><p>Made after the calibration, on random images. Forecast: with the inner steps that were really made.</p>{_comparison(results["rehearsed"])}{recorded}'
             f'<h3>Memory</h3><p>Two updates of {escape(check["defense"])} with {check["pairs"]} pairs in a process of their own: forecast {_gib(check["predicted"])}, measured {_gib(check["measured"])}.</p>'
             f'<h2>Beside the paper</h2>{_paper_table(results)}<h2>Configuration</h2>{facts_table(results["parameters"])}<h2>Provenance</h2>{facts_table(results["provenance"])}')
