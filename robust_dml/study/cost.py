@@ -994,7 +994,7 @@ def _gpu_table(results, name)->str:
     cards, work = results['gpu']['cards'], results['gpu']['work'][name]
     cpu = {(row['label'], row['setting']): row['training_seconds'] + row['evaluation_seconds'] for row in results['rows'][name]}
     rates = [(card, precision) for card in cards for precision in ('fp32', 'bf16')]
-    head = ['Defence', 'Setting', f"This machine ({results['device']}), measured rates", *(f"One GPU of {card['memory']:g} GB, {'bfloat16' if precision == 'bf16' else 'float32'}" for card, precision in rates)]
+    head = ['Defense', 'Setting', f"This machine ({results['device']}), measured rates", *(f"One GPU of {card['memory']:g} GB, {'bfloat16' if precision == 'bf16' else 'float32'}" for card, precision in rates)]
     body, totals = [], [0.]*(1 + len(rates))
     for row in work['rows']:
         flops = row['training'] + row['evaluation']
