@@ -344,7 +344,7 @@ def reference_command(
     parts = [f"-p defenses {row['defense']}"]
     if row['profile'] and 'profile=' not in row['defense']: parts.append(f"-p profile {row['profile']}")
     parts.append(f"-p seeds {','.join(map(str, lacking))}")
-    for key in ('limit', 'epochs', 'backbone', 'weights', 'precision'):
+    for key in ('limit', 'epochs', 'pairs', 'lr', 'head_lr', 'eps', 'steps', 'backbone', 'weights', 'precision'):
         if (value := results['parameters'].get(key, PARAMETERS[key])) != PARAMETERS[key]: parts.append(f'-p {key} {value}')
     return f"make reference P='{' '.join(parts)}'"
 
