@@ -26,7 +26,7 @@ setup(
     python_requires='>=' + cfg['min_python'],
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Programming Language :: Python :: 3', 'Typing :: Typed'],
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
-    package_data={cfg['lib_path']: ['py.typed', 'paper_tables/*', 'tuned.json', 'gpu_cards.csv']},
+    package_data={cfg['lib_path']: ['py.typed', 'paper_tables/*', 'tuned.json', 'gpu_cards.csv', 'report/static/*']},
     install_requires=shlex.split(cfg['requirements']),
     extras_require=extras,
     entry_points={'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
