@@ -19,7 +19,7 @@ from .colo_tride import claims, errata
 from ..study import compare, cost, locality, scale, stress, questions, tuning
 from ..report import tables
 from ..study.experiments import example_tensors
-from ..report.pages import document, fixed_text, html_row, in_255, opening, table_box
+from ..report.pages import document, fixed_text, html_row, in_255, opening, static, table_box
 from ..runs.store import StoreError, finished_runs, read_results, write_atomic
 
 # %% ../../nbs/papers/04_gallery.ipynb #b73ebe59
@@ -104,39 +104,6 @@ def _run(address:str, cards:Mapping[str, tuple[dict, dict]], quoted:Mapping[str,
                 settings=_settings(training, card['config']), r1=(result.get('benign') or {}).get('R@1'), ers=result.get('ers'), ars=result.get('ars'), collapsed=result.get('collapsed'),
                 experiments=list(dict.fromkeys(r['experiment'] for r in by)), presets=list(dict.fromkeys(r['preset'] for r in by if r['preset'])), folders=[r['folder'] for r in by])
 
-# %% ../../nbs/papers/04_gallery.ipynb #244643bd
-_STYLE = '''<style>
-.filters{display:flex;flex-wrap:wrap;gap:.6rem 1rem;margin:1.2rem 0;font-size:.875rem}
-.filters label{display:grid;gap:.1rem;color:var(--soft)}
-.filters input,.filters select{font:inherit;color:var(--ink);background:var(--paper);border:1px solid var(--soft);border-radius:.25rem;padding:.3rem .4rem;min-width:9rem;max-width:min(16rem,100%)}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(20rem,100%),1fr));gap:1rem}
-.runs td:nth-child(8),.runs td:nth-child(9){white-space:normal;text-align:left;min-width:15rem}
-.runs th:nth-child(8),.runs th:nth-child(9){text-align:left}
-.card{border:1px solid var(--rule);border-top:2px solid var(--ink);padding:.7rem .9rem}
-.card h3{margin:0 0 .3rem;line-height:1.3}
-.card p{margin:.3rem 0;font-size:.875rem;line-height:1.45}
-[hidden]{display:none!important}
-@media print{.filters{display:none}}
-</style>'''
-_SCRIPT = r'''
-const items=[...document.querySelectorAll('[data-dataset]')],kinds=[['dataset','data set'],['preset','preset'],['experiment','experiment'],['defence','defence']];
-const parts=(item,kind)=>(item.dataset[kind]||'').split('|').filter(Boolean),fields={};
-const bar=document.createElement('form');bar.className='filters';bar.setAttribute('role','search');bar.onsubmit=event=>event.preventDefault();
-const add=(name,field)=>{const label=document.createElement('label');label.append(name,field);bar.append(label);field.oninput=show;return field};
-const words=add('words',Object.assign(document.createElement('input'),{type:'search',placeholder:'any text'}));
-for(const [kind,name] of kinds){
-  const select=document.createElement('select'),values=[...new Set(items.flatMap(item=>parts(item,kind)))].sort((a,b)=>a.localeCompare(b));
-  for(const value of ['',...values])select.append(new Option(value||'all',value));
-  fields[kind]=add(name,select)}
-function show(){
-  const asked=words.value.toLowerCase().split(/\s+/).filter(Boolean);
-  for(const item of items){const text=item.textContent.toLowerCase();
-    item.hidden=!asked.every(word=>text.includes(word))||kinds.some(([kind])=>fields[kind].value&&!parts(item,kind).includes(fields[kind].value))}
-  for(const place of document.querySelectorAll('[data-count]')){const mine=items.filter(item=>item.matches(place.dataset.count));
-    place.textContent=mine.filter(item=>!item.hidden).length+' of '+mine.length}}
-document.querySelector('h2').before(bar);show();
-'''
-
 # %% ../../nbs/papers/04_gallery.ipynb #5cadf35f
 def _tags(**facts:Sequence[str])->str:
     "What the filters look at."
@@ -171,9 +138,9 @@ def write_gallery(
     said = f'{len(listed)} reports rest on {len(runs)} runs of the store.' if runs else f'{len(listed)} reports.'
     table = table_box(head, [_line(r) for r in sorted(runs, key=lambda r: (r['dataset'], r['defence'], str(r['seed']), r['address']))], 'runs')
     note = 'R@1, ERS and ARS in percent, without spread: one line is one training and one evaluation. ERS and ARS of a collapsed model are no robustness. Trainings without an evaluation have no scores.'
-    body = (_STYLE + opening('Reports and runs', '', [said]) + f'<h2>Reports <small class="note" data-count=".card"></small></h2><div class="cards">{"".join(map(_card, listed))}</div>'
+    body = (f'<style>{static("list.css")}</style>' + opening('Reports and runs', '', [said]) + f'<h2>Reports <small class="note" data-count=".card"></small></h2><div class="cards">{"".join(map(_card, listed))}</div>'
             f'<h2>Runs <small class="note" data-count=".run"></small></h2><p class="note">{note}</p>{table}<h2>Provenance</h2><p class="note">Read from the files results.json beside each page and from the cards and results in store/. Nothing is computed here.</p>')
-    write_atomic(Path(reports)/'index.html', document('Reports and runs', body, script=_SCRIPT).encode(errors='backslashreplace'))
+    write_atomic(Path(reports)/'index.html', document('Reports and runs', body, script=static('list.js')).encode(errors='backslashreplace'))
     return Path(reports)/'index.html'
 
 def refresh(

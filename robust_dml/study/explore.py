@@ -28,6 +28,7 @@ from ..triplets.distances import paired_distance, pairwise_distance
 from ..metrics.evaluate import queries_and_gallery, query_rows
 from .experiments import Cell, Plan, cells, evaluation_config, query_count, train_cell
 from ..models.networks import checksum, dtype_of, embed, embed_all, frozen, streamlined
+from ..report.pages import static
 from ..report.tables import png, theme
 from ..runs.store import Run, find_run, to_json, write_atomic
 
@@ -358,190 +359,6 @@ def _origin(plan, cell, model, run)->dict:
     same = done.has('result.json') and done.read('result.json', 'weights')['weights'] == weights
     return dict(train=run.address, weights=weights, eval=done.address if same else None, provenance=run.read('card.json', 'provenance')['provenance'])
 
-# %% ../../nbs/study/06_explore.ipynb #cb86eb2d
-_STYLE = '''
-:root{color-scheme:light dark;--ink:#1c1c1c;--soft:#595959;--page:#fff;--band:#f4f4f4;--line:#c8c8c8;--hit:#0072b2;--miss:#c04e00;--star:#7a4f9e}
-@media(prefers-color-scheme:dark){:root{--ink:#ececec;--soft:#b3b3b3;--page:#161616;--band:#242424;--line:#4a4a4a;--hit:#5db4ea;--miss:#ff9a57;--star:#cfa6f2}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-main{max-width:1120px;margin:0 auto;padding:2.2rem 1.4rem 4rem}
-h1{font-size:1.8rem;line-height:1.2;margin:0 0 .3rem}
-h2{font-size:1.1rem;margin:2rem 0 .5rem}
-p{max-width:78ch;margin:.5rem 0}
-.sub,.note,figcaption{color:var(--soft)}
-.headline{font-size:1.1rem;line-height:1.45;font-weight:600;max-width:66ch;margin:.6rem 0 .8rem}
-.note{font-size:.875rem}
-form{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:.4rem 1.6rem;background:var(--band);padding:.9rem 1.1rem 1.1rem;margin:1.2rem 0;border-radius:6px}
-fieldset{border:0;margin:0;padding:0;min-width:0}
-#query{grid-column:1/-1}
-legend{font-weight:600;font-size:.875rem;padding:0}
-fieldset div{display:flex;flex-wrap:wrap;gap:.3rem}
-label{display:inline-flex;align-items:center;border:1px solid var(--line);border-radius:4px;padding:.15rem .6rem;background:var(--page);cursor:pointer;font-size:.9375rem;min-height:2rem}
-label:has(input:checked){border-color:var(--hit);box-shadow:inset 0 0 0 1px var(--hit);font-weight:600}
-label:has(input:focus-visible),table:focus-visible,.box:focus-visible{outline:3px solid var(--hit);outline-offset:2px}
-label input{position:absolute;opacity:0;width:1px;height:1px}
-label canvas{width:48px;margin:.2rem -.3rem}
-'''
-
-# %% ../../nbs/study/06_explore.ipynb #83b47d05
-_STYLE += '''
-canvas{display:block;width:100%;image-rendering:pixelated;background:#000}
-#said{border-left:4px solid var(--hit);padding:.1rem 0 .1rem 1rem;font-size:1.05rem;min-height:5em;margin:1.2rem 0}
-.big{display:flex;flex-wrap:wrap;gap:1rem}
-.big figure{width:132px;margin:0}
-figcaption{font-size:.8125rem;line-height:1.3;padding-top:.3rem}
-ol{list-style:none;display:grid;grid-template-columns:repeat(8,1fr);gap:.7rem .6rem;margin:.4rem 0;padding:0}
-li{font-size:.8125rem;line-height:1.3;text-align:center;font-variant-numeric:tabular-nums;min-width:0}
-.frame{position:relative;border:4px solid var(--hit);border-radius:12px;overflow:hidden}
-.miss .frame{border:4px dashed var(--miss);border-radius:0}
-.mark{font-weight:700;color:var(--hit)}
-.miss .mark{color:var(--miss)}
-.star{color:var(--star);font-weight:700}
-.key{max-width:none;display:flex;flex-wrap:wrap;gap:.3rem 1.4rem;font-size:.875rem}
-.box{overflow-x:auto}
-table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .8rem;text-align:right;border-bottom:1px solid var(--line);font-weight:400;white-space:nowrap}
-th:first-child{text-align:left}
-thead th{color:var(--soft);white-space:normal;vertical-align:bottom;min-width:4.4rem}
-thead th:empty{min-width:0}
-td.now{box-shadow:inset 0 0 0 2px var(--hit);font-weight:700}
-tr.now th,tr.now td{font-weight:700}
-.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(19rem,1fr));gap:0 2.4rem}
-.two>*{min-width:0}
-@media(min-width:1000px){.two{grid-template-columns:auto minmax(0,1fr)}.two th,.two td{padding:.3rem .6rem}}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem;font-size:.8125rem}
-dt{color:var(--soft)}
-dd{margin:0;overflow-wrap:anywhere;font-family:ui-monospace,Consolas,Menlo,monospace}
-@media(max-width:640px){main{padding:1.2rem .9rem 3rem}h1{font-size:1.4rem}ol{grid-template-columns:repeat(4,1fr)}.big{gap:.6rem}.big figure{width:calc(33.3% - .4rem)}th,td{padding:.3rem .45rem}dl{grid-template-columns:1fr}dd{margin-bottom:.3rem}}
-'''
-
-# %% ../../nbs/study/06_explore.ipynb #21a0270b
-_SCRIPT = '''
-'use strict'
-const D = JSON.parse(document.getElementById('found').textContent)
-const $ = id => document.getElementById(id)
-const [H, W] = D.side, attacks = D.grid.attacks, where = new Map(D.images.map((image, k) => [image, k]))
-const options = {model: D.models.map(m => m.label), query: D.queries, attack: attacks, eps: D.grid.eps, steps: D.grid.steps}
-const state = {model: 0, query: 0, attack: Math.max(0, attacks.indexOf('ES')), eps: Math.min(1, D.grid.eps.length - 1), steps: D.grid.steps.length - 1}
-const tables = D.models.map(m => ({
-  before: new Map(m.searches.map(s => [[s.query, s.attack].join(), s])),
-  after: new Map(m.records.map((r, k) => [[r.query, r.attack, r.eps, r.steps].join(), {...r, k}]))}))
-let sheets = []
-
-function element(name, text, kind) {
-  const made = document.createElement(name)
-  if (text !== undefined) made.textContent = text
-  if (kind) made.className = kind
-  return made
-}
-function picture(sheet, k, says) {
-  const canvas = Object.assign(element('canvas'), {width: W, height: H})
-  canvas.getContext('2d', {willReadFrequently: true}).drawImage(sheets[sheet], k % 32 * W, Math.floor(k/32)*H, W, H, 0, 0, W, H)
-  if (says) { canvas.setAttribute('role', 'img'); canvas.setAttribute('aria-label', says) }
-  else canvas.setAttribute('aria-hidden', 'true')
-  return canvas
-}
-function difference(clean, attacked, eps) {
-  const pixels = c => c.getContext('2d').getImageData(0, 0, W, H)
-  const from = pixels(clean), to = pixels(attacked)
-  to.data.forEach((v, i) => { if (i % 4 < 3) to.data[i] = 127.5 + 127.5*(v - from.data[i])/Math.max(1, eps) })
-  const canvas = Object.assign(element('canvas'), {width: W, height: H})
-  canvas.getContext('2d').putImageData(to, 0, 0)
-  canvas.setAttribute('role', 'img')
-  canvas.setAttribute('aria-label', 'difference of the two')
-  return canvas
-}
-'''
-
-# %% ../../nbs/study/06_explore.ipynb #d96698e5
-_SCRIPT += '''
-const at = (model, change = {}) => {
-  const s = {...state, ...change}, key = [s.query, attacks[s.attack]]
-  return {before: tables[model].before.get(key.join()), after: tables[model].after.get([...key, D.grid.eps[s.eps], D.grid.steps[s.steps]].join())}
-}
-const label = image => D.labels[where.get(image)]
-const place = n => (n + 1).toLocaleString('en')
-const asker = before => before.asks ?? D.queries[state.query]
-const hits = (before, top) => top.filter(image => label(image) === label(asker(before))).length
-
-function results(list, before, top, other, words, swapped) {
-  list.replaceChildren(...top.map((image, k) => {
-    const hit = label(image) === label(asker(before)), own = swapped !== undefined && image === before.watched
-    const item = element('li', undefined, hit ? 'hit' : 'miss'), frame = element('div', undefined, 'frame')
-    frame.append(own ? picture(1 + state.model, swapped, 'the changed image') : picture(0, where.get(image), hit ? 'same class' : 'other class'))
-    item.append(frame, element('span', hit ? '✓ ' : '✗ ', 'mark'))
-    if (image === before.watched) item.append(element('span', '★ ', 'star'))
-    item.append(words + ' ' + place(other[k]))
-    return item
-  }))
-}
-function pictures(before, after) {
-  const eps = D.grid.eps[state.eps], clean = picture(0, where.get(D.queries[state.query]), 'the clean image'), attacked = picture(1 + state.model, after.k, 'the attacked image')
-  const shown = [[clean, 'clean'], [attacked, 'attacked'], [difference(clean, attacked, eps), `difference: black −${eps}/255, grey 0, white +${eps}/255`]]
-  if (before.asks !== null) shown.push([picture(0, where.get(before.asks), 'the image that asks'), 'who asks: the results are theirs'])
-  $('pictures').replaceChildren(...shown.map(([canvas, text]) => { const f = element('figure'); f.append(canvas, element('figcaption', text)); return f }))
-}
-function sentence(before, after) {
-  const goal = D.goals[attacks[state.attack]], n = before.top.length, moves = before.place === after.place ? `stays at place ${place(before.place)}` : `goes from place ${place(before.place)} to place ${place(after.place)}`
-  return `${options.model[state.model]} under ${attacks[state.attack]}, ε = ${D.grid.eps[state.eps]}/255, ${D.grid.steps[state.steps]} step${D.grid.steps[state.steps] > 1 ? 's' : ''}: ${goal.deed}. ` +
-    `${goal.watched[0].toUpperCase()}${goal.watched.slice(1)} ${moves} of ${D.others.toLocaleString('en')}. Of the first ${n} results, ${hits(before, before.top)} are of the class looked for before the attack and ${hits(before, after.top)} after it.`
-}
-'''
-
-# %% ../../nbs/study/06_explore.ipynb #edafe1cc
-_SCRIPT += '''
-function row(cells, now) {
-  const line = element('tr', undefined, now ? 'now' : '')
-  cells.forEach((cell, k) => line.append(cell instanceof Node ? cell : element(k ? 'td' : 'th', cell)))
-  line.firstChild.scope = 'row'
-  return line
-}
-function overview() {
-  $('budgets').replaceChildren(...D.grid.steps.map((steps, j) => row([`${steps} step${steps > 1 ? 's' : ''}`, ...D.grid.eps.map((eps, i) =>
-    element('td', place(at(state.model, {eps: i, steps: j}).after.place), i === state.eps && j === state.steps ? 'now' : ''))])))
-  $('models').replaceChildren(...D.models.map((m, k) => {
-    const {before, after} = at(k)
-    return row([m.label, m.r_at_1.toFixed(1), place(before.place), place(after.place), `${hits(before, before.top)} → ${hits(before, after.top)}`, after.moved.toFixed(3)], k === state.model)
-  }))
-}
-function render() {
-  const {before, after} = at(state.model)
-  pictures(before, after)
-  $('said').textContent = sentence(before, after)
-  results($('before'), before, before.top, after.went, 'now at')
-  results($('after'), before, after.top, after.came, 'was at', before.asks === null ? undefined : after.k)
-  overview()
-  for (const name in state) document.querySelectorAll(`input[name=${name}]`)[state[name]].checked = true
-}
-function choose(name, text, drawn) {
-  const box = element('div')
-  options[name].forEach((value, k) => {
-    const label = element('label'), input = Object.assign(element('input'), {type: 'radio', name, value: k})
-    input.setAttribute('aria-label', `${name} ${text(value, k)}`)
-    input.addEventListener('change', () => { state[name] = k; location.replace('#' + new URLSearchParams(state)); render() })
-    label.append(input, drawn ? drawn(value) : text(value, k))
-    box.append(label)
-  })
-  $(name).append(box)
-}
-function recall() {
-  for (const [name, value] of new URLSearchParams(location.hash.slice(1))) if (name in state && options[name][value] !== undefined) state[name] = +value
-}
-function loaded(data) {
-  return new Promise((done, failed) => { const image = new Image(); image.onload = () => done(image); image.onerror = failed; image.src = 'data:image/png;base64,' + data })
-}
-Promise.all(D.sheets.map(loaded)).then(found => {
-  sheets = found
-  choose('query', (_, k) => k + 1, image => picture(0, where.get(image)))
-  for (const name of ['model', 'attack', 'steps']) choose(name, String)
-  choose('eps', value => value + '/255')
-  recall()
-  render()
-  addEventListener('hashchange', () => { recall(); render() })
-  document.documentElement.dataset.ready = 'yes'
-})
-'''
-
 # %% ../../nbs/study/06_explore.ipynb #e5e23956
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
@@ -595,7 +412,7 @@ def write_explorer(
     if absent: raise ValueError(f'expected what explore_results returns, found no {", ".join(absent)}')
     text = json.dumps(found, separators=(',', ':'), ensure_ascii=False).replace('<', '\\u003c')
     page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}"><meta name="viewport" content="width=device-width,initial-scale=1">'
-            f'<title>{escape(found["title"])}</title><style>{_STYLE}</style></head><body><main>{_body(found)}</main><script type="application/json" id="found">{text}</script><script>{_SCRIPT}</script></body></html>\n').encode(errors='backslashreplace')
+            f'<title>{escape(found["title"])}</title><style>{static("explorer.css")}</style></head><body><main>{_body(found)}</main><script type="application/json" id="found">{text}</script><script>{static("explorer.js")}</script></body></html>\n').encode(errors='backslashreplace')
     if len(page) > _LIMIT: raise ValueError(f'a page may have {_LIMIT:,} bytes, found {len(page):,}; ask for fewer queries, attacks or budgets with a Grid of your own')
     numbers = json.dumps({k: v for k,v in found.items() if k != 'sheets'}, separators=(',', ':'), ensure_ascii=False) + '\n'
     write_atomic(Path(folder)/'results.json', numbers.encode(errors='backslashreplace'))
