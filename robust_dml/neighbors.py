@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['faiss_gpus', 'resolve_backend', 'block_rows', 'distances', 'cache_rows', 'tally', 'check_embeddings', 'check_rows',
-           'mask_rows_', 'smallest', 'knn', 'knn_shards', 'knn_together', 'kmeans']
+           'mask_rows_', 'smallest', 'knn', 'knn_shards', 'kmeans']
 
 # %% ../nbs/01_neighbors.ipynb #fd879789
 import importlib.util, math
@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from .core import check_between, check_choice, check_finite, generator, need
 from .triplets.distances import Prepared, pairwise_distance, prepare
-from .runs.processes import everyone, gathered, process_index
 
 # %% ../nbs/01_neighbors.ipynb #060c8ce8
 def faiss_gpus(
@@ -213,21 +212,6 @@ def knn_shards(
         if rows is not None: value = value.masked_fill(found == rows.to(found)[:,None], math.inf)
         dist, row = _merged(torch.cat([dist, value], 1), torch.cat([row, found], 1), k)
     return dist, row
-
-def knn_together(
-    query:Tensor,          # (B, D) float: the same in all processes
-    shard:Tensor,          # (n, D) float, n >= 1: this process' part of the gallery, in the order of the processes
-    *,
-    k:int,                 # neighbours, 1 to N (N-1 if rows are given)
-    rows:Tensor|None=None, # (B,) long: own row of each query in the whole gallery
-    backend:Literal['auto','torch','faiss']='torch',
-)->tuple[Tensor,Tensor]:   # of `knn`, in every process
-    "The `k` nearest items of a gallery whose parts are in several processes."
-    sizes = everyone(len(shard))
-    check_between('k', k, 1, sum(sizes) - int(rows is not None and bool((rows >= 0).any())))
-    found = knn_shards(query, [shard], k=k, rows=rows, first=sum(sizes[:process_index()]), backend=backend)
-    dist, row = (torch.cat(gathered(part, [len(query)]*len(sizes)).split(len(query)), 1) for part in found)
-    return _merged(dist, row, k)
 
 # %% ../nbs/01_neighbors.ipynb #306cda76
 def _assign(emb:Tensor, centroids:Tensor)->tuple[Tensor,Tensor]:

@@ -17,7 +17,8 @@ from robust_dml.attacks.suite import SUITE
 from robust_dml.core import generator
 from robust_dml.defenses.base import Clock, Defense
 from robust_dml.metrics.evaluate import evaluate
-from robust_dml.neighbors import knn, knn_together
+from robust_dml.metrics.parallel import knn_together
+from robust_dml.neighbors import knn
 from robust_dml.models.networks import build, embed, streamlined, train_mode
 from robust_dml.runs.store import Run, read_lines
 from robust_dml.defenses.train import train

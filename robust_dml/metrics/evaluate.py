@@ -22,7 +22,8 @@ from ..core import Stopwatch, check_between, check_choice, generator, in_halves,
 from ..data.sets import ImageSet
 from .retrieval import benign
 from ..models.networks import checksum, dtype_of, embed, embed_all, frozen, streamlined
-from ..runs.processes import agreed, check_same, embed_split, everyone, leads, process_count, process_index
+from .parallel import embed_split
+from ..runs.processes import agreed, check_same, everyone, leads, process_count, process_index
 from .scores import HEADINGS, ars, ars_cells, constant_before, ers, ers_cells
 from ..neighbors import knn, resolve_backend
 from ..runs.store import Run, append_line, read_lines

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['process_count', 'process_index', 'leads', 'ProcessLost', 'check_started', 'joined', 'launch', 'wait', 'gathered',
-           'everyone', 'agreed', 'check_same', 'shares', 'spread', 'embed_split', 'traffic']
+           'everyone', 'agreed', 'check_same', 'shares', 'spread', 'traffic']
 
 # %% ../../nbs/runs/02_processes.ipynb #d1e652f7
 import json, os, socket, sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -21,8 +20,6 @@ from torch.autograd import Function
 from torch.func import functional_call
 
 from ..core import check_choice, need
-from ..data.sets import ImageSet
-from ..models.networks import embed_all
 
 # %% ../../nbs/runs/02_processes.ipynb #1c1ace94
 def _started()->int: return int(os.environ.get('WORLD_SIZE', 1))
@@ -248,31 +245,6 @@ def spread(
         yield
     finally:
         for network,kind in zip(networks, kinds): network.__class__ = kind
-
-# %% ../../nbs/runs/02_processes.ipynb #67e64971
-@dataclass(frozen=True)
-class _Rows:
-    "Some consecutive images of a set, for `embed_all`."
-    images:ImageSet
-    first:int
-    count:int
-    def __len__(self)->int: return self.count
-    def batch(self, rows:Tensor, *args)->Tensor: return self.images.batch(rows + self.first, *args)
-
-def embed_split(
-    model:nn.Module,
-    images:ImageSet,
-    *,
-    batch_size:int,  # images per forward pass
-    device:str='cpu',
-)->Tensor:           # (N, D) float on `device`: `models.networks.embed_all`
-    "Embeddings of a whole set, its batches dealt out to the processes."
-    dealt = [batch_size*n for n in shares(-(-len(images)//batch_size), process_count())]
-    ends = [min(len(images), sum(dealt[:i])) for i in range(len(dealt) + 1)]
-    sizes, first = [b - a for a,b in zip(ends, ends[1:])], ends[process_index()]
-    own = sizes[process_index()]
-    some = _Rows(images, min(first, len(images) - 1), max(own, 1)) # without a batch: one image, for the shape
-    return gathered(embed_all(model, some, batch_size=batch_size, device=device)[:own], sizes)
 
 # %% ../../nbs/runs/02_processes.ipynb #0400812e
 def traffic(

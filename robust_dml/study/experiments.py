@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPER_28', 'PAPER_224', 'A', 'B', 'QUICK', 'SMALL', 'MEDIUM', 'SMOKE', 'P', 'PHOTOS', 'PRESETS', 'BUILT_IN',
-           'DEFENSES', 'TABLE_DEFENSES', 'PARAMETERS', 'TUNABLE', 'SCALED', 'EXPERIMENTS', 'Setting', 'Recipe',
-           'recipe', 'overrides', 'describe', 'Row', 'parameters', 'table_lines', 'table_row', 'seed_list', 'resolve',
-           'tuned', 'Experiment', 'lines_of', 'Plan', 'plan', 'with_backbone', 'with_budget', 'replan', 'folder_name',
+           'PARAMETERS', 'EXPERIMENTS', 'Recipe', 'recipe', 'overrides', 'describe', 'parameters', 'seed_list',
+           'Experiment', 'lines_of', 'Plan', 'plan', 'with_backbone', 'with_budget', 'replan', 'folder_name',
            'check_split', 'query_count', 'announce', 'Cell', 'cells', 'natural', 'defense', 'training_config',
            'training_options', 'weights_name', 'train_cell', 'alone', 'trained_as', 'evaluation_config',
            'evaluate_cell', 'missing_cells', 'compute_cell', 'compute_elsewhere', 'record', 'check_weights',
@@ -18,7 +17,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,11 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from ..data.archives import is_archive, load
-from ..defenses.baselines import BASELINES
 from ..core import check_choice, check_known, kept_memory, listed, pick_device, typed
 from ..data.sets import QueryGallery, Split
 from ..defenses.base import Defense
-from ..defenses.eat import PROXY, ProxyDefense, Shared, make, network, valid_options
+from ..defenses.eat import PROXY, ProxyDefense, make, network
+from ..defenses.lines import DEFENSES, SCALED, TABLE_DEFENSES, TUNABLE, Row, Setting
+from ..defenses.lines import defense_of, resolve, table_lines, table_row, tuned, versions
 from ..metrics.evaluate import Protocol, evaluate, examples
 from ..runs.jobs import executor, run_jobs, stoppable
 from ..models.networks import MODELS, checksum
@@ -39,19 +38,9 @@ from ..metrics.scores import paper_table
 from ..neighbors import resolve_backend
 from ..runs.store import Run, StoreError, described, find_run, load_tensors, locked, open_run, reports_root, save_tensors, sweep
 from ..defenses.train import OPTIMIZERS, SCHEDULES, load_trained, train
-from ..defenses.colo_tride import OFFICIAL, PAPER, PROFILES, Switches
+from ..defenses.colo_tride import OFFICIAL, PAPER, PROFILES
 
 # %% ../../nbs/study/00_experiments.ipynb #bef671c3
-@dataclass(frozen=True)
-class Setting:
-    "A training budget."
-    name:str
-    eps:float         # radius, fraction of the pixel range
-    step_size:float   # of the inner maximisation
-    steps:int         # inner steps of ACT, HM and every other method but COLO-TRIDE
-    colo_steps:int    # inner steps of COLO-TRIDE, its parts and its naive variants
-    warm_epochs:int=0 # natural epochs before every defence
-
 @dataclass(frozen=True)
 class Recipe:
     "What a preset fixes."
@@ -143,33 +132,6 @@ def describe(setting:Setting)->str:
     return f'{setting.name} (ε {255*setting.eps:g}/255, steps of {255*setting.step_size:g}/255, {setting.steps} for ACT and HM, {setting.colo_steps} for COLO-TRIDE{warm})'
 
 # %% ../../nbs/study/00_experiments.ipynb #acdc4a38
-class Row(NamedTuple):
-    "A line of a table."
-    label:str
-    defense:str      # a name that `defenses.eat.make` knows
-    options:dict={}  # over those of preset and profile
-
-_STEPWISE = dict(profile='paper', collapse_eval='per_step') # the paper's text, with C measured at every step of the inner search
-DEFENSES = dict(
-    natural=Row('Natural', 'natural'), act=Row('ACT', 'act'), hm=Row('HM', 'hm'), colo_tride=Row('COLO-TRIDE', 'colo_tride'),
-    naive_cap=Row('Naive CAP', 'naive_cap'), naive_anp=Row('Naive ANP', 'naive_anp'), naive_tride=Row('Naive TRIDE', 'naive_tride'), naive_sip=Row('Naive SIP', 'naive_sip'),
-    colo_cap=Row('COLO-CAP', 'colo_tride', dict(phase='cap')), colo_anp=Row('COLO-ANP', 'colo_tride', dict(phase='anp')),
-    assist_part=Row('Assist, else clean', 'colo_tride', dict(_STEPWISE, orientation='assist_else_clean')),
-    assist_full=Row('Always assist', 'colo_tride', dict(profile='paper', orientation='assist', assist_start_frac=0.)),
-    colo_steps=Row('COLO-TRIDE (paper, C per step)', 'colo_tride', _STEPWISE),
-    colo_early=Row('COLO-TRIDE (paper, C per step), assist from the start', 'colo_tride', dict(_STEPWISE, assist_start_frac=0.)),
-    range_part=Row('Assist, else clean (paper_range)', 'colo_tride', dict(profile='paper_range', orientation='assist_else_clean')),
-    range_full=Row('Always assist (paper_range)', 'colo_tride', dict(profile='paper_range', orientation='assist', assist_start_frac=0.)),
-    range_early=Row('COLO-TRIDE (paper_range), assist from the start', 'colo_tride', dict(profile='paper_range', assist_start_frac=0.)),
-    est=Row('EST', 'est'), ses=Row('SES', 'ses'), minmax=Row('Min-max', 'minmax'), free=Row('Free AT', 'free'), multi_similarity=Row('Multi-similarity', 'multi_similarity'),
-    pal_natural=Row('Natural (PAL)', 'pal_natural'), pal_at=Row('AT (PAL)', 'pal_at'), pal_mixup=Row('Mix-up (PAL)', 'pal_mixup'), pal_mixup_at=Row('Mix-up + AT (PAL)', 'pal_mixup_at'),
-    pal_trades=Row('TRADES-E', 'pal_trades'), pal_alp=Row('ALP-E', 'pal_alp'), ensemble_at=Row('Ensemble-AT', 'ensemble_at'), joint_at=Row('Joint ensemble AT', 'joint_at'),
-    adp=Row('ADP-E', 'adp'), gal=Row('GAL-E', 'gal'), dverge=Row('DVERGE-E', 'dverge'), eat=Row('EAT (our reconstruction)', 'eat'),
-    eat_none=Row('EAT, split only', 'eat', dict(self_transfer='none')), eat_ensemble=Row('EAT, shared images', 'eat', dict(self_transfer='ensemble')),
-    natural_triplet=Row('Natural (tuples, triplet)', 'tuples', dict(loss='triplet', attack_rate=0.)), tuples_triplet=Row('Robust tuples, triplet', 'tuples', dict(loss='triplet')),
-    natural_contrastive=Row('Natural (tuples, contrastive)', 'tuples', dict(loss='contrastive', attack_rate=0.)), tuples_contrastive=Row('Robust tuples, contrastive', 'tuples', dict(loss='contrastive')),
-    topweighted=Row('Top-weighted', 'topweighted', dict(top=.5)), library_loss=Row('Contrastive', 'library_loss', dict(loss='ContrastiveLoss')))
-TABLE_DEFENSES = ('natural', 'act', 'hm', 'colo_tride')
 PARAMETERS = dict[str, Any](dataset='glyphs', root='', preset='quick', defenses='', seeds='', profile='', device='auto', epochs=0, limit=0, weights='',
                   backend='auto', precision='', compiled=False, out='', skip_unreadable=False, backbone='', executor='inline',
                   pairs=0, lr=0., head_lr=0., eps=0., steps=0)
@@ -200,63 +162,10 @@ def _check_numbers(p:dict)->None:
     if p['steps'] > 1000: raise ValueError(f"parameter steps must be at most 1000, or 0 for the preset's, found {p['steps']}")
 
 # %% ../../nbs/study/00_experiments.ipynb #c1b1b425
-_FLOATS = {f.name for kind in (Switches, Shared) for f in fields(kind) if f.type is float} | {'attack_rate', 'apart', 'cutoff', 'far', 'w_clean', 'w_transfer', 'relation', 'entropy', 'diversity', 'feature_eps', 'feature_step', 'weight', 'alpha', 'beta', 'base', 'clean_weight', 'ics', 'pseudo', 'top'}
-
-def table_lines(
-    text:str,      # comma-separated
-)->tuple[str,...]: # entries, checked
-    "Lines of a table: keys of `DEFENSES`, with switches as in 'colo_tride:lam=10+phase=cap'."
-    entries = tuple(dict.fromkeys(e.strip() for e in text.split(',') if e.strip()))
-    for entry in entries: table_row(entry)
-    return entries
-
-def table_row(entry:str)->Row:
-    "The line that an entry of `table_lines` asks for."
-    name, _, text = entry.partition(':')
-    row = DEFENSES[check_choice('defenses', name, tuple(DEFENSES))]
-    if not text: return row
-    pairs = [part.partition('=') for part in text.split('+')]
-    if not all(key and value for key,_,value in pairs): raise ValueError(f"switches must be written as in 'colo_tride:lam=10+phase=cap', found {entry!r}")
-    options = {key: _value(key, value) for key,_,value in pairs}
-    valid = (*valid_options(row.defense), *(('profile',) if row.defense in ('act', 'hm') and options.get('profile') == 'tuned' else ()))
-    if unknown := sorted(options.keys() - {*valid}): raise ValueError(f'{row.defense} has no switch {", ".join(unknown)}, found in {entry!r}; it has {", ".join(valid)}')
-    base = f"{row.label} ({options['profile']})" if 'profile' in options else row.label
-    texts = {key: f'{options[key]:.3g}' if type(options[key]) is float else value for key,_,value in pairs}
-    return Row(', '.join([base, *(f'{key} = {text}' for key,text in texts.items() if key != 'profile')]), row.defense, row.options | options)
-
-def _value(key:str, text:str):
-    "A switch's value: a number, true, false or text; as a float where the switch is one, so that 2 and 2.0 are the same run."
-    try: value = json.loads(text)
-    except (ValueError, RecursionError): return text
-    return typed(key, value, 0.) if type(value) is int and key in _FLOATS else value
-
 def seed_list(text:str)->tuple[int,...]:
     "Seeds of a comma-separated parameter."
     try: return tuple(dict.fromkeys(int(e) for e in text.split(',') if e.strip()))
     except ValueError: raise ValueError(f"parameter seeds must be whole numbers separated by commas, as in '0,1,2', found {text!r}") from None
-
-# %% ../../nbs/study/00_experiments.ipynb #fd0e9605
-TUNABLE = ('act', 'hm', 'colo_tride', 'naive_tride', 'naive_sip')
-SCALED = ('eps', 'step_size', 'steps', 'margin')                            # given as factors of the method's default
-
-def resolve(
-    candidate:Mapping[str, Any], # of `candidates`
-    base:Mapping[str, Any],      # the method's default `eps`, `step_size`, `steps`, `margin`
-)->dict[str, Any]:               # switches of the method
-    "A candidate's switches, with factors turned into values."
-    def value(key, v): return v if key not in SCALED else round(base[key]*v) if key == 'steps' else base[key]*v
-    return {key: value(key, v) for key,v in candidate.items()}
-
-def tuned(
-    method:str,          # one of `TUNABLE`
-    path:Path|None=None, # file of `keep`; None: the package's
-)->dict[str, Any]:       # for `resolve`; empty: the default is the chosen setting
-    "The tuned setting of a method."
-    file = path or resources.files('robust_dml')/'tuned.json'
-    if not file.is_file(): raise FileNotFoundError("tuned settings must lie in robust_dml/tuned.json, found no such file; make it with: make tune && python -c \"from robust_dml.study import tuning; tuning.keep('reports/tune-glyphs-quick')\"")
-    try: methods = {name: chosen['candidate'] for name,chosen in json.loads(file.read_text(encoding='utf-8'))['methods'].items()}
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error: raise ValueError(f'expected tuned settings in {file}, found another file ({error!r}); make it again with make tune and study.tuning.keep') from error
-    return methods[check_choice('method', method, tuple(methods))]
 
 # %% ../../nbs/study/00_experiments.ipynb #812b3146
 class Experiment(NamedTuple):
@@ -446,15 +355,8 @@ def cells(plan:Plan)->Iterator[Cell]:
     "Cells of a plan in the order of its table."
     for setting in plan.recipe.settings:
         for name in plan.defenses:
-            for profile, label in _versions(table_row(name), plan.recipe.profiles):
+            for profile, label in versions(table_row(name), plan.recipe.profiles):
                 for seed in plan.recipe.seeds: yield Cell(setting, name, profile, label, seed)
-
-def _versions(row:Row, profiles:tuple[str,...])->list[tuple[str, str]]:
-    "Profiles and labels of a line; naive adversaries know no COLO, for which profiles differ: one is enough."
-    if 'profile' in row.options: return [(row.options['profile'], row.label)]
-    plain, own = [p for p in profiles if p != 'tuned'], [('tuned', f'{row.label} (tuned)')] if 'tuned' in profiles and row.defense in TUNABLE and not row.options else []
-    if row.defense in ('natural', 'act', 'hm', 'tuples', *BASELINES, *PROXY): return [('', row.label), *own]
-    return [(plain[0], row.label), *own] if row.defense.startswith('naive') else [*((profile, f'{row.label} ({profile})') for profile in plain), *own]
 
 def natural(recipe:Recipe)->Defense:
     "Natural training, also the warm-up of settings that have one."
@@ -465,15 +367,11 @@ def defense(
     recipe:Recipe,
 )->Defense:
     "The defence of a cell with all its switches."
-    s, row = cell.setting, table_row(cell.defense)
-    inner:dict[str, Any] = dict(eps=s.eps, step_size=s.step_size, margin=recipe.margin)
-    shared = dict(eps=s.eps, step_size=s.step_size, steps=s.steps) | ({} if recipe.weights else dict(warm_epochs=0, clean_epochs=min(1, recipe.epochs - 1), ramp_epochs=recipe.epochs//3)) # nothing to warm up without pretrained weights
-    base:dict[str, dict[str, Any]] = dict.fromkeys(PROXY, shared) | {'natural': dict(margin=recipe.margin, miner=recipe.natural_miner), 'act': dict(inner, steps=s.steps), 'hm': dict(inner, steps=s.steps, ics=recipe.ics), **dict.fromkeys(('est', 'ses', 'minmax', 'topweighted', 'tuples'), dict(inner, steps=s.steps)),
-            'free': inner, **dict.fromkeys(('multi_similarity', 'library_loss'), dict(eps=s.eps, step_size=s.step_size, steps=s.steps))}
-    profile = next(p for p in (cell.profile, *recipe.profiles) if p != 'tuned')
-    given = base.get(row.defense, dict(inner, steps=s.colo_steps, lam=recipe.lam, profile=profile))
-    if cell.profile == 'tuned': given = given | resolve(tuned(row.defense), given)
-    return make(row.defense, **given | {k: v for k,v in row.options.items() if (k, v) != ('profile', 'tuned')})
+    plain = next(p for p in (cell.profile, *recipe.profiles) if p != 'tuned')
+    epochs = 0 if recipe.weights else recipe.epochs
+    return defense_of(
+        table_row(cell.defense), cell.setting, profile=plain, as_tuned=cell.profile == 'tuned', margin=recipe.margin,
+        lam=recipe.lam, ics=recipe.ics, natural_miner=recipe.natural_miner, epochs=epochs)
 
 # %% ../../nbs/study/00_experiments.ipynb #7d9a8144
 def training_config(

@@ -268,7 +268,7 @@ def image_step_seconds(
 
 def paper_job(
     dataset:str,       # cub, cars or sop: the paper's size of it
-    name:str,          # a defence that moves images, key of `study.experiments.DEFENSES`
+    name:str,          # a defence that moves images, key of `defenses.lines.DEFENSES`
     *,
     seconds:float=0.,  # of one image and one inner step; 0: measured here
     device:str='cpu',
