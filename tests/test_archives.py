@@ -235,7 +235,7 @@ def test_a_smaller_set_is_never_read_in_silence(tmp_path):
 def test_published_counts():
     assert {name: tuple(about.counts.values()) for name, about in SETS.items()} == dict(
         cub=((5864, 100), (5924, 100)), cars=((8054, 98), (8131, 98)), sop=((59551, 11318), (60502, 11316)), inshop=((25882, 3997), (14218, 3985), (12612, 3985)),
-        mnist=((60000, 10), (10000, 10)), fashion=((60000, 10), (10000, 10)))
+        grocery=((2493, 40), (1371, 41), (1557, 41)), mnist=((60000, 10), (10000, 10)), fashion=((60000, 10), (10000, 10)))
     for name in ('cub', 'cars', 'sop'): assert [high-low+1 for low, high in SETS[name].ranges.values()] == [classes for _, classes in SETS[name].counts.values()]
     assert sum(images for images, _ in SETS['inshop'].counts.values()) == 52712
 
@@ -683,3 +683,45 @@ def test_fashion_is_found_where_a_package_of_the_system_puts_it(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     assert archives.find('fashion', '.') == place and f'fashion is read from {place}' in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match='apt-get install dataset-fashion-mnist'): archives.find('fashion', Path(sys.prefix)/'bin') # a root that was given is the user's word
+
+
+@pytest.fixture
+def packaged_fashion(tmp_path, monkeypatch):
+    "A system whose package has put Fashion-MNIST into a folder; the current folder is empty."
+    place = fashion(tmp_path/'system')
+    monkeypatch.setitem(SETS, 'fashion', replace(SETS['fashion'], places=(str(tmp_path/'nowhere'), str(place))))
+    (tmp_path/'work').mkdir()
+    monkeypatch.chdir(tmp_path/'work')
+    return place
+
+
+@pytest.mark.parametrize('root', ['', '.'])
+def test_a_check_without_a_root_looks_where_the_package_puts_fashion(packaged_fashion, root):
+    report = check('fashion', root)
+    assert report['folder'] == str(packaged_fashion) and report['sides'].keys() == {'train', 'test'}
+    assert check('fashion', packaged_fashion.parent.parent/'other')['folder'] is None # a root that was given is the user's word
+
+
+def test_the_users_own_fashion_comes_before_that_of_the_system(packaged_fashion, capsys):
+    own = fashion(Path.cwd())
+    assert archives.find('fashion', '').resolve() == own and f'fashion is read from {Path("FashionMNIST/raw")}' in capsys.readouterr().out
+    assert check('fashion', '')['folder'] == str(own)
+
+
+@pytest.mark.parametrize('spoil', [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-9])])
+def test_incomplete_fashion_files_name_the_package(tmp_path, spoil):
+    spoil(fashion(tmp_path)/'t10k-images-idx3-ubyte.gz')
+    with pytest.raises((FileNotFoundError, ValueError), match='apt-get install --reinstall dataset-fashion-mnist') as caught:
+        read('fashion', tmp_path)
+    assert str(caught.value).startswith(str(tmp_path)) and '\n' not in str(caught.value)
+
+
+def test_incomplete_mnist_files_do_not_name_the_package_of_the_other_set(tmp_path):
+    (mnist(tmp_path)/'t10k-images-idx3-ubyte.gz').unlink()
+    with pytest.raises(FileNotFoundError, match='download it again$'): read('mnist', tmp_path)
+
+
+@pytest.mark.parametrize('folder, own', [('/usr/share/sets', False), ('/etc', False), ('/usr/local/sets', True), ('/data/usr', True)])
+def test_no_cache_goes_into_a_folder_of_the_system(monkeypatch, folder, own):
+    monkeypatch.setattr(os, 'access', lambda path, mode: True) # as root
+    assert (archives.cache_folder('grocery', Path(folder)) == Path(folder)/'.robust_dml-cache') == own

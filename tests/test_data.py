@@ -10,6 +10,7 @@ from PIL import Image
 
 from robust_dml.data import sets as data
 from robust_dml.core import generator
+from robust_dml.metrics import retrieval as metrics
 
 FOUND = functools.cache(data.characters)
 SEARCH = data.characters
@@ -508,3 +509,58 @@ def test_images_outside_of_memory_are_read_ahead(no_thread_left, mapped):
     else: images = Watched()
     list(data.training_batches(replace(s, images=images), torch.arange(7).split(2), gen=generator(0)))
     assert readers == {not mapped}
+
+
+def side_folders(root, **sides):
+    "Two grey images in each class folder of each side."
+    for side, names in sides.items():
+        for name in names:
+            for k in range(2): write(root/side/name/f'{k}.png', 20*k+ord(name))
+    return root
+
+
+@pytest.mark.parametrize('sides', [dict(train='ab', test='cd'), dict(train='ab', query='cd', gallery='cd')])
+def test_a_folder_that_is_split_already_says_how_it_was_read(tmp_path, capsys, sides):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        split = data.load(str(side_folders(tmp_path/'set', **sides)), size=8, channels=1)
+    assert split.train.classes == ('a', 'b') and split.test.classes == ('c', 'd')
+    assert isinstance(split, data.QueryGallery) == ('query' in sides)
+    said = capsys.readouterr().out
+    assert 'is read as split already: train (4 images), ' in said and all(f'{side} (4 images)' in said for side in sides)
+
+
+def test_queries_that_can_find_nothing_are_left_out_as_the_warning_says(tmp_path):
+    folder = side_folders(tmp_path/'set', train='ab', query='cde', gallery='cd')
+    with pytest.warns(UserWarning, match=r'1 classes that are not in its gallery \(e, .*R@1 and mAP leave them out'):
+        split = data.load(str(folder), size=8, channels=1)
+    emb, asked = torch.eye(5)[split.test.labels], split.queries
+    row = metrics.benign(emb[:asked], split.test.labels[:asked], emb[asked:], split.test.labels[asked:], backend='torch')
+    assert row['undefined'] == 2 and row['R@1'] == 100
+
+
+def test_queries_none_of_which_can_find_anything_are_refused(tmp_path):
+    folder = side_folders(tmp_path/'set', train='ab', query='cd', gallery='ef')
+    with pytest.raises(ValueError, match='in both query and gallery, found none'): data.load(str(folder), size=8, channels=1)
+
+
+def test_classes_on_both_sides_give_a_warning(tmp_path):
+    folder = side_folders(tmp_path/'set', train='ab', test='bc')
+    with pytest.warns(UserWarning, match='trains and tests on 1 of the same classes'): data.load(str(folder), size=8, channels=1)
+
+
+def test_training_and_validation_alone_are_refused_with_advice(tmp_path):
+    folder = side_folders(tmp_path/'set', train='ab', val='cd')
+    with pytest.raises(ValueError, match='found train and val; rename or add the folder of classes to test on'):
+        data.load(str(folder), size=8, channels=1)
+
+
+CALTECH = Path(__file__).parents[2]/'shared'/'data'/'caltech101_mini'
+
+
+@pytest.mark.skipif(not CALTECH.is_dir(), reason='needs the photographs of ../shared/data/caltech101_mini')
+def test_photographs_in_class_folders():
+    split = data.load(str(CALTECH), size=64, channels=3)
+    assert (len(split.train), len(split.test), split.train.images.shape[1:]) == (360, 360, (3, 64, 64))
+    assert len(split.train.classes) == len(split.test.classes) == 30 and not {*split.train.classes} & {*split.test.classes}
+    assert 40 < split.test.images.float().mean() < 215 and split.test.images.float().flatten(1).std(1).min() > 1 # no blank image

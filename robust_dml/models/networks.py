@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'PACKAGED', 'EmbeddingNet', 'FoldedConv2d', 'build', 'frozen', 'foldable', 'streamlined', 'train_mode',
-           'channels_last', 'embed', 'checksum', 'dtype_of', 'embed_all']
+           'channels_last', 'embed', 'checksum', 'dtype_of', 'embed_all', 'headless']
 
 # %% ../../nbs/models/00_networks.ipynb #e5a92788
 import copy, hashlib
@@ -334,3 +334,13 @@ def embed_all(
     parts = torch.arange(len(images)).split(batch_size)
     with frozen(model), torch.no_grad():
         return torch.cat([emb for rows in progress(parts, desc='embed', show=show) for emb in in_halves(some, rows, done='embedded', device=device)])
+
+# %% ../../nbs/models/00_networks.ipynb #3d0a51d1
+def headless(
+    model:EmbeddingNet,
+)->EmbeddingNet: # shares backbone and standardisation with `model`, which stays as it is
+    "A network that gives the features of its backbone, as they are before any metric learning."
+    bare = copy.copy(model)
+    bare._modules = dict(model._modules, head=nn.Identity())
+    return bare
+
