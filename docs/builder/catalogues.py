@@ -46,7 +46,7 @@ def rows_table(
 
 def equations_page()->str:
     "Every equation, algorithm, figure, table, attack and score."
-    parts = ['# Find an equation', 'The number in the paper, what it says, the function that holds it and the cell that explains it. The same tables stand in [the guide](nbs/papers/colo_tride/03_guide.ipynb), with the pipeline drawn.',
+    parts = ['# Find an equation', 'The number in the paper, what it says, the function that holds it and the cell that explains it. The same tables stand in [the guide](nbs/papers/colo_tride/02_guide.ipynb), with the pipeline drawn.',
              '## Equations of COLO-TRIDE', r'$D$ is a mean distance over the triplets of a batch, a star marks perturbed images, $T$ is a triplet. There is no equation (29). Symbols: [glossary](glossary.md).', rows_table(guide.equations()),
              '## Attacks', rows_table(guide.attacks()), '## Scores', rows_table(guide.scores()),
              '## Robust optimisation of tuples', rows_table(guide.robust_tuples()), '## EAT, its ensembles, and inference by clustering', rows_table(guide.ensembles())]

@@ -18,7 +18,8 @@ FOLDERS = { # folder of the notebooks, or what pages without a module are for: p
     'report': ('report', 'Reports', 'From results to tables, figures and pages.'),
     'audit': ('audit', 'Audit', 'Your own model on your own images: measured, and hardened.'),
     'study': ('study', 'Studies', 'The grid behind a table, and questions that no single table answers.'),
-    'papers/colo_tride': ('colo_tride', 'The paper on COLO-TRIDE', 'Its theory, its printed tables, its claims, and where each equation stands.'),
+    'papers/colo_tride': ('colo_tride', 'The paper on COLO-TRIDE', 'Its theory, its printed tables, and where each equation stands.'),
+    'papers/claims': ('judged', 'What the papers claim', 'Every claim of the three papers: the rule that judges it, and its graded verdict.'),
     'papers': ('papers', 'The papers together', 'Tables of the other two papers, all defences side by side, everything in one run.'),
     'extend': ('extend', 'Extend it', 'Your own data set, attack or defence, each as a worked page.')}
 

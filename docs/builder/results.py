@@ -82,7 +82,7 @@ def claims_page()->str:
     text = re.sub(r'^## Claim (\d+):', r'(claim-\1)=\n\n## Claim \1:', text, flags=re.M)
     text = re.sub(r'^\| (\d+) \|', r'| [\1](#claim-\1) |', text, flags=re.M)
     text = re.sub(r'^# .*\n', '# Claims and verdicts\n\nThe file `reports/claims.md`, which `make claims` writes; with figures: <a href="reports/claims/index.html">the report</a>.\n', text, count=1)
-    return re.sub(r'<(?!a |/a>)', r'\\<', text)
+    return re.sub(r'<(?!/?(?:a|details|summary)\b)', r'\\<', text)
 
 
 def _lines(head, rows)->str: return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in (head, ['---']*len(head), *rows))

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import all_defenses, eat, tuples
-from .colo_tride import claims, errata
+from .claims import claims, claims_page
+from .colo_tride import errata
 from ..study import compare, experiments, explore, locality, stress, tuning
 from ..core import check_choice
 from ..study.experiments import EXPERIMENTS, Plan, plan, replan, results
@@ -60,8 +61,8 @@ def _errata(asked:Plan, parameters:dict, show:bool)->Said:
     return errata.write_errata(asked.reports/'errata', found), errata.summary(found)
 
 def _claims(asked:Plan, parameters:dict, show:bool)->Said:
-    page = claims.page(asked.reports)
-    return page, claims.counted(claims.claims_results(asked.reports))
+    found = claims.claims_results(asked.reports)
+    return claims_page.write_claims(asked.reports, found), claims_page.summary(found)
 
 # %% ../../nbs/papers/03_everything.ipynb #88855d0a
 class Part(NamedTuple):

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from . import all_defenses, eat, tuples as tuple_tables
-from .colo_tride import claims, errata
+from .claims import claims_page
+from .colo_tride import errata
 from ..study import compare, cost, locality, scale, stress, questions, tuning
 from ..report import tables
 from ..study.experiments import example_tensors
@@ -180,7 +181,7 @@ def _cost_report(folder:Path, results:Mapping[str, Any])->Path:
     order = dict.fromkeys((results['dataset'], 'cub', 'cars', 'sop', *results['rows']))
     return cost.write_cost_report(folder, dict(results, rows={name: results['rows'][name] for name in order if name in results['rows']}))
 
-def _claims_page(folder:Path, results:Mapping[str, Any])->Path: return claims.write_claims(folder.parent, results)
+def _claims_page(folder:Path, results:Mapping[str, Any])->Path: return claims_page.write_claims(folder.parent, results)
 
 def _index(folder:Path, results:Mapping[str, Any])->Path:
     "The page of all experiments of a data set."

@@ -95,6 +95,8 @@ def agreement(records:Sequence[Mapping[str, Any]])->dict[str, dict[str, float]]:
     return {a: {b: spearman(column[a], column[b]) for b in HEADINGS} for a in HEADINGS}
 
 # %% ../../nbs/study/07_questions.ipynb #744b3f14
+_REDRAWN = ('ers', 'ars', 'ers_cells', 'ars_cells') # both scores, and attack by attack what they are means of
+
 @kept_memory()
 def redraws(
     plan:Plan,
@@ -102,13 +104,13 @@ def redraws(
     draws:int=5,    # of the random targets
     limit:int=500,  # queries
     show:bool=True,
-)->list[dict]:      # a row per cell of the first seed: ERS and ARS of every draw
+)->list[dict]:      # a row per cell of the first seed: both scores and their cells, of every draw
     "The scores of each model on other random targets."
     small, rows = replace(plan, recipe=replace(plan.recipe, limit=min(limit, plan.recipe.limit or limit))), []
     for cell in cells(small):
         if cell.seed != plan.recipe.seeds[0]: continue
-        found = [evaluate_cell(small, cell, seed=draw, show=show).read('result.json', 'ers', 'ars') for draw in range(draws)]
-        rows.append(dict(setting=cell.setting.name, label=cell.label, **{score: [f[score] for f in found] for score in ('ers', 'ars')}))
+        found = [evaluate_cell(small, cell, seed=draw, show=show).read('result.json', *_REDRAWN) for draw in range(draws)]
+        rows.append(dict(setting=cell.setting.name, label=cell.label, **{score: [f[score] for f in found] for score in _REDRAWN}))
     return rows
 
 def fairness(
