@@ -50,7 +50,8 @@ def test_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     package = {name.removeprefix('robust_dml/') for name in names if name.startswith('robust_dml/')}
     assert len(MODULES) > 40 and len(PAPER) >= 5
-    expected = {*FILES, 'py.typed', 'gpu_cards.csv'} | {f'paper_tables/{p}' for p in PAPER}
+    static = {f'report/static/{name}.{kind}' for name in ('page', 'list', 'explorer') for kind in ('css', 'js')}
+    expected = {*FILES, 'py.typed', 'gpu_cards.csv'} | static | {f'paper_tables/{p}' for p in PAPER}
     assert package - {'tuned.json'} == expected
     assert {name.split('/')[0] for name in names if '.dist-info/' not in name} == {'robust_dml'}, 'no tests, notebooks or reports in a wheel'
     assert any(name.endswith('licenses/LICENSE') for name in names)
