@@ -82,7 +82,7 @@ def test_table2_trains_nothing(undisturbed):
 
 @pytest.mark.parametrize('arguments, message', [
     (('-p', 'datset', 'glyphs'), 'unknown parameter datset; the valid ones are dataset, root, preset'),
-    (('-p', 'preset', 'huge'), "preset must be one of 'smoke', 'quick', 'small', 'medium', 'paper', found 'huge'"),
+    (('-p', 'preset', 'huge'), "'photos96', 'paper', found 'huge'"),
     (('-p', 'skip_unreadable', 'false'), 'skip_unreadable must be True or False')], ids=('name', 'value', 'type'))
 def test_wrong_parameters_fail(tmp_path, arguments, message):
     done = papermill(tmp_path, 'run_table1.ipynb', *arguments)
