@@ -31,29 +31,45 @@ def passes(model, x, steps):
             torch.autograd.grad(embed(model, z).sum(), z)
 
 
-BOUND = 'nine optimisations x steps x (forward + input gradient) of the plain network with frozen weights on the same images'
-SIZES = (('c2f2', 1, 28, 128, 1.35), ('resnet18', 3, 64, 64, 1.15), ('resnet18', 3, 224, 32, None)) # network, channels, size, batch, target
+BOUND = (
+    'nine optimisations x steps x (forward + input gradient) of the plain network with frozen weights on the same'
+    ' images'
+)
+# network, channels, size, batch, target
+SIZES = (('c2f2', 1, 28, 128, 1.35), ('resnet18', 3, 64, 64, 1.15), ('resnet18', 3, 224, 32, None))
 
 
 def item(name, channels, size, batch, target, *, queries, steps, gallery_size=2000, pairs=5, device='cpu'):
-    model, data = build(name, dim=512, size=size, channels=channels, seed=0).to(device).eval(), images(gallery_size, channels, size)
+    model, data = build(name, dim=512, size=size, channels=channels, seed=0).to(device).eval(), images(
+        gallery_size, channels, size
+    )
     gallery = Gallery(embed_all(streamlined(model), data, batch_size=batch, device=device), data.labels.to(device))
     blocks = torch.arange(queries).split(batch)
 
     def ours():
         fast = streamlined(model)
-        embed_all(fast, Images(data.x[:queries], data.labels[:queries]), batch_size=batch, device=device) # the queries' share of the gallery
+        # the queries' share of the gallery
+        embed_all(fast, Images(data.x[:queries], data.labels[:queries]), batch_size=batch, device=device)
         for attack in SUITE.values():
             for rows in blocks:
-                run_attack(fast, attack, data.batch(rows, device), members(gallery, rows.to(device)), gallery, eps=8/255, step_size=1/255, steps=steps, seed=0)
+                run_attack(
+                    fast, attack, data.batch(rows, device), members(gallery, rows.to(device)), gallery, eps=8 / 255,
+                    step_size=1 / 255, steps=steps, seed=0
+                )
 
     def bound():
         for rows in blocks: passes(model, data.batch(rows, device), steps*len(SUITE))
-    return Item('attacks', f'attack suite, {name}', f'{queries:,} of {gallery_size:,} x {channels} x {size} x {size}, {steps} steps', ours, bound, BOUND, target,
-                work=queries*steps*len(SUITE), pairs=pairs)
+    return Item(
+        'attacks', f'attack suite, {name}',
+        f'{queries:,} of {gallery_size:,} x {channels} x {size} x {size}, {steps} steps', ours, bound, BOUND, target,
+        work=queries * steps * len(SUITE), pairs=pairs
+    )
 
 
 def items(*, full:bool):
     for name,channels,size,batch,target in SIZES:
-        if size < 224: yield item(name, channels, size, batch, target, queries=256 if name == 'c2f2' else batch, steps=8 if full else 4)
+        if size < 224:
+            yield item(
+                name, channels, size, batch, target, queries=256 if name == 'c2f2' else batch, steps=8 if full else 4
+            )
         elif full: yield item(name, channels, size, batch, target, queries=batch, steps=4, gallery_size=256, pairs=3)

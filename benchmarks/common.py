@@ -47,23 +47,43 @@ def measure(item:Item)->dict:
 
 def _measure(item:Item, calls:dict)->dict:
     for call in calls.values(): call()
-    rounds = [{name: seconds(call) for name,call in (reversed(calls.items()) if i%2 else calls.items())} for i in range(item.pairs)]
+    rounds = [
+        {name: seconds(call) for name, call in (reversed(calls.items()) if i % 2 else calls.items())}
+        for i in range(item.pairs)
+    ]
     figures = {f'{name}_s': [r[name] for r in rounds] for name in calls}
     value = [r['ours']/r['bound'] for r in rounds] if item.bound else [1000*r['ours'] for r in rounds]
     middle = statistics.median(value)
-    return dict(group=item.group, name=item.name, size=item.size, bound_is=item.bound_is, unit='ratio' if item.bound else 'ms', median=middle,
-                low=min(value), high=max(value), target=item.target, met=None if item.target is None else middle <= item.target,
-                image_steps_per_s=item.work/statistics.median(figures['ours_s']) if item.work else None, note=item.note,
-                **figures, **(item.extra() if item.extra else {}))
+    return dict(
+        group=item.group, name=item.name, size=item.size, bound_is=item.bound_is, unit='ratio' if item.bound else 'ms',
+        median=middle, low=min(value), high=max(value), target=item.target,
+        met=None if item.target is None else middle <= item.target,
+        image_steps_per_s=item.work / statistics.median(figures['ours_s']) if item.work else None, note=item.note,
+        **figures, **(item.extra() if item.extra else {})
+    )
 
 
 def machine()->dict:
     "What the figures were taken on."
-    cpu = next((line.split(':', 1)[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if line.startswith('model name')), '') \
-        if Path('/proc/cpuinfo').exists() else platform.processor()
+    cpu = (
+        next(
+            (
+                line.split(':', 1)[1].strip()
+                for line in Path('/proc/cpuinfo').read_text().splitlines()
+                if line.startswith('model name')
+            ),
+            '',
+        )
+        if Path('/proc/cpuinfo').exists()
+        else platform.processor()
+    )
     a = torch.randn(1024, 1024)
     flops = 2*1024**3/min(seconds(lambda: a@a) for _ in range(20))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), gemm_gflops=round(flops/1e9), gpu=gpu, torch=torch.__version__,
-                python=platform.python_version(), commit=commit)
+    commit = subprocess.run(
+        ['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+    return dict(
+        cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), gemm_gflops=round(flops / 1e9), gpu=gpu,
+        torch=torch.__version__, python=platform.python_version(), commit=commit
+    )

@@ -25,14 +25,24 @@ with frozen(model), kept_memory() if keep else nullcontext():
 '''
 
 
-def child(*args)->Seconds: return Seconds(subprocess.run([sys.executable, '-c', CODE, *map(str, args)], capture_output=True, text=True, check=True).stdout)
+def child(*args)->Seconds:
+    return Seconds(
+        subprocess.run([sys.executable, '-c', CODE, *map(str, args)], capture_output=True, text=True, check=True).stdout
+    )
 
 
 def item(name, channels, size, batch, count):
     import torch
     args = name, channels, size, batch, count, torch.get_num_threads()
-    return Item('memory', f'freed memory kept, {name}', f'{batch} x {channels} x {size} x {size}', ours=lambda: child(*args, 1), bound=lambda: child(*args, 0),
-                bound_is='the same passes in a process that gives freed memory back at once, as C programs do unless told otherwise', target=None, work=batch*count)
+    return Item(
+        'memory', f'freed memory kept, {name}', f'{batch} x {channels} x {size} x {size}', ours=lambda: child(*args, 1),
+        bound=lambda: child(*args, 0),
+        bound_is=(
+            'the same passes in a process that gives freed memory back at once, as C programs do unless told otherwise'
+        ),
+        target=None,
+        work=batch * count,
+    )
 
 
 def items(*, full:bool):

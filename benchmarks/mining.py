@@ -7,7 +7,9 @@ from robust_dml.triplets.mining import MINERS, gradual_margin
 
 def items(*, full:bool):
     gen = torch.Generator().manual_seed(0)
-    emb, label = normalise(torch.randn(112, 512, generator=gen)), torch.randint(0, 40, (56,), generator=gen).repeat_interleave(2)
+    emb, label = normalise(torch.randn(112, 512, generator=gen)), torch.randint(
+        0, 40, (56,), generator=gen
+    ).repeat_interleave(2)
     calls = {name: (lambda mine=mine: mine(emb, label, gen=gen, margin=.2)) for name,mine in MINERS.items()}
     calls['gradual semihard'] = lambda: MINERS['semihard'](emb, label, gen=gen, margin=gradual_margin(3, 10, margin=.2))
     for name,call in calls.items():

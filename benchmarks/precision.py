@@ -11,7 +11,8 @@ UNITS = {'TMA': 100, 'ES:D': 50} # both as percent of their range, like the othe
 
 
 def outcomes(*, device='cpu', epochs=10, steps=32, limit=0)->dict:
-    "Outcome of each attack by a search in float32 and in bfloat16, for a natural and an ACT model on glyphs, with the seconds of both."
+    """Outcome of each attack by a search in float32 and in bfloat16, for a natural and an ACT model on glyphs, with
+    the seconds of both."""
     split, found = sets.glyphs(), {}
     budget = dict(eps=32/255, step_size=16/255, steps=4, margin=.2)
     for name,defense in {'natural': make('natural', margin=.2, miner='semihard'), 'ACT': make('act', **budget)}.items():
@@ -20,14 +21,18 @@ def outcomes(*, device='cpu', epochs=10, steps=32, limit=0)->dict:
         runs = {}
         for precision in ('float32', 'bfloat16'):
             began = time.perf_counter()
-            result = evaluate(model, split.test, eps=32/255, step_size=3/255, steps=steps, batch_size=512, limit=limit, precision=precision, device=device, show=False)
+            result = evaluate(
+                model, split.test, eps=32 / 255, step_size=3 / 255, steps=steps, batch_size=512, limit=limit,
+                precision=precision, device=device, show=False
+            )
             runs[precision] = dict(result.after, seconds=time.perf_counter() - began)
         found[name] = runs
     return found
 
 
 def table(found:dict)->str:
-    "Difference in points (TMA and ES:D in percent of their range) as Markdown; a minus means that half precision did not move it as far up."
+    """Difference in points (TMA and ES:D in percent of their range) as Markdown; a minus means that half precision did
+    not move it as far up."""
     names = [n for n in next(iter(found.values()))['float32'] if n != 'seconds']
     lines = ['| bfloat16 minus float32, points | ' + ' | '.join(names) + ' |', '|---' + '|--:'*len(names) + '|']
     for model,runs in found.items():

@@ -1,4 +1,5 @@
-"Retrieval measures, neighbours and NMI at the sizes of the papers' test sets, about 5.3 images of each class as in SOP."
+"""Retrieval measures, neighbours and NMI at the sizes of the papers' test sets, about 5.3 images of each class as in
+SOP."""
 import os, subprocess, sys, tempfile
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,8 @@ NITER, SEED = 25, 123 # of k-means, as in `metrics.retrieval.nmi`
 
 @cache
 def embeddings(rows:int, classes:int, dim:int=512)->tuple[torch.Tensor, torch.Tensor]:
-    "Class centres plus noise at unit length, and labels in random order; every class has two images or more where there is room for that."
+    """Class centres plus noise at unit length, and labels in random order; every class has two images or more where
+    there is room for that."""
     gen = torch.Generator().manual_seed(0)
     more = torch.randint(classes, (max(0, rows - 2*classes),), generator=gen)
     label = torch.cat([torch.arange(classes).repeat(2), more])[torch.randperm(rows, generator=gen)]
@@ -40,12 +42,16 @@ def peak_memory(emb, label)->dict:
     with tempfile.TemporaryDirectory() as folder:
         torch.save((emb, label), path := Path(folder)/'embeddings.pt')
         env = os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))}
-        shown = subprocess.run([sys.executable, __file__, str(path), str(torch.get_num_threads())], env=env, capture_output=True, text=True, check=True).stdout
+        shown = subprocess.run(
+            [sys.executable, __file__, str(path), str(torch.get_num_threads())], env=env, capture_output=True,
+            text=True, check=True
+        ).stdout
     return dict(extra_mib=float(shown))
 
 
 def resident(name:str)->float:
-    "Memory of this process in MiB, now ('VmRSS') or at most so far ('VmHWM'): Linux's own account, since that of getrusage begins with the parent's peak."
+    """Memory of this process in MiB, now ('VmRSS') or at most so far ('VmHWM'): Linux's own account, since that of
+    getrusage begins with the parent's peak."""
     return int(Path('/proc/self/status').read_text().split(f'{name}:')[1].split()[0])/1024
 
 
@@ -62,17 +68,29 @@ def child(path:str, threads:str)->float:
 def ranking(rows:int, classes:int, *, full:bool)->Item:
     "One pass for the three ranking measures."
     emb, label = embeddings(rows, classes)
-    return Item('search', 'R@1, R@2, mAP', f'{rows:,} x 512, {classes:,} classes', ours=lambda: measures(emb, label), bound=lambda: product_and_topk(emb, 3),
-                bound_is='one matrix product of the embeddings in blocks of 1024 rows, and the 3 largest of each row', target=2., pairs=3 if rows > 20_000 else 7,
-                extra=lambda: peak_memory(emb, label) if Path('/proc/self/status').exists() and rows >= (60_000 if full else 10_000) else {})
+    return Item(
+        'search', 'R@1, R@2, mAP', f'{rows:,} x 512, {classes:,} classes', ours=lambda: measures(emb, label),
+        bound=lambda: product_and_topk(emb, 3),
+        bound_is='one matrix product of the embeddings in blocks of 1024 rows, and the 3 largest of each row',
+        target=2.0, pairs=3 if rows > 20_000 else 7,
+        extra=lambda: (
+            peak_memory(emb, label)
+            if Path('/proc/self/status').exists() and rows >= (60_000 if full else 10_000)
+            else {}
+        ),
+    )
 
 
 def neighbours(rows:int, classes:int)->Item:
     "Lists of neighbours by PyTorch."
     emb, _ = embeddings(rows, classes)
     own = torch.arange(rows)
-    return Item('search', 'kNN, k=10', f'{rows:,} x 512', ours=lambda: knn(emb, emb, k=10, rows=own), bound=lambda: product_and_topk(emb, 11),
-                bound_is='one matrix product of the embeddings in blocks of 1024 rows, and the 11 largest of each row', target=2., pairs=3 if rows > 20_000 else 7)
+    return Item(
+        'search', 'kNN, k=10', f'{rows:,} x 512', ours=lambda: knn(emb, emb, k=10, rows=own),
+        bound=lambda: product_and_topk(emb, 11),
+        bound_is='one matrix product of the embeddings in blocks of 1024 rows, and the 11 largest of each row',
+        target=2.0, pairs=3 if rows > 20_000 else 7
+    )
 
 
 def clusters(rows:int, classes:int, pairs:int)->Item:
@@ -90,13 +108,16 @@ def clusters(rows:int, classes:int, pairs:int)->Item:
         index = faiss.IndexFlatL2(x.shape[1])
         index.add(start)
         for _ in range(rounds() + 1): index.search(x, 1)
-    return Item('search', 'NMI', f'{rows:,} x 512, {classes:,} clusters', bound=assign, target=1.3, pairs=pairs,
-                ours=lambda: nmi(emb, label, k=classes, seed=SEED, backend='faiss'),
-                bound_is='the nearest centroid of every row by faiss, once for each round that its k-means makes and once more')
+    return Item(
+        'search', 'NMI', f'{rows:,} x 512, {classes:,} clusters', bound=assign, target=1.3, pairs=pairs,
+        ours=lambda: nmi(emb, label, k=classes, seed=SEED, backend='faiss'),
+        bound_is='the nearest centroid of every row by faiss, once for each round that its k-means makes and once more'
+    )
 
 
 def items(*, full:bool):
-    for rows,classes in ((2_000, 377), (10_000, 1_887)) + ((60_000, 11_316),)*full: yield ranking(rows, classes, full=full)
+    for rows,classes in ((2_000, 377), (10_000, 1_887)) + ((60_000, 11_316),)*full:
+        yield ranking(rows, classes, full=full)
     yield neighbours(10_000, 1_887)
     if resolve_backend('auto') == 'faiss': yield clusters(60_000, 11_316, 2) if full else clusters(10_000, 1_000, 3)
 

@@ -12,7 +12,8 @@ KINDS = { # images that move and images that the update sees, in units of the nu
     'HM': (3, 5, lambda steps: hm(steps=steps, ics=.5, pseudo=2., **EPS)), # a destination out of reach: no early stop
     'CAP': (2, 3, lambda steps: make('naive_cap', profile='paper', steps=steps, lam=10., step_schedule='const', **EPS)),
     'ANP': (1, 3, lambda steps: make('naive_anp', profile='paper', steps=steps, lam=10., step_schedule='const', **EPS))}
-SIZES = (('c2f2', 1, 28, 128), ('resnet18', 3, 64, 64), ('resnet18', 3, 224, 32)) # network, channels, size, images of a batch (two per triplet)
+# network, channels, size, images of a batch (two per triplet)
+SIZES = (('c2f2', 1, 28, 128), ('resnet18', 3, 64, 64), ('resnet18', 3, 224, 32))
 
 
 def item(kind, name, channels, size, batch, *, steps, pairs=5, device='cpu'):
@@ -28,7 +29,9 @@ def item(kind, name, channels, size, batch, *, steps, pairs=5, device='cpu'):
         optimizer.step()
 
     def ours():
-        step = defense.step(model, x, label, state=defense.init(), clock=Clock(0, 1), gen=torch.Generator().manual_seed(0))
+        step = defense.step(
+            model, x, label, state=defense.init(), clock=Clock(0, 1), gen=torch.Generator().manual_seed(0)
+        )
         assert step.log['steps_done'] == steps, step.log # no speed-up by doing less
         update(step.loss)
 
@@ -40,10 +43,20 @@ def item(kind, name, channels, size, batch, *, steps, pairs=5, device='cpu'):
     def clean():
         with torch.no_grad(): embed(streamlined(model), x)
     extra = lambda: dict(clean_pct=100*min(seconds(clean) for _ in range(5))/min(seconds(bound) for _ in range(3)))
-    note = 'mining embeds the clean batch once, which the bound leaves out: {clean_pct:.0f} % of it here, less with more inner steps.'
-    return Item('training', f'{kind} step, {name}', f'{half} triplets x {channels} x {size} x {size}, {steps} steps', ours, bound,
-                f'{steps} x (forward + input gradient) of {moving} images a triplet, then one forward and backward with weight gradients of {seen}', 1.15,
-                work=moving*half*steps, pairs=pairs, **(dict(note=note, extra=extra) if kind == 'ANP' else {}))
+    note = (
+        'mining embeds the clean batch once, which the bound leaves out: {clean_pct:.0f} % of it here, less with more'
+        ' inner steps.'
+    )
+    return Item(
+        'training', f'{kind} step, {name}', f'{half} triplets x {channels} x {size} x {size}, {steps} steps', ours,
+        bound,
+        f'{steps} x (forward + input gradient) of {moving} images a triplet, then one forward and backward with weight'
+        f' gradients of {seen}',
+        1.15,
+        work=moving * half * steps,
+        pairs=pairs,
+        **(dict(note=note, extra=extra) if kind == 'ANP' else {}),
+    )
 
 
 def items(*, full:bool):

@@ -10,7 +10,8 @@ cfg = parser['DEFAULT']
 project, author, release, copyright = cfg['title'], cfg['author'], cfg['version'], cfg['copyright']
 extensions = ['myst_nb', 'sphinx.ext.mathjax', 'sphinx_copybutton']
 exclude_patterns = ['_extra']
-suppress_warnings = ['ref.python'] # types in signatures may have the name of two classes; links that pages ask for are tested
+# types in signatures may have the name of two classes; links that pages ask for are tested
+suppress_warnings = ['ref.python']
 
 nb_execution_mode = 'off' # outputs are those of the committed notebooks
 nb_merge_streams = True

@@ -1,6 +1,7 @@
 """Adversarially robust deep metric learning: train, attack, score and audit image-retrieval models.
 
-The names below are the public face; each is imported when it is first asked for, so that `import robust_dml` loads nothing else.
+The names below are the public face; each is imported when it is first asked for,
+so that `import robust_dml` loads nothing else.
 """
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -24,7 +24,10 @@ def _plain(value:Any)->dict:
     "A dataclass as a mapping; everything else that JSON does not know is an error."
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    raise TypeError(f'a fingerprint takes JSON values, tuples and dataclasses, found {type(value).__name__}; convert it to one of these')
+    raise TypeError(
+        f'a fingerprint takes JSON values, tuples and dataclasses, found {type(value).__name__}; convert it to one of'
+        ' these'
+    )
 
 # %% ../nbs/00_core.ipynb #298aa36b
 def fingerprint(
@@ -32,7 +35,8 @@ def fingerprint(
 )->str:        # 64 hexadecimal digits
     "SHA-256 of the canonical JSON of `value`."
     try: text = json.dumps(value, sort_keys=True, separators=(',', ':'), allow_nan=False, default=_plain)
-    except ValueError as err: raise ValueError(f'a fingerprint takes finite numbers and values without cycles, found: {err}') from err
+    except ValueError as err:
+        raise ValueError(f'a fingerprint takes finite numbers and values without cycles, found: {err}') from err
     return hashlib.sha256(text.encode()).hexdigest()
 
 # %% ../nbs/00_core.ipynb #645a7ea6
@@ -43,7 +47,9 @@ def generator(
     "A fresh generator whose stream is determined by `seed` and `keys` alone."
     for key in (seed, *keys):
         if isinstance(key, bool) or not isinstance(key, (int, str)):
-            raise TypeError(f'a generator is keyed by strings and integers, found {key!r}; convert it with int() or str()')
+            raise TypeError(
+                f'a generator is keyed by strings and integers, found {key!r}; convert it with int() or str()'
+            )
     return torch.Generator().manual_seed(int(fingerprint([seed, *keys])[:15], 16))
 
 # %% ../nbs/00_core.ipynb #0a7d2563
@@ -56,7 +62,8 @@ def check_between(
     high:float,  # largest valid value; `math.inf` for none
 )->_Number:      # `value`
     "Refuse a number outside [low, high]; NaN is outside of every range."
-    if isinstance(value, str) or not hasattr(value, '__le__'): raise TypeError(f'{name} must be a number, found {value!r}')
+    if isinstance(value, str) or not hasattr(value, '__le__'):
+        raise TypeError(f'{name} must be a number, found {value!r}')
     if low <= value <= high: return value
     hint = ' (pixel units are fractions: 8/255 is 0.031)' if name in ('eps', 'step_size') and value > 1 else ''
     raise ValueError(f'{name} must lie in [{low:g}, {high:g}], found {value}{hint}')
@@ -88,15 +95,19 @@ def check_images(
     channels:int|None=None, # channels the model was built for; None accepts any
 )->Tensor:                  # `x`
     "Refuse anything but a finite batch of float images in [0, 1]."
-    if not isinstance(x, Tensor): raise TypeError(f'images must be a float tensor, found {type(x).__name__}; convert with torch.as_tensor')
-    if not x.is_floating_point(): raise TypeError(f'images must be a float tensor in [0, 1], found {x.dtype}; convert with x.float()/255')
+    if not isinstance(x, Tensor):
+        raise TypeError(f'images must be a float tensor, found {type(x).__name__}; convert with torch.as_tensor')
+    if not x.is_floating_point():
+        raise TypeError(f'images must be a float tensor in [0, 1], found {x.dtype}; convert with x.float()/255')
     if x.ndim != 4: raise ValueError(f'images must have shape (B, C, H, W), found {tuple(x.shape)}')
     if channels is not None and x.shape[1] != channels:
         raise ValueError(f'images must have {channels} channels, found {x.shape[1]} in shape {tuple(x.shape)}')
     if not x.numel(): return x
     low, high = (v.item() for v in check_finite('images', x.detach()).aminmax())
     if low < 0 or high > 1:
-        raise ValueError(f'images must lie in [0, 1] (normalisation belongs inside the model), found range [{low:.4g}, {high:.4g}]')
+        raise ValueError(
+            f'images must lie in [0, 1] (normalisation belongs inside the model), found range [{low:.4g}, {high:.4g}]'
+        )
     return x
 
 # %% ../nbs/00_core.ipynb #8cbd7601
@@ -106,9 +117,12 @@ def typed(
     default:str|bool|int|float, # gives the type; whole numbers are 0 or more
 )->Any:                         # the value, of that type
     "The value as the type of the default; papermill turns `0` into an int where a list of seeds is meant."
-    if isinstance(value, int) and value.bit_length() > 63: raise ValueError(f'parameter {name} must be a number below 2**63, found one of {value.bit_length()} bits')
-    if isinstance(default, str) and isinstance(value, (str, int, float)) and not isinstance(value, bool): return str(value).strip()
-    if isinstance(default, float) and isinstance(value, (int, float)) and not isinstance(value, bool): return float(value)
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise ValueError(f'parameter {name} must be a number below 2**63, found one of {value.bit_length()} bits')
+    if isinstance(default, str) and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value).strip()
+    if isinstance(default, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
     if type(value) is type(default) and not (isinstance(value, int) and value < 0): return value
     kind = {str: 'text', bool: 'True or False', int: 'a whole number of 0 or more', float: 'a number'}[type(default)]
     raise ValueError(f'parameter {name} must be {kind}, found {value!r}')
@@ -119,9 +133,17 @@ def check_known(
     own:Collection[str],         # variables of the notebook itself
 )->None:
     "ValueError names what is unknown and lists what is valid."
-    given = {k for k,v in namespace.items() if isinstance(v, (str, int, float, bool, type(None), list, tuple, dict)) and not k.startswith('_')}
+    given = {
+        k
+        for k, v in namespace.items()
+        if isinstance(v, (str, int, float, bool, type(None), list, tuple, dict)) and not k.startswith('_')
+    }
     unknown = sorted(given - {*known, *own, 'In', 'Out'})
-    if unknown: raise ValueError(f'unknown parameter {", ".join(unknown)}; the valid ones are {", ".join(known)} (a variable of your own in the notebook: begin its name with _)')
+    if unknown:
+        raise ValueError(
+            f'unknown parameter {", ".join(unknown)}; the valid ones are {", ".join(known)} (a variable of your own in'
+            ' the notebook: begin its name with _)'
+        )
 
 def listed(
     name:str,               # name of the parameter, for the message
@@ -142,7 +164,10 @@ def pick_device(
         if torch.device(asked).type not in ('cpu', 'cuda'): raise RuntimeError('not supported')
         torch.empty(1, device=asked)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device must be 'auto', 'cpu' or a GPU that torch can use ('cuda'), found {asked!r}: {str(error).splitlines()[0][:120]}") from None
+        raise ValueError(
+            f"device must be 'auto', 'cpu' or a GPU that torch can use ('cuda'), found {asked!r}:"
+            f" {str(error).splitlines()[0][:120]}"
+        ) from None
     return asked
 
 # %% ../nbs/00_core.ipynb #01cf8174
@@ -220,11 +245,15 @@ def in_halves(
     try: return [work(rows)]
     except torch.OutOfMemoryError:
         if len(rows) == 1: raise
-        warnings.warn(f'expected room for {len(rows)} images to be {done} on {device}, found too little; they are {done} in halves, which changes no number beyond rounding (a smaller batch_size saves the attempt)')
+        warnings.warn(
+            f'expected room for {len(rows)} images to be {done} on {device}, found too little; they are {done} in'
+            ' halves, which changes no number beyond rounding (a smaller batch_size saves the attempt)'
+        )
     return [found for half in rows.chunk(2) for found in in_halves(work, half, done=done, device=device)]
 
 # %% ../nbs/00_core.ipynb #42d00d34
-_TRIM, _TOP, _MMAPS, _MMAP = -1, -2, -4, -3 # names of glibc's parameters: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_MMAP_THRESHOLD
+# names of glibc's parameters: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_MMAP_THRESHOLD
+_TRIM, _TOP, _MMAPS, _MMAP = -1, -2, -4, -3
 _keeping = 0 # blocks of `kept_memory` that are open
 
 @contextmanager
@@ -243,7 +272,8 @@ def kept_memory()->Iterator[None]:
     finally:
         _keeping -= 1
         if known and not _keeping:
-            set_all({_MMAPS: 65536, _MMAP: 2**25, _TRIM: 2**26, _TOP: 2**17}) # where glibc's own adaptation ends in a process that uses large blocks
+            # where glibc's own adaptation ends in a process that uses large blocks
+            set_all({_MMAPS: 65536, _MMAP: 2**25, _TRIM: 2**26, _TOP: 2**17})
             libc.malloc_trim(0)
 
 # %% ../nbs/00_core.ipynb #d6bc65d9
@@ -256,10 +286,19 @@ def load_safetensors(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'expected a safetensors file at {path}, found none; check the path')
     data = path.read_bytes()
-    if data[8:9] != b'{' and data.startswith((b'PK', b'\x80')): # behind the length of its header, which may begin with any byte, a safetensors file has a {
-        raise ValueError(f'expected a safetensors file, found a pickle: {path}; a pickle can run code, so convert it where you trust it: '
-                         "safetensors.torch.save_file(torch.load(path, weights_only=True), 'weights.safetensors')")
+    # behind the length of its header, which may begin with any byte, a safetensors file has a {
+    if data[8:9] != b'{' and data.startswith((b'PK', b'\x80')):
+        raise ValueError(
+            f'expected a safetensors file, found a pickle: {path}; a pickle can run code, so convert it where you trust'
+            ' it: safetensors.torch.save_file(torch.load(path, weights_only=True), \'weights.safetensors\')'
+        )
     if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
-        raise ValueError(f'expected {path} with sha256 {sha256[:12]}, found {found[:12]}; the file was changed or damaged: delete it and run again')
+        raise ValueError(
+            f'expected {path} with sha256 {sha256[:12]}, found {found[:12]}; the file was changed or damaged: delete it'
+            ' and run again'
+        )
     try: return load(data)
-    except Exception as err: raise ValueError(f'expected a safetensors file, found {path} that cannot be read ({err}); copy or make it again') from err
+    except Exception as err:
+        raise ValueError(
+            f'expected a safetensors file, found {path} that cannot be read ({err}); copy or make it again'
+        ) from err

@@ -34,7 +34,9 @@ def resolve_backend(
     check_choice('backend', backend, ('auto', 'torch', 'faiss'))
     if backend == 'faiss': need('faiss', "backend='faiss'")
     if backend != 'auto': return backend
-    usable = importlib.util.find_spec('faiss') is not None and (torch.device(device).type != 'cuda' or faiss_gpus(device) > 0)
+    usable = importlib.util.find_spec('faiss') is not None and (
+        torch.device(device).type != 'cuda' or faiss_gpus(device) > 0
+    )
     return 'faiss' if usable else 'torch'
 
 # %% ../nbs/01_neighbors.ipynb #cff09df5
@@ -52,14 +54,17 @@ def distances(
     gallery:Prepared, # N rows: see `triplets.distances.prepare`
     *,
     columns:int=2048, # columns of a tile
-    buffer:Tensor|None=None, # (>= B, N) float: to be filled instead of fresh memory, which costs as much as a few passes over it
+    # (>= B, N) float: to be filled instead of fresh memory, which costs as much as a few passes over it
+    buffer:Tensor|None=None,
 )->Tensor:            # (B, N) float
     "`pairwise_distance` tile by tile."
     total = len(gallery.emb)
     if query.is_cuda or total <= columns: return pairwise_distance(query, gallery)
     out = gallery.emb.new_empty(len(query), total) if buffer is None else buffer[:len(query)]
     for cut in (slice(i, i + columns) for i in range(0, total, columns)):
-        out[:,cut] = pairwise_distance(query, Prepared(gallery.emb[cut], gallery.centre, gallery.shifted[cut], gallery.square[cut]))
+        out[:, cut] = pairwise_distance(
+            query, Prepared(gallery.emb[cut], gallery.centre, gallery.shifted[cut], gallery.square[cut])
+        )
     return out
 
 # %% ../nbs/01_neighbors.ipynb #8ad56529
@@ -76,7 +81,8 @@ def tally(
     than:Tensor,               # (B, 1) float
     mask:Tensor,               # (B, N) float of the dtype of `dist`: overwritten
 )->Tensor:                     # (B,) float of whole numbers
-    "How many entries of each row pass a comparison; with floats for booleans this takes a quarter of the time on a CPU."
+    """How many entries of each row pass a comparison; with floats for booleans this takes a quarter of the time on a
+    CPU."""
     return test(dist, than, out=mask).sum(1, dtype=torch.float64 if dist.shape[1] > 2**24 else None)
 
 # %% ../nbs/01_neighbors.ipynb #b5efa0f4
@@ -99,9 +105,12 @@ def check_rows(
     "The own row of every query, -1 where it has none."
     if rows is None: return torch.full((len(query),), -1, device=query.device)
     if rows.shape != (len(query),) or rows.is_floating_point():
-        raise ValueError(f'rows must hold one integer per query ({len(query)}), found {rows.dtype} of shape {tuple(rows.shape)}')
+        raise ValueError(
+            f'rows must hold one integer per query ({len(query)}), found {rows.dtype} of shape {tuple(rows.shape)}'
+        )
     low, high = rows.min().item(), rows.max().item()
-    if low < -1 or high >= len(gallery): raise ValueError(f'rows must lie in [-1, {len(gallery)-1}], found [{low}, {high}]')
+    if low < -1 or high >= len(gallery):
+        raise ValueError(f'rows must lie in [-1, {len(gallery)-1}], found [{low}, {high}]')
     return rows.to(query.device)
 
 # %% ../nbs/01_neighbors.ipynb #5032734f
@@ -141,7 +150,8 @@ def _faiss_candidates(gallery:Tensor, k:int)->Callable[[Tensor],Tensor]:
     faiss, centre = need('faiss', "backend='faiss'"), gallery.mean(0)
     def flat(x:Tensor): return (x - centre).detach().float().cpu().contiguous().numpy()
     index = faiss.IndexFlatL2(gallery.shape[1])
-    if k <= 2048 and (gpus := faiss_gpus(gallery.device)): index = faiss.index_cpu_to_all_gpus(index, ngpu=gpus)  # its GPU search ends at 2048
+    # its GPU search ends at 2048
+    if k <= 2048 and (gpus := faiss_gpus(gallery.device)): index = faiss.index_cpu_to_all_gpus(index, ngpu=gpus)
     index.add(flat(gallery))
     return lambda query: torch.from_numpy(index.search(flat(query), k)[1]).to(query.device).sort(dim=1).values
 
@@ -174,10 +184,12 @@ def knn(
     gallery:Tensor,        # (N, D) float, same device and dtype
     *,
     k:int,                 # neighbours, 1 to N (N-1 if rows are given)
-    rows:Tensor|None=None, # (B,) long: own row of each query in the gallery, left out of its neighbours; -1 or None: nothing is left out
+    # (B,) long: own row of each query in the gallery, left out of its neighbours; -1 or None: nothing is left out
+    rows:Tensor|None=None,
     backend:Literal['auto','torch','faiss']='torch', # faiss chooses candidates in float32
     block:int|None=None,   # queries per block; None: see `block_rows`
-)->tuple[Tensor,Tensor]:   # (B, k) float distances, ascending, and (B, k) long rows of the gallery; ties: lower row first
+# (B, k) float distances, ascending, and (B, k) long rows of the gallery; ties: lower row first
+)->tuple[Tensor,Tensor]:
     "The `k` nearest gallery items of every query."
     check_embeddings('query', query), check_embeddings('gallery', gallery)
     own = check_rows(rows, query, gallery)
@@ -196,7 +208,8 @@ def _merged(dist:Tensor, row:Tensor, k:int)->tuple[Tensor,Tensor]:
 @torch.no_grad()
 def knn_shards(
     query:Tensor,            # (B, D) float
-    shards:Iterable[Tensor], # (n, D) float each: the gallery cut in order; only one at a time is on the device of the query
+    # (n, D) float each: the gallery cut in order; only one at a time is on the device of the query
+    shards:Iterable[Tensor],
     *,
     k:int,                   # neighbours
     rows:Tensor|None=None,   # (B,) long: own row of each query in the whole gallery, as for `knn`
@@ -251,9 +264,12 @@ def _torch_kmeans(emb:Tensor, k:int, seed:int, niter:int, nredo:int)->Tensor:
 
 # %% ../nbs/01_neighbors.ipynb #0905dbe9
 def _faiss_kmeans(emb:Tensor, k:int, seed:int, niter:int, nredo:int)->Tensor:
-    "Clusters by faiss with its own defaults; the lower bound only silences a warning. Centred first: its products lose what is small beside the centre."
+    """Clusters by faiss with its own defaults; the lower bound only silences a warning. Centred first: its products
+    lose what is small beside the centre."""
     faiss = need('faiss', "backend='faiss'")
-    clustering = faiss.Kmeans(emb.shape[1], k, niter=niter, nredo=nredo, seed=seed, min_points_per_centroid=1, gpu=faiss_gpus(emb.device))
+    clustering = faiss.Kmeans(
+        emb.shape[1], k, niter=niter, nredo=nredo, seed=seed, min_points_per_centroid=1, gpu=faiss_gpus(emb.device)
+    )
     clustering.train(flat := (emb - emb.mean(0)).detach().float().cpu().contiguous().numpy())
     return torch.from_numpy(clustering.assign(flat)[1]).to(emb.device)
 
@@ -270,6 +286,8 @@ def kmeans(
 )->Tensor:         # (N,) long: cluster of every item
     "Clusters of the items by Lloyd's algorithm, the same for the same seed and backend."
     check_embeddings('emb', emb)
-    check_between('k', k, 1, len(emb)), check_between('niter', niter, 1, math.inf), check_between('nredo', nredo, 1, math.inf)
+    check_between('k', k, 1, len(emb)), check_between('niter', niter, 1, math.inf), check_between(
+        'nredo', nredo, 1, math.inf
+    )
     cluster = _faiss_kmeans if resolve_backend(backend, emb.device) == 'faiss' else _torch_kmeans
     return cluster(emb, k, seed, niter, nredo)

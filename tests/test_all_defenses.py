@@ -1,4 +1,5 @@
-"One table for the defences of three papers: every line trains, is attacked both ways, and nothing depends on the batch."
+"""One table for the defences of three papers: every line trains, is attacked both ways, and nothing depends on the
+batch."""
 import math
 from dataclasses import replace
 
@@ -12,7 +13,9 @@ from robust_dml.runs.store import read_lines
 
 @pytest.fixture(scope='module')
 def asked(tmp_path_factory):
-    return experiments.plan('all_defenses', experiments.parameters(dict(preset='smoke', out=str(tmp_path_factory.mktemp('reports')))))
+    return experiments.plan(
+        'all_defenses', experiments.parameters(dict(preset='smoke', out=str(tmp_path_factory.mktemp('reports'))))
+    )
 
 
 @pytest.fixture(scope='module')
@@ -57,17 +60,41 @@ def test_nothing_depends_on_the_batch(asked, found, tmp_path):
 
 
 def test_no_order_without_a_spread_and_none_of_collapsed_models():
-    def record(label, ars, collapsed=False, seed=0, defense='act'): return dict(label=label, setting='A', seed=seed, defense=defense, eval=dict(benign={'R@1': 50.}, ers=ars, ars=ars, collapsed=collapsed, indicators=dict(mean_distance=1.)),
-                                                         cluster=dict(clean=dict.fromkeys(all_defenses.SHOWN, 50.), worst={s: dict.fromkeys(all_defenses.SHOWN, ars/2) for s in ('query', 'all')}))
+    def record(label, ars, collapsed=False, seed=0, defense='act'):
+        return dict(
+            label=label, setting='A', seed=seed, defense=defense,
+            eval=dict(benign={'R@1': 50.0}, ers=ars, ars=ars, collapsed=collapsed, indicators=dict(mean_distance=1.0)),
+            cluster=dict(
+                clean=dict.fromkeys(all_defenses.SHOWN, 50.0),
+                worst={s: dict.fromkeys(all_defenses.SHOWN, ars / 2) for s in ('query', 'all')}
+            ),
+        )
     assert 'no order is claimed' in all_defenses.words([record('a', 40.), record('b', 30.)])[-1]
-    said = all_defenses.words([record('a', 40.), record('a', 41., seed=1), record('b', 30.), record('b', 31., seed=1), record('c', 99., True)])
+    said = all_defenses.words(
+        [
+            record('a', 40.0), record('a', 41.0, seed=1), record('b', 30.0), record('b', 31.0, seed=1),
+            record('c', 99.0, True)
+        ]
+    )
     assert not any('no order' in text for text in said)
-    assert said[0].startswith('Highest of 2: a in ERS (40.5), ARS (40.5), R@1 with attacked queries (20.2)') and said[-1].endswith('left out of these sentences: c.')
-    once = all_defenses.words([record('a', 40.), record('a', 41., seed=1), record('c', 99.), record('c', 99., True, seed=1)])
+    assert said[0].startswith('Highest of 2: a in ERS (40.5), ARS (40.5), R@1 with attacked queries (20.2)') and said[
+        -1
+    ].endswith('left out of these sentences: c.')
+    once = all_defenses.words(
+        [record('a', 40.0), record('a', 41.0, seed=1), record('c', 99.0), record('c', 99.0, True, seed=1)]
+    )
     assert once[0].startswith('Highest of 1: a in ERS') and once[-1].endswith('left out of these sentences: c.')
-    both = [record('a', 40.), record('a', 42., seed=1), record('b', 60., defense='eat:members=2'), record('b', 62., seed=1, defense='eat:members=2'), record('c', 99., True, defense='pal_at')]
-    lines = {line['Score']: (line['Made for retrieval'], line['Made for clustering']) for line in all_defenses.leaders(both).to_dict('records')}
-    assert lines['ARS'] == ('a (41.0)', 'b (61.0)') and lines['centre accuracy with attacked queries'] == ('a (20.5)', 'b (30.5)')
+    both = [
+        record('a', 40.0), record('a', 42.0, seed=1), record('b', 60.0, defense='eat:members=2'),
+        record('b', 62.0, seed=1, defense='eat:members=2'), record('c', 99.0, True, defense='pal_at')
+    ]
+    lines = {
+        line['Score']: (line['Made for retrieval'], line['Made for clustering'])
+        for line in all_defenses.leaders(both).to_dict('records')
+    }
+    assert lines['ARS'] == ('a (41.0)', 'b (61.0)') and lines['centre accuracy with attacked queries'] == (
+        'a (20.5)', 'b (30.5)'
+    )
     assert set(all_defenses.leaders(both[:2])['Made for clustering']) == {'none'}
     rank = all_defenses.words([record(label, ars) for label, ars in (('a', 1.), ('b', 2.), ('c', 3.), ('d', 4.))])[1]
     assert 'correlation of ARS and centre accuracy under attack is 1.00' in rank

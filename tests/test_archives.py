@@ -1,4 +1,5 @@
-"The sets from miniature archives in their real formats: reading, the cache of decoded images, checks, and what users get wrong."
+"""The sets from miniature archives in their real formats: reading, the cache of decoded images, checks, and what users
+get wrong."""
 import gzip, json, os, signal, struct, subprocess, sys, tarfile, time, zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +28,13 @@ def photo(path, value, mode='RGB', size=(20, 16)):
 def cub(root, classes=(1, 2, 101, 102), per_class=2):
     "Image numbers run against the order of the lines."
     folder = root/'CUB_200_2011'
-    rows = [(k, c, f'{c:03d}.Some_Bird/Some_Bird_{k:04d}_{9000-k}.jpg') for k, c in enumerate((c for c in classes for _ in range(per_class)), 1)]
+    rows = [
+        (k, c, f'{c:03d}.Some_Bird/Some_Bird_{k:04d}_{9000-k}.jpg')
+        for k, c in enumerate((c for c in classes for _ in range(per_class)), 1)
+    ]
     for k, c, file in rows: photo(folder/'images'/file, (c, 10*k, 0))
-    for name, column in (('images', 2), ('image_class_labels', 1)): (folder/f'{name}.txt').write_text(''.join(f'{row[0]} {row[column]}\n' for row in reversed(rows)))
+    for name, column in (('images', 2), ('image_class_labels', 1)):
+        (folder/f'{name}.txt').write_text(''.join(f'{row[0]} {row[column]}\n' for row in reversed(rows)))
     (folder/'train_test_split.txt').write_text(''.join(f'{k} {k%2}\n' for k, *_ in rows))
     return folder
 
@@ -38,7 +43,10 @@ def cars(root, classes=(98, 1, 99, 196)):
     "The struct array of cars_annos.mat, not in the order of the paths."
     folder = root/'cars'
     fields = ('relative_im_path', 'bbox_x1', 'bbox_y1', 'bbox_x2', 'bbox_y2', 'class', 'test')
-    rows = [(f'car_ims/{k:06d}.jpg', 1, 2, 300, 200, c, k%2) for k, c in zip((5, 6, 1, 2, 8, 7, 4, 3), np.repeat(classes, 2).tolist())]
+    rows = [
+        (f'car_ims/{k:06d}.jpg', 1, 2, 300, 200, c, k % 2)
+        for k, c in zip((5, 6, 1, 2, 8, 7, 4, 3), np.repeat(classes, 2).tolist())
+    ]
     for file, *_, c, _ in rows: photo(folder/file, (c, 0, 100))
     record = np.zeros((1, len(rows)), dtype=[(f, object) for f in fields])
     record[0] = rows
@@ -64,15 +72,29 @@ def sop(root, classes=((1, 2), (11319, 11320))):
 def inshop(root, old=False, items=(1, 2, 7, 8)):
     "Query and gallery lines alternate; older copies have no folders Eval and Img."
     folder = root/('In-shop' if old else 'In-shop Clothes Retrieval Benchmark')
-    rows = [(f'img/WOMEN/Dresses/id_{i:08d}/0{k}_1_front.jpg', f'id_{i:08d}', 'train' if i < 3 else ('query', 'gallery')[k%2]) for i in items for k in range(4)]
+    rows = [
+        (
+            f'img/WOMEN/Dresses/id_{i:08d}/0{k}_1_front.jpg', f'id_{i:08d}',
+            'train' if i < 3 else ('query', 'gallery')[k % 2]
+        )
+        for i in items
+        for k in range(4)
+    ]
     for k, (file, *_) in enumerate(rows): photo(folder/('' if old else 'Img')/file, (k, 0, 0))
     path = folder/('' if old else 'Eval')/'list_eval_partition.txt'
     path.parent.mkdir(exist_ok=True)
-    path.write_text(f'{len(rows)}\nimage_name item_id evaluation_status\n'+''.join(f'{f:60} {i} {s}\n' for f, i, s in rows))
+    path.write_text(
+        f'{len(rows)}\nimage_name item_id evaluation_status\n' + ''.join(f'{f:60} {i} {s}\n' for f, i, s in rows)
+    )
     return folder
 
 
-def idx(array): return struct.pack('>HBB', 0, 8, array.ndim)+struct.pack(f'>{array.ndim}I', *array.shape)+array.astype(np.uint8).tobytes()
+def idx(array):
+    return (
+        struct.pack('>HBB', 0, 8, array.ndim)
+        + struct.pack(f'>{array.ndim}I', *array.shape)
+        + array.astype(np.uint8).tobytes()
+    )
 
 
 def mnist(root, name='MNIST', pack=True, classes=10):
@@ -101,13 +123,19 @@ def photographs(folder, names):
 def grocery(root, products=43, lists=True):
     "A miniature GroceryStoreDataset, as its repository lays it out or as one list in In-Shop's form."
     home = root/'GroceryStoreDataset'/'dataset' if lists else root/'grocery'
-    files = {part: [f'Fruit/P{p:02d}/P{p:02d}_{k}.jpg' for p in range(products) for k in range(2)] for part in ('train', 'val', 'test')}
+    files = {
+        part: [f'Fruit/P{p:02d}/P{p:02d}_{k}.jpg' for p in range(products) for k in range(2)]
+        for part in ('train', 'val', 'test')
+    }
     if lists:
         photographs(home, [f'{part}/{file}' for part, some in files.items() for file in some])
-        for part, some in files.items(): (home/f'{part}.txt').write_text(''.join(f'{part}/{file}, 1, 2\n' for file in some))
+        for part, some in files.items():
+            (home/f'{part}.txt').write_text(''.join(f'{part}/{file}, 1, 2\n' for file in some))
         (home/'classes.csv').write_text('Class Name (str),Class ID (int)\n')
         return home
-    rows = sorted((Path(file).parent.name, f'{part}_{Path(file).name}', part) for part, some in files.items() for file in some)
+    rows = sorted(
+        (Path(file).parent.name, f'{part}_{Path(file).name}', part) for part, some in files.items() for file in some
+    )
     photographs(home, [f'{product}/{file}' for product, file, _ in rows])
     side = lambda product, part: 'train' if product < 'P40' else 'query' if part == 'test' else 'gallery'
     text = ''.join(f'{product}/{file} {product} {side(product, part)}\n' for product, file, part in rows)
@@ -118,7 +146,10 @@ def grocery(root, products=43, lists=True):
 MAKE = dict(cub=cub, cars=cars, sop=sop, inshop=inshop, grocery=grocery, mnist=mnist, fashion=fashion)
 
 
-def small(name, root, **options): return read(name, root, **dict(dict(size=SETS[name].size if name in ('mnist', 'fashion') else 16, show=False), **options))
+def small(name, root, **options):
+    return read(
+        name, root, **dict(dict(size=SETS[name].size if name in ('mnist', 'fashion') else 16, show=False), **options)
+    )
 
 
 @pytest.fixture
@@ -141,16 +172,24 @@ def test_root_is_the_folder_or_its_parent(tmp_path, name):
 def test_cub_in_the_order_of_the_image_numbers(tmp_path):
     cub(tmp_path)
     split = small('cub', tmp_path)
-    assert split.train.classes == ('001.Some_Bird', '002.Some_Bird') and split.test.classes == ('101.Some_Bird', '102.Some_Bird')
+    assert split.train.classes == ('001.Some_Bird', '002.Some_Bird') and split.test.classes == (
+        '101.Some_Bird', '102.Some_Bird'
+    )
     assert split.train.labels.tolist() == split.test.labels.tolist() == [0, 0, 1, 1]
-    assert torch.cat([split.train.images, split.test.images])[:, 1, 0, 0].tolist() == pytest.approx([10*k for k in range(1, 9)], abs=2) # JPEG
+    # JPEG
+    assert torch.cat([split.train.images, split.test.images])[:, 1, 0, 0].tolist() == pytest.approx(
+        [10 * k for k in range(1, 9)], abs=2
+    )
 
 
 def test_cars_sorted_by_path(tmp_path):
     cars(tmp_path)
     split = small('cars', tmp_path)
-    assert split.train.classes == ('001 Make Model 1', '098 Make Model 0') and split.test.classes == ('099 Make Model 1', '196 Make Model 0')
-    assert split.train.labels.tolist() == [0, 0, 1, 1] and split.test.labels.tolist() == [1, 1, 0, 0] # images 1, 2, 5, 6 and 3, 4, 7, 8
+    assert split.train.classes == ('001 Make Model 1', '098 Make Model 0') and split.test.classes == (
+        '099 Make Model 1', '196 Make Model 0'
+    )
+    # images 1, 2, 5, 6 and 3, 4, 7, 8
+    assert split.train.labels.tolist() == [0, 0, 1, 1] and split.test.labels.tolist() == [1, 1, 0, 0]
     assert split.test.images[:, 0, 0, 0].tolist() == pytest.approx([196, 196, 99, 99], abs=2)
 
 
@@ -169,7 +208,9 @@ def test_inshop_queries_come_first(tmp_path, old):
     assert split.test.images[:, 0, 0, 0].tolist() == pytest.approx([8, 10, 12, 14, 9, 11, 13, 15], abs=1)
     assert split.test.labels.tolist() == [0, 0, 1, 1]*2 and split.test.classes == ('id_00000007', 'id_00000008')
     card = split.card()
-    assert (card['queries'], card['gallery'], card['search']) == (4, 4, 'queries and gallery apart: 4 queries, 4 gallery images') and card['checksum'] != sets.Split.card(split)['checksum']
+    assert (card['queries'], card['gallery'], card['search']) == (
+        4, 4, 'queries and gallery apart: 4 queries, 4 gallery images'
+    ) and card['checksum'] != sets.Split.card(split)['checksum']
     one = small('inshop', tmp_path, test_classes=1)
     assert (one.queries, one.test.classes) == (2, ('id_00000007',))
 
@@ -186,8 +227,12 @@ def test_a_broken_query_is_no_query(tmp_path):
 def test_ten_classes_on_both_sides(tmp_path, pack):
     mnist(tmp_path, pack=pack)
     split = read('mnist', tmp_path)
-    assert split.train.images.shape == (30, 1, 28, 28) and split.train.classes == split.test.classes == tuple('0123456789')
-    assert split.train.images[:, 0, 0, 0].tolist() == list(range(30)) and split.train.labels.tolist() == [7*k%10 for k in range(30)]
+    assert split.train.images.shape == (30, 1, 28, 28) and split.train.classes == split.test.classes == tuple(
+        '0123456789'
+    )
+    assert split.train.images[:, 0, 0, 0].tolist() == list(range(30)) and split.train.labels.tolist() == [
+        7 * k % 10 for k in range(30)
+    ]
     few = read('mnist', tmp_path, train_classes=3, test_classes=2)
     assert few.train.classes == ('0', '1', '2') and few.test.images[:, 0, 0, 0].tolist() == [0, 3, 10, 13]
     assert read('mnist', tmp_path, size=32, channels=3).test.batch([19]).mul(255).unique().tolist() == [19.]
@@ -202,8 +247,10 @@ def test_fashion_names(tmp_path):
 def test_the_other_ten_classes_are_recognised(tmp_path):
     "Full size and equally many of each class: Fashion-MNIST, whatever the folder is called."
     for stem in ('train', 't10k'):
-        for kind, array in (('images-idx3', np.zeros((60000, 28, 28), np.uint8)), ('labels-idx1', np.arange(60000)%10)): (tmp_path/f'{stem}-{kind}-ubyte').write_bytes(idx(array))
-    with pytest.raises(ValueError, match='must hold MNIST, .* found the other set of the two'): archives.listing('mnist', tmp_path)
+        for kind, array in (('images-idx3', np.zeros((60000, 28, 28), np.uint8)), ('labels-idx1', np.arange(60000)%10)):
+            (tmp_path/f'{stem}-{kind}-ubyte').write_bytes(idx(array))
+    with pytest.raises(ValueError, match='must hold MNIST, .* found the other set of the two'):
+        archives.listing('mnist', tmp_path)
     assert len(archives.listing('fashion', tmp_path).sides['train']) == 60000
 
 
@@ -211,9 +258,16 @@ def test_the_other_ten_classes_are_recognised(tmp_path):
 def test_every_mode_becomes_rgb_and_is_resized_exactly(tmp_path, mode, value):
     folder = cub(tmp_path)
     file = folder/'images/001.Some_Bird/Some_Bird_0001_8999.jpg'
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (33, 21, len(mode) if mode in ('RGB', 'CMYK') else 1), np.uint8).squeeze(), 'L' if mode == 'P' else mode)
-    with open(file, 'wb') as out: (image.quantize(16) if mode == 'P' else image).save(out, 'png' if mode == 'P' else 'jpeg')
-    with Image.open(file) as again: expected = np.asarray(again.convert('RGB').resize((24, 24), Image.Resampling.BILINEAR))
+    image = Image.fromarray(
+        np.random.default_rng(0)
+        .integers(0, 256, (33, 21, len(mode) if mode in ('RGB', 'CMYK') else 1), np.uint8)
+        .squeeze(),
+        'L' if mode == 'P' else mode,
+    )
+    with open(file, 'wb') as out:
+        (image.quantize(16) if mode == 'P' else image).save(out, 'png' if mode == 'P' else 'jpeg')
+    with Image.open(file) as again:
+        expected = np.asarray(again.convert('RGB').resize((24, 24), Image.Resampling.BILINEAR))
     assert np.array_equal(small('cub', tmp_path, size=24).train.images[0].permute(1, 2, 0).numpy(), expected)
     assert small('cub', tmp_path, channels=1).train.images.shape == (4, 1, 16, 16)
 
@@ -221,22 +275,35 @@ def test_every_mode_becomes_rgb_and_is_resized_exactly(tmp_path, mode, value):
 def test_options(tmp_path):
     cub(tmp_path, classes=(1, 2, 3, 101, 102, 103))
     split = small('cub', tmp_path, size=24, crop=20, train_classes=2, test_classes=1)
-    assert (split.train.classes, split.test.classes, split.test.batch([0]).shape) == (('001.Some_Bird', '002.Some_Bird'), ('101.Some_Bird',), (1, 3, 20, 20))
-    for options, message in ((dict(size=7), 'size must lie in'), (dict(channels=2), 'channels must be one of 1, 3'), (dict(crop=17), 'crop must lie in'), (dict(train_classes=0), 'train_classes must lie in')):
+    assert (split.train.classes, split.test.classes, split.test.batch([0]).shape) == (
+        ('001.Some_Bird', '002.Some_Bird'), ('101.Some_Bird',), (1, 3, 20, 20)
+    )
+    for options, message in (
+        (dict(size=7), 'size must lie in'), (dict(channels=2), 'channels must be one of 1, 3'),
+        (dict(crop=17), 'crop must lie in'), (dict(train_classes=0), 'train_classes must lie in')
+    ):
         with pytest.raises(ValueError, match=message): small('cub', tmp_path, **options)
     with pytest.raises(ValueError, match="dataset must be one of 'cub', .*, found 'birds'"): read('birds', tmp_path)
 
 
 def test_a_smaller_set_is_never_read_in_silence(tmp_path):
     cub(tmp_path)
-    with pytest.warns(UserWarning, match='train has 4 images of 2 classes instead of 5864 of 100; train lacks the classes 3, 4'): small('cub', tmp_path)
+    with pytest.warns(
+        UserWarning, match='train has 4 images of 2 classes instead of 5864 of 100; train lacks the classes 3, 4'
+    ):
+        small('cub', tmp_path)
 
 
 def test_published_counts():
     assert {name: tuple(about.counts.values()) for name, about in SETS.items()} == dict(
-        cub=((5864, 100), (5924, 100)), cars=((8054, 98), (8131, 98)), sop=((59551, 11318), (60502, 11316)), inshop=((25882, 3997), (14218, 3985), (12612, 3985)),
-        grocery=((2493, 40), (1371, 41), (1557, 41)), mnist=((60000, 10), (10000, 10)), fashion=((60000, 10), (10000, 10)))
-    for name in ('cub', 'cars', 'sop'): assert [high-low+1 for low, high in SETS[name].ranges.values()] == [classes for _, classes in SETS[name].counts.values()]
+        cub=((5864, 100), (5924, 100)), cars=((8054, 98), (8131, 98)), sop=((59551, 11318), (60502, 11316)),
+        inshop=((25882, 3997), (14218, 3985), (12612, 3985)), grocery=((2493, 40), (1371, 41), (1557, 41)),
+        mnist=((60000, 10), (10000, 10)), fashion=((60000, 10), (10000, 10))
+    )
+    for name in ('cub', 'cars', 'sop'):
+        assert [high - low + 1 for low, high in SETS[name].ranges.values()] == [
+            classes for _, classes in SETS[name].counts.values()
+        ]
     assert sum(images for images, _ in SETS['inshop'].counts.values()) == 52712
 
 
@@ -252,16 +319,29 @@ def test_a_second_start_opens_no_image(tmp_path, name, no_decoding, capsys):
     no_decoding()
     split = small(name, tmp_path)
     assert split.card() == card and capsys.readouterr().out == ''
-    assert cache_of(folder).name == f'{name}-16-rgb.npy' and np.array_equal(np.load(cache_of(folder))[:len(split.train)], split.train.images.numpy())
+    assert cache_of(folder).name == f'{name}-16-rgb.npy' and np.array_equal(
+        np.load(cache_of(folder))[: len(split.train)], split.train.images.numpy()
+    )
 
 
 def test_images_are_a_map_of_the_file_without_a_copy(tmp_path):
     folder = cub(tmp_path)
     split = small('cub', tmp_path)
-    assert split.train.images.dtype == torch.uint8 and split.test.images.data_ptr() == split.train.images.data_ptr()+split.train.images.nbytes
+    assert (
+        split.train.images.dtype == torch.uint8
+        and split.test.images.data_ptr() == split.train.images.data_ptr() + split.train.images.nbytes
+    )
     if not Path('/proc/self/maps').is_file(): return
-    maps = [line.split() for line in Path('/proc/self/maps').read_text().splitlines() if line.endswith(str(cache_of(folder).resolve()))]
-    inside = [mode for span, mode, *_ in maps if int(span.split('-')[0], 16) <= split.train.images.data_ptr() < int(span.split('-')[1], 16)]
+    maps = [
+        line.split()
+        for line in Path('/proc/self/maps').read_text().splitlines()
+        if line.endswith(str(cache_of(folder).resolve()))
+    ]
+    inside = [
+        mode
+        for span, mode, *_ in maps
+        if int(span.split('-')[0], 16) <= split.train.images.data_ptr() < int(span.split('-')[1], 16)
+    ]
     assert inside == ['r--s']
 
 
@@ -294,7 +374,11 @@ def test_other_contents_make_another_cache(tmp_path, capsys, monkeypatch):
     small('cub', tmp_path)
     assert capsys.readouterr().out.count('was made of other files and is made anew.\n') == 3
     small('cub', tmp_path, size=17), small('cub', tmp_path, channels=1), small('cub', tmp_path, test_classes=1)
-    assert sorted(p.name for p in cache_of(folder).parent.iterdir()) == ['cub-16-grey.npy', 'cub-16-rgb-all-1.npy', 'cub-16-rgb.npy', 'cub-17-rgb.npy'] and not capsys.readouterr().out
+    assert (
+        sorted(p.name for p in cache_of(folder).parent.iterdir())
+        == ['cub-16-grey.npy', 'cub-16-rgb-all-1.npy', 'cub-16-rgb.npy', 'cub-17-rgb.npy']
+        and not capsys.readouterr().out
+    )
 
 
 def test_rows_keep_their_order_with_several_threads(tmp_path, monkeypatch):
@@ -322,13 +406,16 @@ archives.read('cub', sys.argv[1], size=16, show=False)
 
 def test_a_killed_run_leaves_no_cache(tmp_path):
     folder = cub(tmp_path)
-    run = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', KILLED, str(tmp_path)], env=os.environ | {'OMP_NUM_THREADS': '1'})
+    run = subprocess.Popen(
+        [sys.executable, '-W', 'ignore', '-c', KILLED, str(tmp_path)], env=os.environ | {'OMP_NUM_THREADS': '1'}
+    )
     end = time.monotonic()+60
     while not (tmp_path/'seventh').exists() and run.poll() is None and time.monotonic() < end: time.sleep(.02)
     run.send_signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
     left, = (folder/'.robust_dml-cache').iterdir()
-    assert left.suffix == '.part' and small('cub', tmp_path).card()['test']['images'] == 4 and left.exists() # it might be another run's
+    # it might be another run's
+    assert left.suffix == '.part' and small('cub', tmp_path).card()['test']['images'] == 4 and left.exists()
     os.utime(left, (0, 0))
     small('cub', tmp_path)
     assert [p.suffix for p in left.parent.iterdir()] == ['.npy']
@@ -360,14 +447,18 @@ def test_a_cache_appears_whole_and_at_once(tmp_path, monkeypatch):
 def test_a_cache_of_another_transform_under_the_same_name(tmp_path):
     there, _ = archives.missing(cub(tmp_path), ['images/001.Some_Bird/Some_Bird_0001_8999.jpg'])
     for size, channels in ((16, 3), (17, 3), (17, 1)):
-        images, _ = archives.decoded(tmp_path/'c.npy', tmp_path/'CUB_200_2011', there, size=size, channels=channels, show=False)
+        images, _ = archives.decoded(
+            tmp_path / 'c.npy', tmp_path / 'CUB_200_2011', there, size=size, channels=channels, show=False
+        )
         assert images.shape == (1, channels, size, size)
 
 
 def test_where_the_cache_goes(tmp_path, monkeypatch):
     folder = cub(tmp_path)
     small('cub', tmp_path, cache=tmp_path/'mine'/'deep')
-    assert [p.name for p in (tmp_path/'mine'/'deep').iterdir()] == ['cub-16-rgb.npy'] and not (folder/'.robust_dml-cache').exists()
+    assert [p.name for p in (tmp_path / 'mine' / 'deep').iterdir()] == ['cub-16-rgb.npy'] and not (
+        folder / '.robust_dml-cache'
+    ).exists()
     monkeypatch.setattr(os, 'access', lambda path, mode: mode != os.W_OK)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'xdg'))
     small('cub', tmp_path)
@@ -381,7 +472,8 @@ def test_where_the_cache_goes(tmp_path, monkeypatch):
 def test_a_full_disk_is_noticed_before(tmp_path, monkeypatch):
     cub(tmp_path)
     monkeypatch.setattr(archives.shutil, 'disk_usage', lambda path: type('Usage', (), dict(free=1000)))
-    with pytest.raises(OSError, match='decoded images take 0.0 GiB .* make room or set cache to another folder'): small('cub', tmp_path)
+    with pytest.raises(OSError, match='decoded images take 0.0 GiB .* make room or set cache to another folder'):
+        small('cub', tmp_path)
 
 
 # broken images
@@ -391,13 +483,24 @@ def test_broken_images(tmp_path, no_decoding, monkeypatch):
     cut, page = (folder/f'images/{c:03d}.Some_Bird/Some_Bird_{k:04d}_{9000-k}.jpg' for c, k in ((1, 2), (102, 8)))
     cut.write_bytes(cut.read_bytes()[:200])
     page.write_text('<html>')
-    with pytest.raises(ValueError, match=r'all 8 images of cub must be readable, found 2 that are not: images/001.*0002.*, images/102.*0008.* \(not an image\); .*skip_unreadable=True'): small('cub', tmp_path)
+    with pytest.raises(
+        ValueError,
+        match=(
+            r'all 8 images of cub must be readable, found 2 that are not: images/001.*0002.*, images/102.*0008.* \(not'
+            r' an image\); .*skip_unreadable=True'
+        ),
+    ):
+        small('cub', tmp_path)
     split = small('cub', tmp_path, skip_unreadable=True)
-    assert split.skipped == (str(cut.relative_to(folder)), str(page.relative_to(folder))) == tuple(split.card()['skipped'])
+    assert (
+        split.skipped == (str(cut.relative_to(folder)), str(page.relative_to(folder))) == tuple(split.card()['skipped'])
+    )
     assert (split.train.labels.tolist(), split.test.labels.tolist(), len(split.test)) == ([0, 1, 1], [0, 0, 1], 3)
     assert split.train.images[:, 1, 0, 0].tolist() == pytest.approx([10, 30, 40], abs=2)
     opened = []
-    monkeypatch.setattr(archives, 'read_image', lambda path, **options: opened.append(Path(path)) or sets.read_image(path, **options))
+    monkeypatch.setattr(
+        archives, 'read_image', lambda path, **options: opened.append(Path(path)) or sets.read_image(path, **options)
+    )
     small('cub', tmp_path, skip_unreadable=True)
     assert opened == [cut, page]                                # tried again, and none of the good ones
 
@@ -416,9 +519,11 @@ def test_an_image_that_was_unreadable_once_is_not_lost(tmp_path, monkeypatch, ca
 def test_a_side_without_any_readable_image(tmp_path):
     folder = cub(tmp_path)
     for file in folder.glob('images/10*/*'): file.write_bytes(b'')
-    with pytest.raises(ValueError, match='each side of a split needs a readable image'): small('cub', tmp_path, skip_unreadable=True)
+    with pytest.raises(ValueError, match='each side of a split needs a readable image'):
+        small('cub', tmp_path, skip_unreadable=True)
     for file in folder.glob('images/*/*'): file.write_bytes(b'')
-    with pytest.raises(ValueError, match='each side of a split needs a readable image'): small('cub', tmp_path, skip_unreadable=True)
+    with pytest.raises(ValueError, match='each side of a split needs a readable image'):
+        small('cub', tmp_path, skip_unreadable=True)
 
 
 def test_huge_images_count_as_broken(tmp_path, monkeypatch):
@@ -434,7 +539,10 @@ def test_huge_images_count_as_broken(tmp_path, monkeypatch):
 def test_the_warning_of_pillow_is_an_error_before_a_thread_asks_for_it(tmp_path, monkeypatch):
     "Threads that set and restore filters at the same time may undo each other's."
     cub(tmp_path)
-    monkeypatch.setattr(archives, 'read_image', lambda path, **options: archives.warnings.warn('too large', Image.DecompressionBombWarning))
+    monkeypatch.setattr(
+        archives, 'read_image',
+        lambda path, **options: archives.warnings.warn('too large', Image.DecompressionBombWarning)
+    )
     with pytest.raises(ValueError, match=r'found 8 that are not: .*\(too large\)'): small('cub', tmp_path)
 
 
@@ -446,43 +554,159 @@ def drop(folder, pattern): [file.unlink() for file in folder.glob(pattern)]
 
 def mat(folder, **variables): scipy.io.savemat(folder/'cars_annos.mat', variables)
 def kit(folder): # cars_train_annos.mat of the development kit
-    record = np.zeros((1, 1), dtype=[(f, object) for f in ('bbox_x1', 'bbox_y1', 'bbox_x2', 'bbox_y2', 'class', 'fname')])
+    record = np.zeros(
+        (1, 1), dtype=[(f, object) for f in ('bbox_x1', 'bbox_y1', 'bbox_x2', 'bbox_y2', 'class', 'fname')]
+    )
     record[0, 0] = (1, 2, 3, 4, 14, '00001.jpg')
     mat(folder, annotations=record)
 
 
 WRONG = {
-    'empty list': ('cub', lambda f: write(f/'images.txt', ''), ValueError, 'images.txt must list images, found an empty list; unpack the archive again'),
-    'empty product list': ('sop', lambda f: write(f/'Ebay_test.txt', 'image_id class_id super_class_id path\n'), ValueError, 'Ebay_test.txt must list images, found an empty list'),
-    'blank line for a header': ('sop', lambda f: edit(f/'Ebay_train.txt', 'image_id class_id super_class_id path\n1 1', '\n1 22222'), ValueError, 'from 1 to 11318, found 22222'),
-    'list without header': ('sop', lambda f: edit(f/'Ebay_train.txt', 'image_id class_id super_class_id path\n', ''), ValueError, 'line 1 of .*Ebay_train.txt must name the columns, found .1 1 1 bicycle_final'),
-    'page for a list': ('cub', lambda f: write(f/'image_class_labels.txt', '<!DOCTYPE html>\n<html>'), ValueError, 'image_class_labels.txt must be a list of images, found an HTML page'),
-    'cut line': ('sop', lambda f: edit(f/'Ebay_test.txt', ' 1 bicycle_final/111085134191_1.JPG', ''), ValueError, "each line of .*Ebay_test.txt must hold number, number, number, text, found '8 11320'; unpack the archive again"),
-    'cut list': ('cub', lambda f: write(f/'image_class_labels.txt', '1 1\n2 1\n'), ValueError, 'must list the same images, found 8, 2 and 8'),
-    'lists of two versions': ('cub', lambda f: edit(f/'image_class_labels.txt', '3 2\n', '3 1\n'), ValueError, 'found class 1 for 002.Some_Bird/Some_Bird_0003'),
-    'absent list': ('cub', lambda f: (f/'images.txt').unlink(), FileNotFoundError, 'CUB_200_2011 must hold images.txt, found no such file; unpack'),
-    'absent mat': ('cars', lambda f: (f/'cars_annos.mat').unlink(), FileNotFoundError, 'cars must hold cars_annos.mat, found no such file; download it from https://ai.stanford.edu'),
-    'class out of range': ('sop', lambda f: edit(f/'Ebay_test.txt', ' 11320 ', ' 22635 '), ValueError, 'Ebay_test.txt in .* must number the test classes from 11319 to 22634, found 22635;'),
-    'train class in the test list': ('sop', lambda f: edit(f/'Ebay_test.txt', ' 11320 ', ' 2 '), ValueError, 'from 11319 to 22634, found 2;'),
-    'no test classes': ('cars', lambda f: cars(f.parent, (1, 2, 3, 4)), ValueError, 'must list images for train, test, found none for test'),
-    'car 197': ('cars', lambda f: cars(f.parent, (1, 2, 99, 197)), ValueError, 'must number the test classes from 99 to 196, found 197'),
-    'item on both sides': ('inshop', lambda f: edit(f/'Eval/list_eval_partition.txt', 'id_00000007 query', 'id_00000001 query'), ValueError, 'no class both to train and to test on, found 1: id_00000001'),
-    'cut partition': ('inshop', lambda f: edit(f/'Eval/list_eval_partition.txt', '16', '52712'), ValueError, 'as many images as its first line says, 52712, found 16'),
-    'strange status': ('inshop', lambda f: edit(f/'Eval/list_eval_partition.txt', 'gallery', 'galery'), ValueError, "train, query or gallery, found 'galery' for img/WOMEN"),
-    'no mat file': ('cars', lambda f: write(f/'cars_annos.mat', '<html>'), ValueError, 'cars_annos.mat must be a MATLAB file, found one that cannot be read'),
-    'cut mat file': ('cars', lambda f: (f/'cars_annos.mat').write_bytes((f/'cars_annos.mat').read_bytes()[:900]), ValueError, 'cars_annos.mat must be a MATLAB file, found one that cannot be read'),
-    'empty mat file': ('cars', lambda f: write(f/'cars_annos.mat', ''), ValueError, 'cars_annos.mat must be a MATLAB file, found one that cannot be read'),
-    'mat of the kit': ('cars', kit, ValueError, 'relative_im_path and class, found bbox_x1, .*, class, fname; take cars_annos.mat, not a file of the development kit'),
-    'mat of names': ('cars', lambda f: mat(f, class_names=['a', 'b']), ValueError, 'relative_im_path and class, found class_names;'),
-    'missing images': ('sop', lambda f: drop(f, 'bicycle_final/*_1.JPG'), FileNotFoundError, 'must hold 8 listed images of sop, found 4 missing: bicycle_final/111085122872_1.JPG, .*; download Stanford_Online_Products.zip'),
-    'no images at all': ('inshop', lambda f: drop(f, 'Img/img/*/*/*/*'), FileNotFoundError, 'must hold 16 listed images of inshop, found 16 missing: Img/img/WOMEN/Dresses/id_00000001/00_1_front.jpg, '),
-    'cut idx': ('mnist', lambda f: (f/'t10k-images-idx3-ubyte.gz').write_bytes((f/'t10k-images-idx3-ubyte.gz').read_bytes()[:-9]), ValueError, 't10k-images-idx3-ubyte.gz must be a whole gzip file, found one that is cut or damaged; delete it and download it again'),
-    'page for idx': ('fashion', lambda f: write(f/'train-labels-idx1-ubyte.gz', '<html>'), ValueError, 'found one that is an HTML page and no archive; delete it'),
-    'cut unpacked idx': ('mnist', lambda f: ((f/'train-images-idx3-ubyte').write_bytes(gzip.decompress((f/'train-images-idx3-ubyte.gz').read_bytes())[:-1]), (f/'train-images-idx3-ubyte.gz').unlink()), ValueError, 'as many as its header says, found 23535 bytes beginning with 00000803'),
-    'images for labels': ('mnist', lambda f: (f/'train-labels-idx1-ubyte.gz').write_bytes((f/'train-images-idx3-ubyte.gz').read_bytes()), ValueError, 'IDX file of bytes in 1 dimensions'),
-    'labels of the other side': ('mnist', lambda f: (f/'train-labels-idx1-ubyte.gz').write_bytes((f/'t10k-labels-idx1-ubyte.gz').read_bytes()), ValueError, r'a label for each image of 28 x 28 pixels, found images \(30, 28, 28\) and 20 labels of train'),
-    'absent idx': ('mnist', lambda f: (f/'t10k-labels-idx1-ubyte.gz').unlink(), FileNotFoundError, 'must hold t10k-labels-idx1-ubyte.gz, found no such file'),
-    'label 10': ('mnist', lambda f: (f/'train-labels-idx1-ubyte.gz').write_bytes(gzip.compress(idx(np.arange(30)%11))), ValueError, 'must number the train classes from 0 to 9, found 10'),
+    'empty list': (
+        'cub', lambda f: write(f / 'images.txt', ''), ValueError,
+        'images.txt must list images, found an empty list; unpack the archive again'
+    ),
+    'empty product list': (
+        'sop', lambda f: write(f / 'Ebay_test.txt', 'image_id class_id super_class_id path\n'), ValueError,
+        'Ebay_test.txt must list images, found an empty list'
+    ),
+    'blank line for a header': (
+        'sop', lambda f: edit(f / 'Ebay_train.txt', 'image_id class_id super_class_id path\n1 1', '\n1 22222'),
+        ValueError, 'from 1 to 11318, found 22222'
+    ),
+    'list without header': (
+        'sop', lambda f: edit(f / 'Ebay_train.txt', 'image_id class_id super_class_id path\n', ''), ValueError,
+        'line 1 of .*Ebay_train.txt must name the columns, found .1 1 1 bicycle_final'
+    ),
+    'page for a list': (
+        'cub', lambda f: write(f / 'image_class_labels.txt', '<!DOCTYPE html>\n<html>'), ValueError,
+        'image_class_labels.txt must be a list of images, found an HTML page'
+    ),
+    'cut line': (
+        'sop', lambda f: edit(f / 'Ebay_test.txt', ' 1 bicycle_final/111085134191_1.JPG', ''), ValueError,
+        (
+            "each line of .*Ebay_test.txt must hold number, number, number, text, found '8 11320'; unpack the archive"
+            " again"
+        ),
+    ),
+    'cut list': (
+        'cub', lambda f: write(f / 'image_class_labels.txt', '1 1\n2 1\n'), ValueError,
+        'must list the same images, found 8, 2 and 8'
+    ),
+    'lists of two versions': (
+        'cub', lambda f: edit(f / 'image_class_labels.txt', '3 2\n', '3 1\n'), ValueError,
+        'found class 1 for 002.Some_Bird/Some_Bird_0003'
+    ),
+    'absent list': (
+        'cub', lambda f: (f / 'images.txt').unlink(), FileNotFoundError,
+        'CUB_200_2011 must hold images.txt, found no such file; unpack'
+    ),
+    'absent mat': (
+        'cars', lambda f: (f / 'cars_annos.mat').unlink(), FileNotFoundError,
+        'cars must hold cars_annos.mat, found no such file; download it from https://ai.stanford.edu'
+    ),
+    'class out of range': (
+        'sop', lambda f: edit(f / 'Ebay_test.txt', ' 11320 ', ' 22635 '), ValueError,
+        'Ebay_test.txt in .* must number the test classes from 11319 to 22634, found 22635;'
+    ),
+    'train class in the test list': (
+        'sop', lambda f: edit(f / 'Ebay_test.txt', ' 11320 ', ' 2 '), ValueError, 'from 11319 to 22634, found 2;'
+    ),
+    'no test classes': (
+        'cars', lambda f: cars(f.parent, (1, 2, 3, 4)), ValueError,
+        'must list images for train, test, found none for test'
+    ),
+    'car 197': (
+        'cars', lambda f: cars(f.parent, (1, 2, 99, 197)), ValueError,
+        'must number the test classes from 99 to 196, found 197'
+    ),
+    'item on both sides': (
+        'inshop', lambda f: edit(f / 'Eval/list_eval_partition.txt', 'id_00000007 query', 'id_00000001 query'),
+        ValueError, 'no class both to train and to test on, found 1: id_00000001'
+    ),
+    'cut partition': (
+        'inshop', lambda f: edit(f / 'Eval/list_eval_partition.txt', '16', '52712'), ValueError,
+        'as many images as its first line says, 52712, found 16'
+    ),
+    'strange status': (
+        'inshop', lambda f: edit(f / 'Eval/list_eval_partition.txt', 'gallery', 'galery'), ValueError,
+        "train, query or gallery, found 'galery' for img/WOMEN"
+    ),
+    'no mat file': (
+        'cars', lambda f: write(f / 'cars_annos.mat', '<html>'), ValueError,
+        'cars_annos.mat must be a MATLAB file, found one that cannot be read'
+    ),
+    'cut mat file': (
+        'cars', lambda f: (f / 'cars_annos.mat').write_bytes((f / 'cars_annos.mat').read_bytes()[:900]), ValueError,
+        'cars_annos.mat must be a MATLAB file, found one that cannot be read'
+    ),
+    'empty mat file': (
+        'cars', lambda f: write(f / 'cars_annos.mat', ''), ValueError,
+        'cars_annos.mat must be a MATLAB file, found one that cannot be read'
+    ),
+    'mat of the kit': (
+        'cars', kit, ValueError,
+        (
+            'relative_im_path and class, found bbox_x1, .*, class, fname; take cars_annos.mat, not a file of the'
+            ' development kit'
+        ),
+    ),
+    'mat of names': (
+        'cars', lambda f: mat(f, class_names=['a', 'b']), ValueError, 'relative_im_path and class, found class_names;'
+    ),
+    'missing images': (
+        'sop', lambda f: drop(f, 'bicycle_final/*_1.JPG'), FileNotFoundError,
+        (
+            'must hold 8 listed images of sop, found 4 missing: bicycle_final/111085122872_1.JPG, .*; download'
+            ' Stanford_Online_Products.zip'
+        ),
+    ),
+    'no images at all': (
+        'inshop', lambda f: drop(f, 'Img/img/*/*/*/*'), FileNotFoundError,
+        'must hold 16 listed images of inshop, found 16 missing: Img/img/WOMEN/Dresses/id_00000001/00_1_front.jpg, '
+    ),
+    'cut idx': (
+        'mnist',
+        lambda f: (f / 't10k-images-idx3-ubyte.gz').write_bytes((f / 't10k-images-idx3-ubyte.gz').read_bytes()[:-9]),
+        ValueError,
+        (
+            't10k-images-idx3-ubyte.gz must be a whole gzip file, found one that is cut or damaged; delete it and'
+            ' download it again'
+        ),
+    ),
+    'page for idx': (
+        'fashion', lambda f: write(f / 'train-labels-idx1-ubyte.gz', '<html>'), ValueError,
+        'found one that is an HTML page and no archive; delete it'
+    ),
+    'cut unpacked idx': (
+        'mnist',
+        lambda f: (
+            (f / 'train-images-idx3-ubyte').write_bytes(
+                gzip.decompress((f / 'train-images-idx3-ubyte.gz').read_bytes())[:-1]
+            ),
+            (f / 'train-images-idx3-ubyte.gz').unlink(),
+        ),
+        ValueError,
+        'as many as its header says, found 23535 bytes beginning with 00000803',
+    ),
+    'images for labels': (
+        'mnist',
+        lambda f: (f / 'train-labels-idx1-ubyte.gz').write_bytes((f / 'train-images-idx3-ubyte.gz').read_bytes()),
+        ValueError, 'IDX file of bytes in 1 dimensions'
+    ),
+    'labels of the other side': (
+        'mnist',
+        lambda f: (f / 'train-labels-idx1-ubyte.gz').write_bytes((f / 't10k-labels-idx1-ubyte.gz').read_bytes()),
+        ValueError, r'a label for each image of 28 x 28 pixels, found images \(30, 28, 28\) and 20 labels of train'
+    ),
+    'absent idx': (
+        'mnist', lambda f: (f / 't10k-labels-idx1-ubyte.gz').unlink(), FileNotFoundError,
+        'must hold t10k-labels-idx1-ubyte.gz, found no such file'
+    ),
+    'label 10': (
+        'mnist', lambda f: (f / 'train-labels-idx1-ubyte.gz').write_bytes(gzip.compress(idx(np.arange(30) % 11))),
+        ValueError, 'must number the train classes from 0 to 9, found 10'
+    ),
 }
 
 
@@ -493,25 +717,50 @@ def test_wrong_files_give_one_sentence(tmp_path, case):
     with pytest.raises(error, match=message) as told: small(name, tmp_path)
     assert '\n' not in str(told.value)
     report = check(name, tmp_path)
-    assert not report['complete'] and (report['problem'] == str(told.value) or report['missing'] and 'listed images are missing' in report['problem'])
+    assert not report['complete'] and (
+        report['problem'] == str(told.value) or report['missing'] and 'listed images are missing' in report['problem']
+    )
     assert json.loads(json.dumps(report)) == report
 
 
 def test_wrong_nesting_names_the_folder(tmp_path):
     folder = cub(tmp_path/'sets'/'unpacked'/'CUB_200_2011')
     for root in (tmp_path, tmp_path/'sets', folder.parent.parent, folder/'images'):
-        with pytest.raises(FileNotFoundError, match='cub needs images.txt in .* found the files in .*; set root to ') as told: small('cub', root)
+        with pytest.raises(
+            FileNotFoundError, match='cub needs images.txt in .* found the files in .*; set root to '
+        ) as told:
+            small('cub', root)
         assert str(told.value).endswith(f'set root to {folder}')
-    with pytest.raises(FileNotFoundError, match='found no folder .*nowhere; set root to the folder that holds CUB_200_2011'): small('cub', tmp_path/'nowhere')
+    with pytest.raises(
+        FileNotFoundError, match='found no folder .*nowhere; set root to the folder that holds CUB_200_2011'
+    ):
+        small('cub', tmp_path/'nowhere')
 
 
-@pytest.mark.parametrize('make, message', [
-    (lambda path: tar(path), 'unpack .*CUB_200_2011.tgz again, all of it'),
-    (lambda path: path.write_bytes(tar(path).read_bytes()[:-20]), 'CUB_200_2011.tgz is cut or damaged: download it again from https://data.caltech.edu'),
-    (lambda path: path.write_text('\n <!doctype html>'), 'CUB_200_2011.tgz is an HTML page and no archive: download it again'),
-    (lambda path: path.write_bytes(b'\xef\xbb\xbf<html>'), 'CUB_200_2011.tgz is an HTML page and no archive: download it again'),
-    (lambda path: path.with_suffix('.tar').write_bytes(gzip.decompress(tar(path).read_bytes())[:700]) and path.unlink(), 'CUB_200_2011.tar is cut or damaged')],
-    ids=('whole', 'cut', 'page', 'page with a mark', 'cut tar'))
+@pytest.mark.parametrize(
+    'make, message',
+    [
+        (lambda path: tar(path), 'unpack .*CUB_200_2011.tgz again, all of it'),
+        (
+            lambda path: path.write_bytes(tar(path).read_bytes()[:-20]),
+            'CUB_200_2011.tgz is cut or damaged: download it again from https://data.caltech.edu'
+        ),
+        (
+            lambda path: path.write_text('\n <!doctype html>'),
+            'CUB_200_2011.tgz is an HTML page and no archive: download it again'
+        ),
+        (
+            lambda path: path.write_bytes(b'\xef\xbb\xbf<html>'),
+            'CUB_200_2011.tgz is an HTML page and no archive: download it again'
+        ),
+        (
+            lambda path: path.with_suffix('.tar').write_bytes(gzip.decompress(tar(path).read_bytes())[:700])
+            and path.unlink(),
+            'CUB_200_2011.tar is cut or damaged',
+        ),
+    ],
+    ids=('whole', 'cut', 'page', 'page with a mark', 'cut tar'),
+)
 @pytest.mark.parametrize('half', (False, True))
 def test_an_archive_beside(tmp_path, make, message, half):
     "Before anything was unpacked, and when images are missing."
@@ -529,7 +778,8 @@ def test_a_cut_zip(tmp_path):
     with zipfile.ZipFile(tmp_path/'Stanford_Online_Products.zip', 'w') as archive: archive.write(__file__)
     assert archives.state(tmp_path/'Stanford_Online_Products.zip') == 'whole'
     (tmp_path/'Stanford_Online_Products.zip').write_bytes((tmp_path/'Stanford_Online_Products.zip').read_bytes()[:-30])
-    with pytest.raises(FileNotFoundError, match='Stanford_Online_Products.zip is cut or damaged: download it again'): small('sop', tmp_path)
+    with pytest.raises(FileNotFoundError, match='Stanford_Online_Products.zip is cut or damaged: download it again'):
+        small('sop', tmp_path)
 
 
 @pytest.mark.parametrize('compress', (False, True))
@@ -537,13 +787,23 @@ def test_the_matlab_reader_against_scipy(tmp_path, compress):
     cars(tmp_path)
     path = tmp_path/'cars'/'cars_annos.mat'
     whole = scipy.io.loadmat(path)
-    scipy.io.savemat(path, {key: whole[key] for key in ('class_names', 'annotations')} | dict(more=np.arange(6.).reshape(2, 3), empty=np.zeros((0, 0)), text='größer', flag=np.array([True])), do_compression=compress)
+    scipy.io.savemat(
+        path,
+        {key: whole[key] for key in ('class_names', 'annotations')}
+        | dict(more=np.arange(6.0).reshape(2, 3), empty=np.zeros((0, 0)), text='größer', flag=np.array([True])),
+        do_compression=compress,
+    )
     found, plain = archives._mat(path), scipy.io.loadmat(path, squeeze_me=True)
     assert {*found} == {key for key in plain if key[0] != '_'}
     assert found['annotations']['relative_im_path'] == plain['annotations']['relative_im_path'].tolist()
-    for field in ('class', 'bbox_x1', 'test'): assert [v.item() for v in found['annotations'][field]] == plain['annotations'][field].tolist()
+    for field in ('class', 'bbox_x1', 'test'):
+        assert [v.item() for v in found['annotations'][field]] == plain['annotations'][field].tolist()
     assert found['class_names'] == plain['class_names'].tolist() and found['text'] == plain['text']
-    assert found['more'].tolist() == plain['more'].flatten(order='F').tolist() and found['empty'].size == 0 and found['flag'] == [1]
+    assert (
+        found['more'].tolist() == plain['more'].flatten(order='F').tolist()
+        and found['empty'].size == 0
+        and found['flag'] == [1]
+    )
 
 
 # checks
@@ -551,15 +811,25 @@ def test_the_matlab_reader_against_scipy(tmp_path, compress):
 @pytest.fixture
 def published(monkeypatch):
     "The miniature is the published set."
-    for name, counts, ranges in (('cub', dict(train=(4, 2), test=(4, 2)), dict(train=(1, 2), test=(101, 102))), ('inshop', dict(train=(8, 2), query=(4, 2), gallery=(4, 2)), {}), ('mnist', dict(train=(30, 10), test=(20, 10)), None)):
-        monkeypatch.setitem(SETS, name, replace(SETS[name], counts=counts, **({} if ranges is None else dict(ranges=ranges))))
+    for name, counts, ranges in (
+        ('cub', dict(train=(4, 2), test=(4, 2)), dict(train=(1, 2), test=(101, 102))),
+        ('inshop', dict(train=(8, 2), query=(4, 2), gallery=(4, 2)), {}),
+        ('mnist', dict(train=(30, 10), test=(20, 10)), None)
+    ):
+        monkeypatch.setitem(
+            SETS, name, replace(SETS[name], counts=counts, **({} if ranges is None else dict(ranges=ranges)))
+        )
 
 
 @pytest.mark.parametrize('name', ('cub', 'inshop', 'mnist'))
 def test_check_of_a_whole_set(tmp_path, name, published, no_decoding):
     MAKE[name](tmp_path)
     report = check(name, tmp_path)
-    assert report['complete'] and not (report['differences'] or report['missing'] or report['problem']) and report['unreadable'] == ({} if name == 'mnist' else None)
+    assert (
+        report['complete']
+        and not (report['differences'] or report['missing'] or report['problem'])
+        and report['unreadable'] == ({} if name == 'mnist' else None)
+    )
     full = check(name, tmp_path, size=28, full=True, show=False)
     assert full == dict(report, unreadable={}) and describe(full).endswith(f'{name}: complete')
     no_decoding()
@@ -571,12 +841,22 @@ def test_check_names_what_is_wrong(tmp_path, published):
     broken = next(folder.glob('images/101*/*'))
     broken.write_bytes(b'')
     report = check('cub', tmp_path, size=16, full=True, show=False)
-    assert report['sides'] == dict(train=dict(images=2, classes=1, first=1, last=1), test=dict(images=4, classes=2, first=101, last=102)) and not report['complete']
+    assert (
+        report['sides']
+        == dict(train=dict(images=2, classes=1, first=1, last=1), test=dict(images=4, classes=2, first=101, last=102))
+        and not report['complete']
+    )
     assert report['differences'] == ['train has 2 images of 1 classes instead of 4 of 2', 'train lacks the classes 2']
-    assert report['unreadable'] == {str(broken.relative_to(folder)): 'not an image'} and f'{broken.relative_to(folder)}: not an image' in describe(report)
+    assert report['unreadable'] == {
+        str(broken.relative_to(folder)): 'not an image'
+    } and f'{broken.relative_to(folder)}: not an image' in describe(report)
     drop(folder, 'images/102*/*')
     report = check('cub', tmp_path, full=True)
-    assert [f.split('/')[1] for f in report['missing']] == ['102.Some_Bird']*2 and report['unreadable'] is None and 'missing: 2 files: images/102' in describe(report)
+    assert (
+        [f.split('/')[1] for f in report['missing']] == ['102.Some_Bird'] * 2
+        and report['unreadable'] is None
+        and 'missing: 2 files: images/102' in describe(report)
+    )
 
 
 def test_one_broken_image_is_not_complete(tmp_path, published):
@@ -597,7 +877,11 @@ def test_check_of_nothing(tmp_path):
     report = check('fashion', tmp_path)
     assert (report['folder'], report['sides'], report['complete']) == (None, {}, False)
     text = describe(report)
-    assert f"torchvision.datasets.FashionMNIST('{tmp_path}', download=True)" in text and f'{tmp_path}/FashionMNIST/raw/t10k-labels-idx1-ubyte.gz' in text and text.endswith('fashion: no files')
+    assert (
+        f"torchvision.datasets.FashionMNIST('{tmp_path}', download=True)" in text
+        and f'{tmp_path}/FashionMNIST/raw/t10k-labels-idx1-ubyte.gz' in text
+        and text.endswith('fashion: no files')
+    )
 
 
 @pytest.mark.parametrize('name', SETS)
@@ -615,12 +899,18 @@ def test_load_takes_sets_folders_and_everything_else(tmp_path):
     cub(tmp_path)
     assert archives.load('cub', root=tmp_path, size=16, channels=3, seed=3).card() == small('cub', tmp_path).card()
     for c in 'ab': photo(tmp_path/'cars'/c/'0.png', 0)
-    assert archives.load('cars', root=tmp_path, size=16, channels=3).train.classes == ('a',)      # a folder of class folders
+    # a folder of class folders
+    assert archives.load('cars', root=tmp_path, size=16, channels=3).train.classes == ('a',)
     cars(tmp_path)
-    assert archives.load('cars', root=tmp_path, size=16, channels=3).name == 'cars' and archives.is_archive('cars', tmp_path)
+    assert archives.load('cars', root=tmp_path, size=16, channels=3).name == 'cars' and archives.is_archive(
+        'cars', tmp_path
+    )
     with pytest.raises(ValueError, match='omniglot needs root'): archives.load('omniglot')
     with pytest.raises(FileNotFoundError, match='sop needs'): archives.load('sop', root=tmp_path)
-    with pytest.raises(ValueError, match='must be a folder of class folders, found the files of cub; set dataset to cub and root to'): archives.load('CUB_200_2011', root=tmp_path, size=16)
+    with pytest.raises(
+        ValueError, match='must be a folder of class folders, found the files of cub; set dataset to cub and root to'
+    ):
+        archives.load('CUB_200_2011', root=tmp_path, size=16)
     with pytest.raises(ValueError, match='found .glyph.'): archives.load('glyph')
 
 
@@ -628,7 +918,9 @@ def test_sets_are_as_other_sets(tmp_path):
     "Training batches and the end of a run: what comes from a map is copied when asked for."
     cub(tmp_path)
     split = small('cub', tmp_path, crop=12)
-    x, label = next(iter(sets.training_batches(split.train, [torch.tensor([3, 0])], gen=torch.Generator().manual_seed(0))))
+    x, label = next(
+        iter(sets.training_batches(split.train, [torch.tensor([3, 0])], gen=torch.Generator().manual_seed(0)))
+    )
     assert x.shape == (2, 3, 12, 12) and label.tolist() == [1, 0]
     split.train.pixels([0]).fill_(0)
     assert split.train.pixels([0]).max() > 0
@@ -637,9 +929,14 @@ def test_sets_are_as_other_sets(tmp_path):
 def test_run_notebook(tmp_path):
     MAKE['mnist'](tmp_path)
     def papermill(*arguments):
-        return subprocess.run([Path(sys.executable).parent/'papermill', ROOT/'nbs'/'run_data.ipynb', *arguments], cwd=tmp_path, env=os.environ | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        return subprocess.run(
+            [Path(sys.executable).parent / 'papermill', ROOT / 'nbs' / 'run_data.ipynb', *arguments], cwd=tmp_path,
+            env=os.environ | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
     done = papermill('-p', 'dataset', 'mnist', '-p', 'root', str(tmp_path))
-    assert done.returncode == 0 and 'train: 30 images of 10 classes, 0 to 9 (published: 60000 of 10)' in done.stdout, done.stderr[-2000:]
+    assert (
+        done.returncode == 0 and 'train: 30 images of 10 classes, 0 to 9 (published: 60000 of 10)' in done.stdout
+    ), done.stderr[-2000:]
 
 
 def test_parameters_of_the_run_notebook():
@@ -652,7 +949,9 @@ def test_parameters_of_the_run_notebook():
 
 def test_grocery_is_split_alike_from_both_forms(tmp_path):
     with pytest.warns(UserWarning, match='not the published set'):
-        first, second = (read('grocery', grocery(tmp_path/str(form), lists=form).parent, size=8) for form in (True, False))
+        first, second = (
+            read('grocery', grocery(tmp_path / str(form), lists=form).parent, size=8) for form in (True, False)
+        )
     assert isinstance(first, QueryGallery) and first.queries == second.queries == 3*2
     assert first.train.classes == second.train.classes and len(first.train.classes) == 40
     assert first.test.classes == second.test.classes == ('P40', 'P41', 'P42')
@@ -672,7 +971,9 @@ SHARED = Path(__file__).parents[2]/'shared'/'data'
 @pytest.mark.skipif(not (SHARED/'grocery').is_dir(), reason='needs the photographs of Grocery')
 def test_the_published_grocery_set_has_its_counts():
     report = check('grocery', SHARED)
-    assert report['differences'] == [] and report['sides']['query'] == dict(images=1371, classes=41, first='Green-Bell-Pepper', last='Zucchini')
+    assert report['differences'] == [] and report['sides']['query'] == dict(
+        images=1371, classes=41, first='Green-Bell-Pepper', last='Zucchini'
+    )
 
 
 def test_fashion_is_found_where_a_package_of_the_system_puts_it(tmp_path, monkeypatch, capsys):
@@ -682,7 +983,9 @@ def test_fashion_is_found_where_a_package_of_the_system_puts_it(tmp_path, monkey
     monkeypatch.setitem(SETS, 'fashion', replace(SETS['fashion'], places=(str(tmp_path/'nowhere'), str(place))))
     monkeypatch.chdir(tmp_path)
     assert archives.find('fashion', '.') == place and f'fashion is read from {place}' in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError, match='apt-get install dataset-fashion-mnist'): archives.find('fashion', Path(sys.prefix)/'bin') # a root that was given is the user's word
+    # a root that was given is the user's word
+    with pytest.raises(FileNotFoundError, match='apt-get install dataset-fashion-mnist'):
+        archives.find('fashion', Path(sys.prefix)/'bin')
 
 
 @pytest.fixture
@@ -699,19 +1002,25 @@ def packaged_fashion(tmp_path, monkeypatch):
 def test_a_check_without_a_root_looks_where_the_package_puts_fashion(packaged_fashion, root):
     report = check('fashion', root)
     assert report['folder'] == str(packaged_fashion) and report['sides'].keys() == {'train', 'test'}
-    assert check('fashion', packaged_fashion.parent.parent/'other')['folder'] is None # a root that was given is the user's word
+    # a root that was given is the user's word
+    assert check('fashion', packaged_fashion.parent.parent/'other')['folder'] is None
 
 
 def test_the_users_own_fashion_comes_before_that_of_the_system(packaged_fashion, capsys):
     own = fashion(Path.cwd())
-    assert archives.find('fashion', '').resolve() == own and f'fashion is read from {Path("FashionMNIST/raw")}' in capsys.readouterr().out
+    assert (
+        archives.find('fashion', '').resolve() == own
+        and f'fashion is read from {Path("FashionMNIST/raw")}' in capsys.readouterr().out
+    )
     assert check('fashion', '')['folder'] == str(own)
 
 
 @pytest.mark.parametrize('spoil', [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-9])])
 def test_incomplete_fashion_files_name_the_package(tmp_path, spoil):
     spoil(fashion(tmp_path)/'t10k-images-idx3-ubyte.gz')
-    with pytest.raises((FileNotFoundError, ValueError), match='apt-get install --reinstall dataset-fashion-mnist') as caught:
+    with pytest.raises(
+        (FileNotFoundError, ValueError), match='apt-get install --reinstall dataset-fashion-mnist'
+    ) as caught:
         read('fashion', tmp_path)
     assert str(caught.value).startswith(str(tmp_path)) and '\n' not in str(caught.value)
 
@@ -721,7 +1030,9 @@ def test_incomplete_mnist_files_do_not_name_the_package_of_the_other_set(tmp_pat
     with pytest.raises(FileNotFoundError, match='download it again$'): read('mnist', tmp_path)
 
 
-@pytest.mark.parametrize('folder, own', [('/usr/share/sets', False), ('/etc', False), ('/usr/local/sets', True), ('/data/usr', True)])
+@pytest.mark.parametrize(
+    'folder, own', [('/usr/share/sets', False), ('/etc', False), ('/usr/local/sets', True), ('/data/usr', True)]
+)
 def test_no_cache_goes_into_a_folder_of_the_system(monkeypatch, folder, own):
     monkeypatch.setattr(os, 'access', lambda path, mode: True) # as root
     assert (archives.cache_folder('grocery', Path(folder)) == Path(folder)/'.robust_dml-cache') == own

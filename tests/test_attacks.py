@@ -1,4 +1,5 @@
-"The ten attacks against literal loops over their definitions, the worked example on the circle, and the properties of an attack."
+"""The ten attacks against literal loops over their definitions, the worked example on the circle, and the properties
+of an attack."""
 import copy
 import math
 from dataclasses import replace
@@ -17,7 +18,8 @@ ALL = {**SUITE, **FIXED}
 HEADINGS = ('CA+', 'CA-', 'QA+', 'QA-', 'TMA', 'ES:D', 'ES:R', 'LTM', 'GTM', 'GTT')
 
 
-# --- the worked example: six items on the unit circle -----------------------------------------------------------------------
+# --- the worked example: six items on the unit circle
+# -----------------------------------------------------------------------
 
 def on_circle(*degrees):
     return torch.stack([(t := tensor(degrees, dtype=torch.float64).deg2rad()).cos(), t.sin()], 1)
@@ -34,20 +36,28 @@ def outcome(name, emb, targets): return {k: v.item() for k, v in ALL[name].measu
 @pytest.mark.parametrize('name, moved, clean', [('CA+', .233735, .523603), ('CA-', .238196, .037348)])
 def test_circle_candidate(name, moved, clean):
     t = ca_constants(tensor([[3]]), CIRCLE)
-    assert value(name, MOVED, t) == pytest.approx(-moved, abs=1e-6) and value(name, ZERO.emb, t) == pytest.approx(-clean, abs=1e-6)
-    assert outcome(name, MOVED, t)[name] == pytest.approx(100*3/6) and outcome(name, ZERO.emb, t)[name] == pytest.approx(100*4/6)
+    assert value(name, MOVED, t) == pytest.approx(-moved, abs=1e-6) and value(name, ZERO.emb, t) == pytest.approx(
+        -clean, abs=1e-6
+    )
+    assert outcome(name, MOVED, t)[name] == pytest.approx(100 * 3 / 6) and outcome(name, ZERO.emb, t)[
+        name
+    ] == pytest.approx(100 * 4 / 6)
 
 
 @pytest.mark.parametrize('name, moved, clean', [('QA+', .274496, .508351), ('QA-', .268408, .158967)])
 def test_circle_query(name, moved, clean):
     t = dict(row=tensor([[3]]))
-    assert value(name, MOVED, t) == pytest.approx(-moved, abs=1e-6) and value(name, ZERO.emb, t) == pytest.approx(-clean, abs=1e-6)
+    assert value(name, MOVED, t) == pytest.approx(-moved, abs=1e-6) and value(name, ZERO.emb, t) == pytest.approx(
+        -clean, abs=1e-6
+    )
     assert outcome(name, MOVED, t)[name] == outcome(name, ZERO.emb, t)[name] == pytest.approx(100*3/6)
 
 
 def test_circle_mismatch_and_shift():
     t = dict(emb=CIRCLE.emb[[4]])
-    assert value('TMA', MOVED, t) == pytest.approx(-1.087156, abs=1e-6) and outcome('TMA', MOVED, t)['TMA'] == pytest.approx(-.087156, abs=1e-6)
+    assert value('TMA', MOVED, t) == pytest.approx(-1.087156, abs=1e-6) and outcome('TMA', MOVED, t)[
+        'TMA'
+    ] == pytest.approx(-0.087156, abs=1e-6)
     t = SUITE['ES'].targets(ZERO, CIRCLE, 0)
     assert value('ES', MOVED, t) == pytest.approx(.601412, abs=2e-6)  # the offset of 1e-6 per coordinate
     assert outcome('ES', MOVED, t) == pytest.approx({'ES:D': .601412, 'ES:R': 100.}, abs=1e-6)
@@ -60,7 +70,8 @@ def test_circle_ltm(name, own_copy):
     t = ALL[name].targets(ZERO, CIRCLE, 0)
     assert value(name, MOVED, t) == pytest.approx(-1.721837, abs=1e-6)
     assert value(name, on_circle(5.), t) == pytest.approx(-(chord(165) - chord(5 if own_copy else 15)), abs=1e-6)
-    assert outcome(name, MOVED, t)[name] == 100 and outcome(name, on_circle(40.), t)[name] == 0  # own copy never answers
+    # own copy never answers
+    assert outcome(name, MOVED, t)[name] == 100 and outcome(name, on_circle(40.), t)[name] == 0
 
 
 @pytest.mark.parametrize('name, rows, distance', [('GTM', [0, 1], .60141), ('GTM fixed', [2, 3], .26105)])
@@ -74,14 +85,18 @@ def test_circle_gtt():
     t = SUITE['GTT'].targets(ZERO, CIRCLE, 0)
     assert t['row'].item() == 1 and value('GTT', MOVED, t) == pytest.approx(-.656357, abs=1e-6)
     assert outcome('GTT', ZERO.emb, t)['GTT'] == outcome('GTT', MOVED, t)['GTT'] == 100  # [1, 2, 3, 4] keep row 1
-    assert outcome('GTT', on_circle(105.), t)['GTT'] == 100 and outcome('GTT', on_circle(115.), t)['GTT'] == 0  # row 5 overtakes at 110
+    # row 5 overtakes at 110
+    assert outcome('GTT', on_circle(105.), t)['GTT'] == 100 and outcome('GTT', on_circle(115.), t)['GTT'] == 0
 
 
-# --- a random gallery, literal loops ----------------------------------------------------------------------------------------
+# --- a random gallery, literal loops
+# ----------------------------------------------------------------------------------------
 
 def scene(n=330, batch=7, dim=5, classes=11, seed=0):
     gen = torch.Generator().manual_seed(seed)
-    gallery = Gallery(normalise(torch.randn(n, dim, generator=gen, dtype=torch.float64)), torch.randint(classes, (n,), generator=gen))
+    gallery = Gallery(
+        normalise(torch.randn(n, dim, generator=gen, dtype=torch.float64)), torch.randint(classes, (n,), generator=gen)
+    )
     queries = members(gallery, torch.randperm(n, generator=gen)[:batch])
     return gallery, queries, normalise(queries.emb + .3*torch.randn(batch, dim, generator=gen, dtype=torch.float64))
 
@@ -93,7 +108,9 @@ def mean(values): return sum(values)/len(values)
 
 def literal(name, q, i, queries, t, gallery):
     "(objective, {outcome: value}) of query i by the definitions, one scalar at a time."
-    X, y, n, s, label = gallery.emb, gallery.label.tolist(), len(gallery.emb), queries.row[i].item(), queries.label[i].item()
+    X, y, n, s, label = (
+        gallery.emb, gallery.label.tolist(), len(gallery.emb), queries.row[i].item(), queries.label[i].item()
+    )
     d = [dist(q, x) for x in X]
     others = [k for k in range(n) if k != s]
     hit = 100.*(y[min(others, key=lambda k: d[k])] == label)
@@ -101,7 +118,9 @@ def literal(name, q, i, queries, t, gallery):
     if base in ('CA+', 'CA-'):
         rows = t['row'][i].tolist()
         A, B = [dist(q, X[w]) for w in rows], [[dist(x, X[w]) for x in X] for w in rows]
-        return -mean([plus(sign*(a - b)) for a, bs in zip(A, B) for b in bs]), {base: 100*mean([sum(a > b for b in bs)/n for a, bs in zip(A, B)])}
+        return -mean([plus(sign * (a - b)) for a, bs in zip(A, B) for b in bs]), {
+            base: 100 * mean([sum(a > b for b in bs) / n for a, bs in zip(A, B)])
+        }
     if base in ('QA+', 'QA-', 'GTT'):
         rows = t['row'][i].tolist()
         full, short = sorted(range(n), key=lambda k: d[k]), sorted(others, key=lambda k: d[k])[:4]
@@ -143,15 +162,21 @@ def test_objective_and_outcomes_match_literal_loops(name):
 
 def test_suite_has_nine_attacks_and_ten_outcomes():
     assert tuple(o for a in SUITE.values() for o in a.outcomes) == HEADINGS and len(SUITE) == 9
-    assert tuple(FIXED) == ('LTM fixed', 'GTM fixed') and all(a.name == k and isinstance(a, Attack) for k, a in ALL.items())
+    assert tuple(FIXED) == ('LTM fixed', 'GTM fixed') and all(
+        a.name == k and isinstance(a, Attack) for k, a in ALL.items()
+    )
     with pytest.raises(TypeError): SUITE['ES'] = None
 
 
 def test_suite_switches_reach_the_attacks():
     gallery, queries, _ = scene()
     for name, options in (('LTM', dict(ltm_exclude_self=True)), ('GTM', dict(gtm_index='fixed'))):
-        switched, sound, plain = (a.targets(queries, gallery, 0) for a in (suite(**options)[name], FIXED[f'{name} fixed'], SUITE[name]))
-        assert all(torch.equal(switched[k], sound[k]) for k in sound) and any(not torch.equal(plain[k], sound[k]) for k in sound)
+        switched, sound, plain = (
+            a.targets(queries, gallery, 0) for a in (suite(**options)[name], FIXED[f'{name} fixed'], SUITE[name])
+        )
+        assert all(torch.equal(switched[k], sound[k]) for k in sound) and any(
+            not torch.equal(plain[k], sound[k]) for k in sound
+        )
 
 
 @pytest.mark.parametrize('options', [dict(gtm_index='both'), dict(self_exclusion='self'), dict(w=0), dict(m=-1)])
@@ -159,7 +184,8 @@ def test_suite_refuses_unknown_values(options):
     with pytest.raises(ValueError, match=next(iter(options))): suite(**options)
 
 
-# --- targets ----------------------------------------------------------------------------------------------------------------
+# --- targets
+# ----------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name', ALL)
 def test_targets_depend_on_seed_attack_and_query_only(name):
@@ -175,7 +201,9 @@ def test_streams_differ_between_seeds_attacks_and_queries():
     _, queries, _ = scene(batch=40)
     a = draw(queries, 1000, 1, seed=0, name='QA+')
     assert len(a.unique()) > 30
-    assert (a != draw(queries, 1000, 1, seed=1, name='QA+')).sum() > 30 and (a != draw(queries, 1000, 1, seed=0, name='CA+')).sum() > 30
+    assert (a != draw(queries, 1000, 1, seed=1, name='QA+')).sum() > 30 and (
+        a != draw(queries, 1000, 1, seed=0, name='CA+')
+    ).sum() > 30
 
 
 def test_random_rows_are_uniform():
@@ -198,7 +226,9 @@ def test_near_candidates_with_and_without_repetition():
     gallery, queries, _ = scene(n=500, batch=40)
     pool = near(queries, gallery)
     ca, qa = (suite(w=5, m=5)[k].targets(queries, gallery, 0)['row'] for k in ('CA-', 'QA-'))
-    assert all(set(r) <= set(p) for r, p in zip(ca.tolist(), pool.tolist())) and any(len(set(r)) < 5 for r in ca.tolist())
+    assert all(set(r) <= set(p) for r, p in zip(ca.tolist(), pool.tolist())) and any(
+        len(set(r)) < 5 for r in ca.tolist()
+    )
     assert torch.equal(qa.sort().values, pool.sort().values)
     with pytest.raises(ValueError, match='choose fewer'): suite(m=6)['QA-'].targets(queries, gallery, 0)
 
@@ -215,9 +245,15 @@ def test_self_exclusion_by_id_or_by_distance():
     gallery = Gallery(on_circle(0., 0, 10, 180), tensor([0, 1, 1, 0]))
     query = members(gallery, tensor([1]))
     by_id, dropped = suite(), suite(self_exclusion='drop_first')
-    assert by_id['GTT'].targets(query, gallery, 0)['row'].item() == 0 and dropped['GTT'].targets(query, gallery, 0)['row'].item() == 1
+    assert (
+        by_id['GTT'].targets(query, gallery, 0)['row'].item() == 0
+        and dropped['GTT'].targets(query, gallery, 0)['row'].item() == 1
+    )
     for name in ('ES', 'LTM', 'GTM'):
-        hits = [s[name].measure(query.emb, query, s[name].targets(query, gallery, 0), gallery)[s[name].outcomes[-1]].item() for s in (by_id, dropped)]
+        hits = [
+            s[name].measure(query.emb, query, s[name].targets(query, gallery, 0), gallery)[s[name].outcomes[-1]].item()
+            for s in (by_id, dropped)
+        ]
         assert hits == [0., 100.]
     assert near(query, gallery).item() == 0 and near(query, gallery, 'drop_first').item() == 1
 
@@ -228,7 +264,9 @@ def test_queries_from_outside_the_gallery_hide_nothing():
         assert s['GTT'].targets(outside, CIRCLE, 0)['row'].item() == 0 and near(outside, CIRCLE).item() == 0
         t = s['ES'].targets(outside, CIRCLE, 0)
         assert s['ES'].measure(outside.emb, outside, t, CIRCLE)['ES:R'].item() == 100
-    assert torch.equal(ltm_targets(outside, CIRCLE, 0)['mate'], ltm_targets(outside, CIRCLE, 0, exclude_self=True)['mate'])
+    assert torch.equal(
+        ltm_targets(outside, CIRCLE, 0)['mate'], ltm_targets(outside, CIRCLE, 0, exclude_self=True)['mate']
+    )
 
 
 def test_a_lonely_query_has_no_answer():
@@ -247,7 +285,9 @@ def test_ties_go_to_the_lower_row_even_with_rounding():
     assert nearest(d).item() == 1 and nearest(d.flip(1)).item() == 1
     assert position(d, torch.arange(5)[None]).tolist() == [[3, 0, 1, 2, 4]]
     r = torch.rand(6, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert torch.equal(position(r, torch.arange(50).expand(6, 50)), r.argsort(dim=1).argsort(dim=1)) and torch.equal(nearest(r), r.argmin(1))
+    assert torch.equal(position(r, torch.arange(50).expand(6, 50)), r.argsort(dim=1).argsort(dim=1)) and torch.equal(
+        nearest(r), r.argmin(1)
+    )
 
 
 def test_rank_counts_strictly_closer_items_only():
@@ -255,17 +295,22 @@ def test_rank_counts_strictly_closer_items_only():
     queries = members(gallery, tensor([1]))
     t = ca_constants(tensor([[3]]), gallery)  # rows 0, 1, 2 tie, row 3 asks: only itself is closer
     assert SUITE['CA+'].measure(queries.emb, queries, t, gallery)['CA+'].item() == pytest.approx(25.)
-    assert qa_measure(queries.emb, queries, dict(row=tensor([[2]])), gallery, name='QA+')['QA+'].item() == pytest.approx(50.)
+    assert qa_measure(queries.emb, queries, dict(row=tensor([[2]])), gallery, name='QA+')[
+        'QA+'
+    ].item() == pytest.approx(50.0)
 
 
-# --- gradients --------------------------------------------------------------------------------------------------------------
+# --- gradients
+# --------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name', ALL)
 def test_gradcheck(name):
     gallery, queries, emb = scene(n=40, batch=3, classes=4)
     attack = ALL[name]
     t = attack.targets(queries, gallery, 2)
-    assert torch.autograd.gradcheck(lambda raw: attack.objective(normalise(raw), queries, t, gallery), emb.clone().requires_grad_(), atol=1e-5)
+    assert torch.autograd.gradcheck(
+        lambda raw: attack.objective(normalise(raw), queries, t, gallery), emb.clone().requires_grad_(), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize('name', ALL)
@@ -284,9 +329,13 @@ def test_finite_gradient_at_the_clean_image_at_duplicates_and_after_a_collapse(n
 
 
 def test_rounding_at_the_start_gives_no_direction():
-    "A distance that is zero but for rounding pushes nowhere: to the own copy (source GTM, LTM, CA+) or to the wanted row (QA)."
+    """A distance that is zero but for rounding pushes nowhere: to the own copy (source GTM, LTM, CA+) or to the wanted
+    row (QA)."""
     nudged = ZERO.emb + 1e-15*tensor([[0., 1.]])
-    for name, t in (('GTM', gtm_targets(ZERO, CIRCLE, 0)), ('CA+', ca_constants(tensor([[0]]), CIRCLE)), ('QA+', dict(row=tensor([[0]])))):
+    for name, t in (
+        ('GTM', gtm_targets(ZERO, CIRCLE, 0)), ('CA+', ca_constants(tensor([[0]]), CIRCLE)),
+        ('QA+', dict(row=tensor([[0]])))
+    ):
         z = nudged.clone().requires_grad_()
         assert torch.autograd.grad(ALL[name].objective(z, ZERO, t, CIRCLE).sum(), z)[0].abs().max() == 0
     z, t = nudged.clone().requires_grad_(), ltm_targets(ZERO, CIRCLE, 0)
@@ -294,7 +343,8 @@ def test_rounding_at_the_start_gives_no_direction():
     assert grad.norm() == pytest.approx(1.)  # the pull of the farthest item alone
 
 
-# --- whole attacks on a small network ---------------------------------------------------------------------------------------
+# --- whole attacks on a small network
+# ---------------------------------------------------------------------------------------
 
 BUDGET = dict(eps=.1, step_size=.02, steps=8, seed=0)
 
@@ -302,7 +352,11 @@ BUDGET = dict(eps=.1, step_size=.02, steps=8, seed=0)
 @pytest.fixture(scope='module')
 def world():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8*25, 16)).double().eval()
+    model = (
+        nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 25, 16))
+        .double()
+        .eval()
+    )
     x = (torch.rand(10, 1, 12, 12).repeat_interleave(6, 0) + .15*torch.randn(60, 1, 12, 12)).clamp(0, 1).double()
     gallery = Gallery(embed(model, x).detach(), torch.arange(10).repeat_interleave(6))
     return model.requires_grad_(), x, gallery, torch.arange(0, 60, 4)
@@ -321,7 +375,9 @@ def test_result_does_not_depend_on_the_batch(world, name):
     torch.testing.assert_close(torch.cat([p.images for p in parts]), whole.images, rtol=0, atol=1e-12)
     for key in ALL[name].outcomes:
         for when in ('before', 'after'):
-            torch.testing.assert_close(torch.cat([getattr(p, when)[key] for p in parts]), getattr(whole, when)[key], rtol=0, atol=1e-9)
+            torch.testing.assert_close(
+                torch.cat([getattr(p, when)[key] for p in parts]), getattr(whole, when)[key], rtol=0, atol=1e-9
+            )
 
 
 @pytest.mark.parametrize('name', ALL)
@@ -340,12 +396,16 @@ def test_budget_identity_and_untouched_model(world, name):
         for key in still.after: torch.testing.assert_close(still.after[key], still.before[key], rtol=0, atol=1e-9)
 
 
-TOWARDS = {'CA+': -1, 'CA-': 1, 'QA+': -1, 'QA-': 1, 'TMA': 1, 'ES:D': 1, 'ES:R': -1, 'LTM': -1, 'LTM fixed': -1, 'GTM fixed': -1, 'GTT': -1}
+TOWARDS = {
+    'CA+': -1, 'CA-': 1, 'QA+': -1, 'QA-': 1, 'TMA': 1, 'ES:D': 1, 'ES:R': -1, 'LTM': -1, 'LTM fixed': -1,
+    'GTM fixed': -1, 'GTT': -1
+}
 
 
 @pytest.mark.parametrize('name', [n for n in ALL if n != 'GTM'])
 def test_gains_ground_beyond_random_noise(world, name):
-    "White box must beat the best of nothing and of random corners of the ball, on average over the queries, by a clear margin."
+    """White box must beat the best of nothing and of random corners of the ball, on average over the queries, by a
+    clear margin."""
     model, x, gallery, some = world
     queries, found = members(gallery, some), run(world, name, steps=15)
     noise = .1*torch.randn(x[some].shape, generator=torch.Generator().manual_seed(1)).sign()
@@ -357,7 +417,13 @@ def test_gains_ground_beyond_random_noise(world, name):
             assert TOWARDS[key]*(found.after[key] - other[key]).mean() > scale.get(key, 10.), key
 
 
-@pytest.mark.parametrize('name, key, goal', [('GTM fixed', 'GTM fixed', 0.), ('LTM fixed', 'LTM fixed', 0.), ('GTT', 'GTT', 0.), ('ES', 'ES:R', 0.), ('QA+', 'QA+', 0.)])
+@pytest.mark.parametrize(
+    'name, key, goal',
+    [
+        ('GTM fixed', 'GTM fixed', 0.0), ('LTM fixed', 'LTM fixed', 0.0), ('GTT', 'GTT', 0.0), ('ES', 'ES:R', 0.0),
+        ('QA+', 'QA+', 0.0)
+    ],
+)
 def test_a_huge_ball_succeeds(world, name, key, goal):
     assert run(world, name, eps=1., step_size=.03, steps=60).after[key].mean() == pytest.approx(goal, abs=8.)
 
@@ -367,7 +433,10 @@ def test_best_iterate_never_loses_by_more_steps(world, name):
     net, x, gallery, some = world
     queries = members(gallery, some)
     targets = ALL[name].targets(queries, gallery, 0)
-    def reached(**options): return ALL[name].objective(embed(net, run(world, name, keep='best', **options).images).detach(), queries, targets, gallery)
+    def reached(**options):
+        return ALL[name].objective(
+            embed(net, run(world, name, keep='best', **options).images).detach(), queries, targets, gallery
+        )
     few, many = reached(steps=2), reached(steps=9)
     assert (many >= few - 1e-9).all() and many.mean() > few.mean()
     small = run(world, name, keep='best')
@@ -380,12 +449,15 @@ def test_transfer_to_the_same_weights_is_white_box(world):
 
 def test_random_targets_change_with_the_seed_and_are_shared_before_and_after(world):
     a, b = run(world, 'TMA'), run(world, 'TMA', seed=1)
-    assert not torch.equal(a.before['TMA'], b.before['TMA']) and torch.equal(a.before['TMA'], run(world, 'TMA', steps=1).before['TMA'])
+    assert not torch.equal(a.before['TMA'], b.before['TMA']) and torch.equal(
+        a.before['TMA'], run(world, 'TMA', steps=1).before['TMA']
+    )
 
 
 def test_before_is_what_the_definitions_promise(world):
     assert (run(world, 'ES').before['ES:D'] == 0).all() and (run(world, 'GTT').before['GTT'] == 100).all()
-    assert run(world, 'QA-').before['QA-'].max() == pytest.approx(100/60)  # the query itself is first, the pool holds one item
+    # the query itself is first, the pool holds one item
+    assert run(world, 'QA-').before['QA-'].max() == pytest.approx(100/60)
 
 
 def test_es_d_may_be_read_before_the_final_update(world):
@@ -400,20 +472,25 @@ def test_single_precision_agrees_with_double(world):
     model, x, gallery, some = world
     single = Gallery(gallery.emb.float(), gallery.label)
     for name in ALL:
-        half = run_attack(copy.deepcopy(model).float(), ALL[name], x[some].float(), members(single, some), single, **BUDGET)
+        half = run_attack(
+            copy.deepcopy(model).float(), ALL[name], x[some].float(), members(single, some), single, **BUDGET
+        )
         for key, v in run(world, name).after.items():
-            assert (half.after[key].double() - v).mean().abs() < (.01 if key in ('TMA', 'ES:D') else 7.), key  # one query of 15 is 6.7
+            # one query of 15 is 6.7
+            assert (half.after[key].double() - v).mean().abs() < (.01 if key in ('TMA', 'ES:D') else 7.), key
 
 
 def test_bad_input_is_named(world):
     model, x, gallery, some = world
     queries = members(gallery, some)
-    with pytest.raises(ValueError, match='image by image'): run_attack(model, SUITE['ES'], x, queries, gallery, **BUDGET)
+    with pytest.raises(ValueError, match='image by image'):
+        run_attack(model, SUITE['ES'], x, queries, gallery, **BUDGET)
     with pytest.raises(ValueError, match='esd_eval'): run(world, 'ES', esd_eval='first')
     with pytest.raises(ValueError, match='eps must lie'): run(world, 'ES', eps=8.)
     with pytest.raises(ValueError, match='two classes'): Gallery(gallery.emb, torch.zeros(60).long())
     with pytest.raises(ValueError, match='gallery needs'): Gallery(gallery.emb, gallery.label[:5])
-    with pytest.raises(ValueError, match='queries need'): Queries(queries.emb, queries.label, queries.row[:2], queries.id)
+    with pytest.raises(ValueError, match='queries need'):
+        Queries(queries.emb, queries.label, queries.row[:2], queries.id)
 
 
 def test_ltm_finds_a_mate_in_the_last_row():
@@ -424,13 +501,19 @@ def test_ltm_finds_a_mate_in_the_last_row():
     assert value.item() == pytest.approx(expected, abs=1e-6)
 
 
-# --- every shortcut against the plain form -----------------------------------------------------------------------------------
+# --- every shortcut against the plain form
+# -----------------------------------------------------------------------------------
 
 def plain_objective(name):
     "The objective as it is printed, through autograd and torch.cdist's exact mode."
     sign = 1 if '+' in name else -1
-    def far(emb, gallery): return torch.where((d := torch.cdist(emb, gallery.emb, compute_mode='donot_use_mm_for_euclid_dist')) > noise(emb), d, d.detach())
-    def ca(emb, queries, t, gallery): return -hinge(sign*(far(emb, gallery).gather(1, t['row'])[...,None] - t['dist'])).mean((1, 2))
+    def far(emb, gallery):
+        return torch.where(
+            (d := torch.cdist(emb, gallery.emb, compute_mode='donot_use_mm_for_euclid_dist')) > noise(emb), d,
+            d.detach()
+        )
+    def ca(emb, queries, t, gallery):
+        return -hinge(sign*(far(emb, gallery).gather(1, t['row'])[...,None] - t['dist'])).mean((1, 2))
     def qa(emb, queries, t, gallery):
         dist = far(emb, gallery)
         return -hinge(sign*(dist.gather(1, t['row'])[...,None] - dist[:,None])).mean((1, 2))
@@ -446,7 +529,9 @@ def test_closed_forms_find_the_same_adversarial_images(world, name):
     model, x, gallery, some = world
     attack = {**suite(w=3, m=1 if name == 'QA-' else 2), **FIXED}[name]  # QA-: the pool is one item
     forms = attack, replace(attack, objective=plain_objective(name))
-    short, plain = (run_attack(model, a, x[some], members(gallery, some), gallery, **{**BUDGET, 'steps': 16}) for a in forms)
+    short, plain = (
+        run_attack(model, a, x[some], members(gallery, some), gallery, **{**BUDGET, 'steps': 16}) for a in forms
+    )
     assert (short.images - x[some]).abs().max() > .05
     torch.testing.assert_close(short.images, plain.images, rtol=0, atol=1e-12)
     for key, value in plain.after.items(): torch.testing.assert_close(short.after[key], value, rtol=0, atol=1e-9)
@@ -455,7 +540,10 @@ def test_closed_forms_find_the_same_adversarial_images(world, name):
 def test_half_precision_searches_as_well_and_is_measured_in_full(world):
     model, x, gallery, some = world
     model, x, gallery = copy.deepcopy(model).float(), x.float(), Gallery(gallery.emb.float(), gallery.label)
-    full, half = (run_attack(model, SUITE['ES'], x[some], members(gallery, some), gallery, **BUDGET, precision=p) for p in ('float32', 'bfloat16'))
+    full, half = (
+        run_attack(model, SUITE['ES'], x[some], members(gallery, some), gallery, **BUDGET, precision=p)
+        for p in ('float32', 'bfloat16')
+    )
     assert not torch.equal(full.images, half.images) and half.after['ES:D'].dtype == torch.float32
     with torch.no_grad(): moved = paired_distance(embed(model, half.images), gallery.emb[some])
     torch.testing.assert_close(half.after['ES:D'], moved)
@@ -467,11 +555,14 @@ def test_mates_lists_the_class_and_fills_up():
     gallery = Gallery(torch.eye(5), tensor([3, 1, 3, 1, 3]))
     query = Queries(torch.eye(5)[:3], tensor([1, 3, 7]), tensor([1, -1, -1]), torch.arange(3))
     row, real = mates(query, gallery)
-    assert row.tolist() == [[1, 3, 1], [0, 2, 4], [0, 0, 0]] and real.tolist() == [[True, True, False], [True]*3, [False]*3]
+    assert row.tolist() == [[1, 3, 1], [0, 2, 4], [0, 0, 0]] and real.tolist() == [
+        [True, True, False], [True] * 3, [False] * 3
+    ]
 
 
 def test_ltm_leaves_its_own_class_alone_when_classes_differ_in_size():
-    "The class of one image that is the farthest of all; the table of mates repeats its row to the size of the largest class."
+    """The class of one image that is the farthest of all; the table of mates repeats its row to the size of the
+    largest class."""
     gallery = Gallery(on_circle(180., 10, 40, 50, 60), torch.tensor([0, 0, 1, 1, 1]))
     query = Queries(on_circle(5.), torch.tensor([0]), torch.tensor([-1]), torch.tensor([0]))
     assert _extremes(query.emb, ltm_targets(query, gallery, 0), gallery).tolist() == [[4, 1]]

@@ -1,4 +1,5 @@
-"""Audits of models and folders as strangers bring them: reports, kills, samples, list files, apart queries, and one sentence for what does not fit."""
+"""Audits of models and folders as strangers bring them: reports, kills, samples, list files, apart queries, and one
+sentence for what does not fit."""
 import csv
 import json
 import os
@@ -36,7 +37,9 @@ def paint(folder, classes=8, each=5, shift=0, mode='RGB'):
 def network(channels=3, seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Conv2d(channels, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8*7*7, 16)).eval()
+        return nn.Sequential(
+            nn.Conv2d(channels, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 7 * 7, 16)
+        ).eval()
 
 
 class After(nn.Module):
@@ -61,18 +64,31 @@ def test_report(done, photos):
     out, found = done
     page = found.page.read_text()
     assert found.page == out/'audit-photos-toy'/'index.html' and len(page) < 3e6
-    assert page.count('<script') == 1 and 'http' not in page and page.count('data:image/png;base64') == 2 and str(photos) not in page + json.dumps(found.results)
-    heads = ['How easily is toy fooled?', found.sentence, 'Can the numbers be believed?', 'Without an attack', 'Under attack', 'The worst of all attacks', 'Larger changes',
-             'Queries that were lost', 'Classes that lose most', 'What it means, and what next', 'Cost', 'Provenance']
+    assert (
+        page.count('<script') == 1
+        and 'http' not in page
+        and page.count('data:image/png;base64') == 2
+        and str(photos) not in page + json.dumps(found.results)
+    )
+    heads = [
+        'How easily is toy fooled?', found.sentence, 'Can the numbers be believed?', 'Without an attack',
+        'Under attack', 'The worst of all attacks', 'Larger changes', 'Queries that were lost',
+        'Classes that lose most', 'What it means, and what next', 'Cost', 'Provenance'
+    ]
     places = [page.index(f'>{h}') for h in heads]
     assert places == sorted(places)
     results = json.loads((found.page.parent/'results.json').read_text())
     table = {row['attack']: row for row in csv.DictReader((found.page.parent/'attacks.csv').open())}
-    assert list(table) == list(module._DONE) and float(table['ES:D']['after']) == results['evaluation']['after']['ES:D'] > 0
+    assert (
+        list(table) == list(module._DONE)
+        and float(table['ES:D']['after']) == results['evaluation']['after']['ES:D'] > 0
+    )
     rows = list(csv.DictReader((found.page.parent/'queries.csv').open()))
     assert len(rows) == 6 and all((photos/row['file']).parent.name == row['class'] for row in rows)
     hits = sum(min(float(row[f'{h} after']) for h in results['worst']['each']) > 0 for row in rows)
-    assert f'after hardly visible changes of at most 8/255 per pixel, {hits} do' in found.sentence and results['worst']['after'] == pytest.approx(100*hits/6)
+    assert f'after hardly visible changes of at most 8/255 per pixel, {hits} do' in found.sentence and results['worst'][
+        'after'
+    ] == pytest.approx(100 * hits / 6)
     assert f'Of 6 queries, {sum(float(row["ES:R before"]) > 0 for row in rows)} found' in found.sentence
 
 
@@ -81,7 +97,11 @@ def test_model_is_left_alone(done, photos, tmp_path):
     model = network().train()
     before = checksum(model)
     page = audit(model, photos, out=tmp_path, **SMALL | dict(attacks='ES', limit=2)).page.read_text()
-    assert checksum(model) == before and all(m.training for m in model.modules()) and all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert (
+        checksum(model) == before
+        and all(m.training for m in model.modules())
+        and all(p.requires_grad and p.grad is None for p in model.parameters())
+    )
     assert 'came in training mode' in page and 'divided by their length' in page
 
 
@@ -99,7 +119,8 @@ def test_killed_audit_goes_on(done, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, '_attack_rows', lambda *a: calls.append(a[4].name) or original(*a))
     again = audit(network(), photos, out=tmp_path/'out', name='toy', **SMALL)
     assert 0 < len(calls) < len(module.ATTACKS)
-    for part in ('after', 'before', 'benign', 'intervals', 'flags'): assert again.results['evaluation'][part] == found.results['evaluation'][part]
+    for part in ('after', 'before', 'benign', 'intervals', 'flags'):
+        assert again.results['evaluation'][part] == found.results['evaluation'][part]
     assert again.results['curves']['lines'] == found.results['curves']['lines'] and again.sentence == found.sentence
     calls.clear()
     audit(network(), photos, out=tmp_path/'out', name='toy', **SMALL)
@@ -109,7 +130,8 @@ def test_killed_audit_goes_on(done, photos, tmp_path, monkeypatch):
 def test_other_code_with_the_same_weights_is_refused(photos, tmp_path):
     few = SMALL | dict(attacks='ES', limit=2, out=tmp_path)
     audit(After(network(), lambda z: z), photos, **few)
-    with pytest.raises(StoreError, match='its code was changed and its weights were not; delete'): audit(After(network(), lambda z: z.cos()), photos, **few)
+    with pytest.raises(StoreError, match='its code was changed and its weights were not; delete'):
+        audit(After(network(), lambda z: z.cos()), photos, **few)
 
 
 def test_list_file_equals_folder(done, photos, tmp_path):
@@ -126,13 +148,22 @@ def test_queries_apart(photos, tmp_path):
     "Queries of a second folder are searched in the first; the split column of a list says the same."
     paint(tmp_path/'asked', each=2, shift=1)
     found = audit(network(), photos, queries=tmp_path/'asked', out=tmp_path, **SMALL)
-    assert (found.results['data']['queries'], found.results['data']['images'], found.results['evaluation']['queries']) == (16, 56, 6)
+    assert (
+        found.results['data']['queries'], found.results['data']['images'], found.results['evaluation']['queries']
+    ) == (16, 56, 6)
     attacked = list(csv.DictReader((found.page.parent/'queries.csv').open()))
-    assert len(attacked) == 6 and all((photos/row['file']).resolve().is_relative_to(tmp_path/'asked') for row in attacked)
-    rows = [(f, 'query') for f in sorted((tmp_path/'asked').glob('*/*.png'))] + [(f, 'gallery') for f in sorted(photos.glob('*/*.png'))]
+    assert len(attacked) == 6 and all(
+        (photos / row['file']).resolve().is_relative_to(tmp_path / 'asked') for row in attacked
+    )
+    rows = [(f, 'query') for f in sorted((tmp_path / 'asked').glob('*/*.png'))] + [
+        (f, 'gallery') for f in sorted(photos.glob('*/*.png'))
+    ]
     (tmp_path/'list.txt').write_text(''.join(f'{f}\t{f.parent.name}\t{split}\n' for f, split in rows))
     again = audit(network(), tmp_path/'list.txt', out=tmp_path, **SMALL)
-    assert again.results['evaluation']['after'] == found.results['evaluation']['after'] and again.results['evaluation']['benign'] == found.results['evaluation']['benign']
+    assert (
+        again.results['evaluation']['after'] == found.results['evaluation']['after']
+        and again.results['evaluation']['benign'] == found.results['evaluation']['benign']
+    )
     assert 'have a copy in the gallery' not in found.page.read_text()
     (tmp_path/'asked'/'class 2'/'0.png').write_bytes((photos/'class 2'/'0.png').read_bytes())
     leaky = audit(network(), photos, queries=tmp_path/'asked', out=tmp_path, **SMALL | dict(attacks='ES', limit=2))
@@ -142,10 +173,21 @@ def test_queries_apart(photos, tmp_path):
 def test_nothing_to_find(photos, tmp_path):
     "All attacked queries are alone in their class: said in words, and no robustness is claimed."
     copytree(photos, tmp_path/'photos')
-    (tmp_path/'list.csv').write_text(''.join(f'photos/class {k}/{n}.png,{name}\n' for k in range(7) for n in range(5) for name in [f'lone {k}{n}' if k else 'pair']))
+    (tmp_path / 'list.csv').write_text(
+        ''.join(
+            f'photos/class {k}/{n}.png,{name}\n'
+            for k in range(7)
+            for n in range(5)
+            for name in [f'lone {k}{n}' if k else 'pair']
+        )
+    )
     seed = next(s for s in range(99) if not set(module.query_rows(35, limit=2, seed=s).tolist()) & set(range(5)))
     found = audit(network(), tmp_path/'list.csv', out=tmp_path, **SMALL | dict(attacks='ES', limit=2, seed=seed))
-    assert 'None of 2 queries has another image of its class' in found.page.read_text() and 'No attacked query could find anything' in found.page.read_text() and 'right answers withstand' not in found.page.read_text()
+    assert (
+        'None of 2 queries has another image of its class' in found.page.read_text()
+        and 'No attacked query could find anything' in found.page.read_text()
+        and 'right answers withstand' not in found.page.read_text()
+    )
 
 
 def test_fifty_thousand_classes(tmp_path):
@@ -156,7 +198,8 @@ def test_fifty_thousand_classes(tmp_path):
     listed = module.list_images(tmp_path/'list.csv')
     some = module.sampled(listed, 40, seed=0)
     assert len(listed.files) == len(names) and len(some.files) == 40 and len(set(some.labels)) == 20
-    for file in some.files: Image.new('RGB', (8, 8), (int(some.labels[some.files.index(file)]) % 251, 7, 9)).save(tmp_path/file)
+    for file in some.files:
+        Image.new('RGB', (8, 8), (int(some.labels[some.files.index(file)]) % 251, 7, 9)).save(tmp_path/file)
     found = audit(network(), tmp_path/'list.csv', out=tmp_path, **SMALL | dict(gallery=40, attacks='ES', limit=2))
     assert found.results['data']['images'] == 40 and found.results['data']['listed'] == 100_000
     assert 'A sample of 40 from 100,000 listed images was used' in found.page.read_text()
@@ -168,7 +211,12 @@ def test_copies_are_flagged(photos, tmp_path):
     found = audit(network(), tmp_path/'copies', out=tmp_path, **SMALL | dict(attacks='ES', limit=2))
     raised = {f['name'] for f in found.results['evaluation']['flags'] if f['raised']}
     page = found.page.read_text()
-    assert 'duplicates' in raised and 'Remove copies from the images' in page and f'Settle the flags first ({", ".join(f["name"].replace("_", " ") for f in found.results["evaluation"]["flags"] if f["raised"])})' in page
+    assert (
+        'duplicates' in raised
+        and 'Remove copies from the images' in page
+        and f'Settle the flags first ({", ".join(f["name"].replace("_", " ") for f in found.results["evaluation"]["flags"] if f["raised"])})'
+        in page
+    )
 
 
 def test_dropout_that_stays_on_is_flagged(photos, tmp_path):
@@ -181,11 +229,15 @@ def test_damaged_files(photos, tmp_path):
     copytree(photos, tmp_path/'photos')
     (tmp_path/'photos'/'class 0'/'0.png').write_bytes(b'no image')
     few = SMALL | dict(attacks='ES', limit=2, out=tmp_path)
-    with pytest.raises(ValueError, match='found 1 that are not: class 0/0.png .not an image.; repair or remove'): audit(network(), tmp_path/'photos', **few)
+    with pytest.raises(ValueError, match='found 1 that are not: class 0/0.png .not an image.; repair or remove'):
+        audit(network(), tmp_path/'photos', **few)
     found = audit(network(), tmp_path/'photos', **few | dict(limit=0), skip_unreadable=True)
     rows = list(csv.DictReader((found.page.parent/'queries.csv').open()))
     assert len(rows) == 39 and all(Path(row['file']).parent.name == row['class'] for row in rows)
-    assert found.results['data']['images'] == 39 and '1 damaged files were left out: class 0/0.png' in found.page.read_text()
+    assert (
+        found.results['data']['images'] == 39
+        and '1 damaged files were left out: class 0/0.png' in found.page.read_text()
+    )
 
 
 @pytest.mark.parametrize('channels', (1, 3))
@@ -207,27 +259,39 @@ def test_pictures_are_those_of_the_labels(photos, tmp_path, monkeypatch):
     paint(tmp_path/'asked', each=2, shift=1)
     seen, original = {}, module.strip
     monkeypatch.setattr(module, 'strip', lambda tensors: seen.update(tensors) or original(tensors))
-    audit(network(), photos, queries=tmp_path/'asked', out=tmp_path, **SMALL | dict(attacks='ES,LTM nearest', eps=.3, limit=0))
+    audit(
+        network(), photos, queries=tmp_path / 'asked', out=tmp_path,
+        **SMALL | dict(attacks='ES,LTM nearest', eps=0.3, limit=0)
+    )
     assert len(seen['clean']) and 0 < (seen['adv'] - seen['clean']).abs().max() <= .3 + 1e-6
     assert (seen['label_before'][:, 0] == seen['label']).all() and (seen['label_after'][:, 0] != seen['label']).any()
     label_of = {Image.open(f).convert('RGB').tobytes(): int(f.parent.name.split()[1]) for f in photos.glob('*/*.png')}
     for when in ('before', 'after'):
-        shown = [label_of[picture.permute(1, 2, 0).contiguous().numpy().tobytes()] for picture in seen[when].flatten(0, 1)]
+        shown = [
+            label_of[picture.permute(1, 2, 0).contiguous().numpy().tobytes()] for picture in seen[when].flatten(0, 1)
+        ]
         assert shown == seen[f'label_{when}'].flatten().tolist()
 
 
-@pytest.mark.parametrize('model, message', [
-    (lambda: After(network(), lambda z: (z, z)), 'found tuple; wrap it'),
-    (lambda: After(network(), lambda z: {'emb': z}), 'found dict; wrap it'),
-    (lambda: After(network(), lambda z: z*float('nan')), 'the output of the model must be finite'),
-    (lambda: After(network(), lambda z: z[:, :8 + len(z)]), 'embeddings must have one length for all images, found 9, 16'),
-    (lambda: After(network(), torch.Tensor.detach), 'found an output without a gradient'),
-    (lambda: network(4), 'found one that takes 4; wrap it'),
-    (lambda: network(2), 'with 1 or 3 channels, found an error for both'),
-    (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3*8*8, 4)), 'set size to what the model wants'),
-    (lambda: nn.Linear(3, 3, device='meta'), 'the weights must all be on one device, found them on meta'),
-    (lambda: 'resnet18', 'model must be a torch.nn.Module, found str')],
-    ids=('tuple', 'dict', 'nan', 'lengths', 'gradient', 'four', 'two', 'size', 'device', 'name'))
+@pytest.mark.parametrize(
+    'model, message',
+    [
+        (lambda: After(network(), lambda z: (z, z)), 'found tuple; wrap it'),
+        (lambda: After(network(), lambda z: {'emb': z}), 'found dict; wrap it'),
+        (lambda: After(network(), lambda z: z * float('nan')), 'the output of the model must be finite'),
+        (
+            lambda: After(network(), lambda z: z[:, : 8 + len(z)]),
+            'embeddings must have one length for all images, found 9, 16'
+        ),
+        (lambda: After(network(), torch.Tensor.detach), 'found an output without a gradient'),
+        (lambda: network(4), 'found one that takes 4; wrap it'),
+        (lambda: network(2), 'with 1 or 3 channels, found an error for both'),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4)), 'set size to what the model wants'),
+        (lambda: nn.Linear(3, 3, device='meta'), 'the weights must all be on one device, found them on meta'),
+        (lambda: 'resnet18', 'model must be a torch.nn.Module, found str'),
+    ],
+    ids=('tuple', 'dict', 'nan', 'lengths', 'gradient', 'four', 'two', 'size', 'device', 'name'),
+)
 def test_model_that_does_not_fit(model, message, photos, tmp_path):
     with pytest.raises((ValueError, TypeError), match=message): audit(model(), photos, out=tmp_path, **SMALL)
     assert not list(tmp_path.rglob('index.html'))
@@ -240,13 +304,19 @@ def test_half_precision_is_computed_in_single(photos, tmp_path):
 
 
 def test_one_image_per_class(tmp_path):
-    with pytest.raises(ValueError, match='found one of each of 5: no query can find its own class, and R@1 is undefined'): audit(network(), paint(tmp_path/'lone', 5, 1), out=tmp_path, **SMALL)
+    with pytest.raises(
+        ValueError, match='found one of each of 5: no query can find its own class, and R@1 is undefined'
+    ):
+        audit(network(), paint(tmp_path/'lone', 5, 1), out=tmp_path, **SMALL)
 
 
 def test_names_are_escaped(photos, tmp_path):
     copytree(photos, tmp_path/'photos')
     (tmp_path/'photos'/'class 0').rename(tmp_path/'photos'/'<i>class 0')
-    page = audit(network(), tmp_path/'photos', out=tmp_path, name='<b>', **SMALL | dict(limit=0, eps=1., attacks='ES,LTM nearest')).page.read_text()
+    page = audit(
+        network(), tmp_path / 'photos', out=tmp_path, name='<b>',
+        **SMALL | dict(limit=0, eps=1.0, attacks='ES,LTM nearest')
+    ).page.read_text()
     assert '<i>' not in page and '&lt;i&gt;class 0' in page and 'is &lt;b&gt; fooled' in page
 
 
@@ -254,12 +324,16 @@ def test_sealed_files(photos, tmp_path):
     "TorchScript and an exported program give the numbers of the module that they were made of."
     net, x = network(), torch.rand(3, 3, 16, 16)
     torch.jit.trace(net, x).save(tmp_path/'m.pt')
-    torch.export.save(torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim('batch')},)), tmp_path/'m.pt2')
+    torch.export.save(
+        torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim('batch')},)), tmp_path / 'm.pt2'
+    )
     few = SMALL | dict(attacks='ES,LTM nearest')
     want = audit(net, photos, out=tmp_path/'plain', **few).results['evaluation']['after']
     for file in ('m.pt', 'm.pt2'):
         with pytest.raises(ValueError, match='found trust not set'): module.load_model(str(tmp_path/file))
-        got = audit(module.load_model(str(tmp_path/file), trust=True), photos, out=tmp_path/file[2:], **few).results['evaluation']['after']
+        got = audit(
+            module.load_model(str(tmp_path / file), trust=True), photos, out=tmp_path / file[2:], **few
+        ).results['evaluation']['after']
         assert got == pytest.approx(want, abs=1e-3)
 
 
@@ -267,7 +341,8 @@ def test_weights_that_would_run_code_do_not(tmp_path):
     class Trap:
         def __reduce__(self): return os.mkdir, (str(tmp_path/'ran'),)
     torch.save({'0.weight': Trap()}, tmp_path/'trap.pt')
-    with pytest.raises(ValueError, match='cannot be read without running code in it'): module.load_model('torchvision:resnet18', weights=str(tmp_path/'trap.pt'))
+    with pytest.raises(ValueError, match='cannot be read without running code in it'):
+        module.load_model('torchvision:resnet18', weights=str(tmp_path/'trap.pt'))
     assert not (tmp_path/'ran').exists()
     with pytest.raises(ValueError, match='found trust not set'): module.load_model(str(tmp_path/'trap.pt'))
     assert not (tmp_path/'ran').exists()
@@ -275,7 +350,10 @@ def test_weights_that_would_run_code_do_not(tmp_path):
 
 def test_timm_is_optional():
     if module.importlib.util.find_spec('timm'): pytest.skip('timm is installed')
-    with pytest.raises(ImportError, match='the model timm:vit_tiny_patch16_224 needs timm; install it with: pip install timm'): module.load_model('timm:vit_tiny_patch16_224')
+    with pytest.raises(
+        ImportError, match='the model timm:vit_tiny_patch16_224 needs timm; install it with: pip install timm'
+    ):
+        module.load_model('timm:vit_tiny_patch16_224')
 
 
 def test_random_weights_depend_on_the_seed():
@@ -285,14 +363,23 @@ def test_random_weights_depend_on_the_seed():
 
 
 def papermill(folder, *arguments):
-    return subprocess.run([Path(sys.executable).parent/'papermill', ROOT/'nbs'/'run_audit.ipynb', *arguments], cwd=folder, env=os.environ | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+    return subprocess.run(
+        [Path(sys.executable).parent / 'papermill', ROOT / 'nbs' / 'run_audit.ipynb', *arguments], cwd=folder,
+        env=os.environ | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True
+    )
 
 
 def test_run_notebook(photos, tmp_path):
     "A constructor of the working directory with weights beside it."
-    (tmp_path/'mine.py').write_text('from torch import nn\ndef build(): return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8*7*7, 16))\n')
+    (tmp_path / 'mine.py').write_text(
+        'from torch import nn\ndef build(): return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8),'
+        ' nn.ReLU(), nn.Flatten(), nn.Linear(8*7*7, 16))\n'
+    )
     torch.save(network().state_dict(), tmp_path/'w.pt')
-    got = papermill(tmp_path, '-p', 'model', 'mine:build', '-p', 'weights', 'w.pt', '-p', 'images', str(photos), '-p', 'size', '16', '-p', 'steps', '2', '-p', 'limit', '6', '-p', 'attacks', 'ES', '-p', 'device', 'cpu')
+    got = papermill(
+        tmp_path, '-p', 'model', 'mine:build', '-p', 'weights', 'w.pt', '-p', 'images', str(photos), '-p', 'size', '16',
+        '-p', 'steps', '2', '-p', 'limit', '6', '-p', 'attacks', 'ES', '-p', 'device', 'cpu'
+    )
     assert got.returncode == 0, got.stderr[-2000:]
     page = tmp_path/'reports'/'audit-photos-build'/'index.html'
     assert 'How easily is build fooled?' in page.read_text()
@@ -301,7 +388,11 @@ def test_run_notebook(photos, tmp_path):
 
 def test_run_notebook_refuses_unknown_parameters(tmp_path):
     got = papermill(tmp_path, '-p', 'image', 'photos')
-    assert got.returncode == 1 and 'unknown parameter image; the valid ones are model, weights, images' in got.stderr and not (tmp_path/'reports').exists()
+    assert (
+        got.returncode == 1
+        and 'unknown parameter image; the valid ones are model, weights, images' in got.stderr
+        and not (tmp_path / 'reports').exists()
+    )
 
 
 def test_classifier_that_the_model_names():
@@ -309,9 +400,13 @@ def test_classifier_that_the_model_names():
     class Named(nn.Sequential):
         default_cfg = dict(classifier='1')
         def reset_classifier(self, classes): self[1] = nn.Identity()
-    named, plain = Named(nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(3, 2)), nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(3, 2))
+    named, plain = Named(nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(3, 2)), nn.Sequential(
+        nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(3, 2)
+    )
     assert (module._without_head(named, 'timm:named'), module._without_head(plain, 'torchvision:plain')) == ('1', '2')
-    assert [type(m).__name__ for m in (*named, *plain)] == ['Linear', 'Identity', 'Linear', 'Linear', 'Linear', 'Identity']
+    assert [type(m).__name__ for m in (*named, *plain)] == [
+        'Linear', 'Identity', 'Linear', 'Linear', 'Linear', 'Identity'
+    ]
 
 
 def test_an_audit_needs_nothing_that_trains():
@@ -320,5 +415,7 @@ def test_an_audit_needs_nothing_that_trains():
     import sys
     code = 'import sys, robust_dml.audit.measure; print(*sorted(m for m in sys.modules if m.startswith("robust_dml.")))'
     loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {f'robust_dml.{name}' for name in ('defenses', 'tride', 'baselines', 'tuples', 'eat', 'train', 'experiments')} & set(loaded)
+    assert not {
+        f'robust_dml.{name}' for name in ('defenses', 'tride', 'baselines', 'tuples', 'eat', 'train', 'experiments')
+    } & set(loaded)
     assert 'robust_dml.metrics.evaluate' in loaded

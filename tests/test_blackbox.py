@@ -1,4 +1,5 @@
-"Black-box attacks against literal loops, a spying model that counts and forbids gradients, a dead gradient, and the properties they share."
+"""Black-box attacks against literal loops, a spying model that counts and forbids gradients, a dead gradient, and the
+properties they share."""
 import math
 from dataclasses import replace
 
@@ -87,7 +88,8 @@ ASKING = {
 each = pytest.mark.parametrize('name', ASKING)
 
 
-# --- NES -------------------------------------------------------------------------------------------------------------------
+# --- NES
+# -------------------------------------------------------------------------------------------------------------------
 
 def smooth():
     torch.manual_seed(3)
@@ -98,7 +100,8 @@ def away(emb): return (emb - tensor([.5, -.5, .5, -.5, 0.])).square().sum(1)
 
 
 def test_nes_points_where_the_gradient_points():
-    "m pairs in d dimensions: cosine 1/sqrt(1 + (d+1)/m) = 0.994, and a projection of relative spread sqrt(2/m) = 0.026."
+    """m pairs in d dimensions: cosine 1/sqrt(1 + (d+1)/m) = 0.994, and a projection of relative spread sqrt(2/m) =
+    0.026."""
     model, x = smooth(), .2 + .6*torch.rand(4, 1, 6, 6, generator=generator(0, 'x'), dtype=torch.float64)
     def see(x): return embed(model, x)
     values, grad, emb = autograd_gradient(see, away, x)
@@ -124,25 +127,37 @@ def test_nes_is_the_printed_sum():
         torch.testing.assert_close(found[i], total.detach())
 
 
-@pytest.mark.parametrize('options', [dict(samples=5, sigma=.1), dict(samples=0, sigma=.1), dict(samples=2., sigma=.1), dict(samples=2, sigma=0.),
-                                     dict(samples=2, sigma=math.nan)])
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(samples=5, sigma=0.1), dict(samples=0, sigma=0.1), dict(samples=2.0, sigma=0.1),
+        dict(samples=2, sigma=0.0), dict(samples=2, sigma=math.nan)
+    ],
+)
 def test_nes_refuses(options):
     with pytest.raises(ValueError, match='must .* found'): NES([], **options)
 
 
-# --- random search and squares -----------------------------------------------------------------------------------------------
+# --- random search and squares
+# -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('drift, chosen', [(False, [1, 0]), (True, [3, 2])])
 def test_random_search_keeps_the_best(drift, chosen):
     values = tensor([[0., 7], [5, 7], [4, 7], [5, 6]]).double()  # of step and image
     asked = iter(values)
-    found = random_search(lambda x: next(asked), lambda step, best: torch.full_like(best, step), torch.zeros(2, 1, 1, 1).double() - 1, budget=4, drift=drift)
+    found = random_search(
+        lambda x: next(asked), lambda step, best: torch.full_like(best, step), torch.zeros(2, 1, 1, 1).double() - 1,
+        budget=4, drift=drift
+    )
     assert found.flatten().tolist() == chosen
 
 
 def test_square_schedule_is_the_authors():
     "Their table of shares over ten thousand iterations."
-    bounds = [(10, 1), (50, 2), (200, 4), (500, 8), (1000, 16), (2000, 32), (4000, 64), (6000, 128), (8000, 256), (10_000, 512)]
+    bounds = [
+        (10, 1), (50, 2), (200, 4), (500, 8), (1000, 16), (2000, 32), (4000, 64), (6000, 128), (8000, 256),
+        (10_000, 512)
+    ]
     for step in (0, 10, 11, 50, 51, 200, 201, 777, 2000, 4001, 8000, 8001, 9999):
         part = next(p for b, p in bounds if step <= b)
         assert side(step, budget=10_000, share=.8, size=(224, 224)) == max(1, round(224*math.sqrt(.8/part)))
@@ -157,7 +172,8 @@ def test_squares_repaint_one_square_in_one_colour(channels):
     best = propose(0, x)
     assert ((best == low) | (best == high)).all()
     up = best == high
-    assert (up == up[:, :, :1]).all() and up.any() and not up.all() and not torch.equal(up[0], up[1])  # stripes, differing from image to image
+    # stripes, differing from image to image
+    assert (up == up[:, :, :1]).all() and up.any() and not up.all() and not torch.equal(up[0], up[1])
     places = set()
     for step in range(1, 60):
         new, edge = propose(step, best), side(step, budget=60, share=.8, size=(9, 7))
@@ -185,25 +201,32 @@ def test_result_is_the_best_image_that_was_shown(name, net, scene):
         row, shown = score.shape[0] - 1 - score.argmax(0), shown[1:]
     else:
         targets = GTM.targets(queries, gallery, 0)
-        with torch.no_grad(): row = torch.stack([GTM.objective(embed(net, s), queries, targets, gallery) for s in shown]).argmax(0)
+        with torch.no_grad():
+            row = torch.stack([GTM.objective(embed(net, s), queries, targets, gallery) for s in shown]).argmax(0)
     assert torch.equal(torch.stack(shown)[row, torch.arange(20)], images) and len(row.unique()) > 3
 
 
 def test_noise_fills_the_ball_or_sits_at_its_corners(net, scene):
-    "In a grey image nothing is clipped: |v| is 1 at a corner and 1/2 on average in the ball (2000 pixels: five deviations are 0.033)."
+    """In a grey image nothing is clipped: |v| is 1 at a corner and 1/2 on average in the ball (2000 pixels: five
+    deviations are 0.033)."""
     grey = torch.full_like(X, .5)
-    corner, uniform = ((ASKING[k](net, ES, grey, *scene, budget=1).outcome.images - grey)/EPS for k in ('corner', 'uniform'))
+    corner, uniform = (
+        (ASKING[k](net, ES, grey, *scene, budget=1).outcome.images - grey) / EPS for k in ('corner', 'uniform')
+    )
     torch.testing.assert_close(corner.abs(), torch.ones_like(X))
     assert abs(uniform.abs().mean() - .5) < .033 and abs(uniform.mean()) < .065 and abs(corner.mean()) < .112
 
 
 def test_more_noise_is_never_worse(net, scene):
     "The draws of a small budget are the first ones of a large budget."
-    found = [random_noise(net, ES, X, *scene, kind='corner', budget=n, **BALL).outcome.after['ES:D'] for n in (1, 4, 16)]
+    found = [
+        random_noise(net, ES, X, *scene, kind='corner', budget=n, **BALL).outcome.after['ES:D'] for n in (1, 4, 16)
+    ]
     assert (found[0] <= found[1]).all() and (found[1] <= found[2]).all() and found[2].mean() > 1.1*found[0].mean()
 
 
-# --- only the ranked list ------------------------------------------------------------------------------------------------------
+# --- only the ranked list
+# ------------------------------------------------------------------------------------------------------
 
 def test_relevance_is_the_printed_sum():
     gen = generator(0, 'lists')
@@ -216,11 +239,15 @@ def test_relevance_is_the_printed_sum():
 
 
 def test_topk_knows_nothing_but_lists(net, scene):
-    "Neither the adversary's knowledge of embeddings and labels nor distances that keep their order change what it finds."
+    """Neither the adversary's knowledge of embeddings and labels nor distances that keep their order change what it
+    finds."""
     queries, gallery = scene
-    def images(model, queries, gallery): return topk(model, ES, X, queries, gallery, k=10, budget=40, **BALL).outcome.images
+    def images(model, queries, gallery):
+        return topk(model, ES, X, queries, gallery, k=10, budget=40, **BALL).outcome.images
     found = images(net, queries, gallery)
-    garbage = replace(queries, emb=torch.randn(20, 16, generator=generator(0, 'emb')).double(), label=queries.label.flip(0))
+    garbage = replace(
+        queries, emb=torch.randn(20, 16, generator=generator(0, 'emb')).double(), label=queries.label.flip(0)
+    )
     assert torch.equal(images(net, garbage, Gallery(gallery.emb, gallery.label.roll(1))), found)
     class Shrunk(nn.Module):  # one more coordinate, the same for all: every distance shrinks by the same factor
         def forward(self, x): return nn.functional.pad(embed(net, x), (0, 1), value=3.)
@@ -235,36 +262,50 @@ def test_lists_leave_the_own_row_out(net, scene):
     assert not (rows == SOME[:, None]).any() and rows.dtype == torch.long and lists.asked == 1
 
 
-# --- strength ------------------------------------------------------------------------------------------------------------------
+# --- strength
+# ------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('attack, outcome, sign', [(ES, 'ES:D', 1), (GTM, 'GTM fixed', -1)], ids=['ES', 'GTM'])
 def test_between_noise_and_white_box(attack, outcome, sign, net, scene, white):
     "On a healthy model, 300 queries do more than one random corner and no more than the white box."
     def harm(o): return sign*o.after[outcome].mean().item()
-    limit, floor = harm(white[attack.name]), harm(random_noise(net, attack, X, *scene, kind='corner', budget=1, **BALL).outcome)
+    limit, floor = harm(white[attack.name]), harm(
+        random_noise(net, attack, X, *scene, kind='corner', budget=1, **BALL).outcome
+    )
     assert white[attack.name].before.get('ES:R', tensor(100.)).mean() == 100 and limit > floor
-    for name in ('nes', 'square', 'topk'): assert floor + .1*(limit - floor) < harm(ASKING[name](net, attack, X, *scene, budget=300).outcome) <= limit, name
-    for kind in ('uniform', 'corner'): assert harm(ASKING[kind](net, attack, X, *scene, budget=300).outcome) <= floor + .5*(limit - floor)
+    for name in ('nes', 'square', 'topk'):
+        assert (
+            floor + 0.1 * (limit - floor) < harm(ASKING[name](net, attack, X, *scene, budget=300).outcome) <= limit
+        ), name
+    for kind in ('uniform', 'corner'):
+        assert harm(ASKING[kind](net, attack, X, *scene, budget=300).outcome) <= floor + .5*(limit - floor)
 
 
 def test_lists_are_disturbed(net, scene):
     "What topk wants: less of the clean list than random corners leave, and more than nothing."
     lists = Lists(net, *scene, 10)
     def left(outcome): return relevance(lists(outcome.images), lists(X)).mean().item()
-    corner, found = (left(ASKING[name](net, ES, X, *scene, budget=n).outcome) for name, n in (('corner', 1), ('topk', 300)))
+    corner, found = (
+        left(ASKING[name](net, ES, X, *scene, budget=n).outcome) for name, n in (('corner', 1), ('topk', 300))
+    )
     assert found < .65*corner and corner < 1
 
 
-@pytest.mark.parametrize('front', [lambda x: (15*x).round()/15, lambda x: x.detach() + 0*x], ids=['rounded', 'detached'])
+@pytest.mark.parametrize(
+    'front', [lambda x: (15 * x).round() / 15, lambda x: x.detach() + 0 * x], ids=['rounded', 'detached']
+)
 def test_squares_see_through_a_dead_gradient(front, net):
     hidden = subject(Through(net, front))
     blind = run_attack(hidden.model, ES, X, *hidden[1:], **FINE, **BALL)
     assert blind.after['ES:D'].max() < 1e-12 and torch.equal(blind.images, X)
-    found, plain = (square(m, ES, X, *subject(m)[1:], budget=150, **BALL).outcome.after['ES:D'].mean() for m in (hidden.model, net))
+    found, plain = (
+        square(m, ES, X, *subject(m)[1:], budget=150, **BALL).outcome.after['ES:D'].mean() for m in (hidden.model, net)
+    )
     assert found > .8*plain and plain > .6
 
 
-# --- shared properties -----------------------------------------------------------------------------------------------------------
+# --- shared properties
+# -----------------------------------------------------------------------------------------------------------
 
 @each
 def test_counts_are_exact_and_no_gradient_is_asked_for(name, net, scene):
@@ -279,7 +320,9 @@ def test_counts_are_exact_and_no_gradient_is_asked_for(name, net, scene):
 def test_no_budget_is_the_identity(name, net, scene):
     found = ASKING[name](net, ES, X, *scene, budget=0)
     assert torch.equal(found.outcome.images, X) and found.asked == 0
-    assert found.outcome.after['ES:D'].max() < 1e-12 and torch.equal(found.outcome.after['ES:R'], found.outcome.before['ES:R'])
+    assert found.outcome.after['ES:D'].max() < 1e-12 and torch.equal(
+        found.outcome.after['ES:R'], found.outcome.before['ES:R']
+    )
 
 
 def test_one_query_buys_topk_nothing(net, scene):
@@ -303,7 +346,10 @@ def test_seed_and_attack_key_the_randomness(name, net, scene):
     first, again = (ask(net, ES, X, *scene, budget=21).outcome.images for _ in range(2))
     assert torch.equal(first, again)
     assert not torch.equal(first, ask(net, replace(ES, name='other'), X, *scene, budget=21).outcome.images)
-    keys = [streams(members(scene[1], SOME[:2]), seed=s, method=m, name=n) for s, m, n in ((0, 'a', 'b'), (1, 'a', 'b'), (0, 'c', 'b'), (0, 'a', 'c'))]
+    keys = [
+        streams(members(scene[1], SOME[:2]), seed=s, method=m, name=n)
+        for s, m, n in ((0, 'a', 'b'), (1, 'a', 'b'), (0, 'c', 'b'), (0, 'a', 'c'))
+    ]
     assert len({g.initial_seed() for row in keys for g in row}) == 8
 
 
@@ -326,8 +372,10 @@ def test_inside_the_ball(name, dtype, net):
 @each
 def test_bad_input_is_refused(name, net, scene):
     ask, (queries, gallery) = ASKING[name], scene
-    with pytest.raises(ValueError, match='image by image, found 3 and 20'): ask(net, ES, X[:3], queries, gallery, budget=1)
-    with pytest.raises(ValueError, match='budget must be a whole number of at least 0, found -1'): ask(net, ES, X, queries, gallery, budget=-1)
+    with pytest.raises(ValueError, match='image by image, found 3 and 20'):
+        ask(net, ES, X[:3], queries, gallery, budget=1)
+    with pytest.raises(ValueError, match='budget must be a whole number of at least 0, found -1'):
+        ask(net, ES, X, queries, gallery, budget=-1)
     with pytest.raises(ValueError, match='budget must be a whole number'): ask(net, ES, X, queries, gallery, budget=2.)
     with pytest.raises(ValueError, match=r'\[0, 1\]'): ask(net, ES, 2*X, queries, gallery, budget=1)
     with pytest.raises(ValueError, match='eps must lie'): square(net, ES, X, queries, gallery, eps=8., budget=1, seed=0)
@@ -339,7 +387,8 @@ def test_a_nan_is_an_error(name, net, scene):
     with pytest.raises(ValueError, match='finite'): ASKING[name](net, lost, X, *scene, budget=42)
 
 
-# --- universal perturbations -------------------------------------------------------------------------------------------------------
+# --- universal perturbations
+# -------------------------------------------------------------------------------------------------------
 
 def test_universal_is_one_perturbation_learned_elsewhere(net, scene, white):
     queries, gallery = scene
@@ -363,21 +412,26 @@ def test_universal_gradient_is_that_of_the_sum(net, scene):
     total = objective(embed(net, (IMAGES[REST] + delta).clamp(0, 1))).sum()
     expected, = torch.autograd.grad(total, delta)
     shifted = Shifted(net, IMAGES[REST], 6)
-    values, grad, _ = shared_gradient(lambda d: embed(shifted, d), objective, (delta.detach() + .5).expand(20, 1, 10, 10))
+    values, grad, _ = shared_gradient(
+        lambda d: embed(shifted, d), objective, (delta.detach() + 0.5).expand(20, 1, 10, 10)
+    )
     torch.testing.assert_close(values.sum(), total.detach())
     for g in grad: torch.testing.assert_close(g, expected)
 
 
 def test_universal_refuses(net, scene):
     queries, gallery = scene
-    with pytest.raises(ValueError, match='found 20 in both'): universal(net, ES, X, queries, gallery, learn_x=X, learn_queries=queries, **FINE, **BALL)
+    with pytest.raises(ValueError, match='found 20 in both'):
+        universal(net, ES, X, queries, gallery, learn_x=X, learn_queries=queries, **FINE, **BALL)
     other = dict(learn_x=IMAGES[REST], learn_queries=members(gallery, REST), **FINE, seed=0)
-    with pytest.raises(ValueError, match=r'eps must lie in \[0, 0.5\]'): universal(net, ES, X, queries, gallery, eps=.6, **other)
+    with pytest.raises(ValueError, match=r'eps must lie in \[0, 0.5\]'):
+        universal(net, ES, X, queries, gallery, eps=.6, **other)
     still = universal(net, ES, X, queries, gallery, eps=0., **other).outcome.images
     assert torch.equal(still, X)
 
 
-# --- transfer ------------------------------------------------------------------------------------------------------------------------
+# --- transfer
+# ------------------------------------------------------------------------------------------------------------------------
 
 def test_transfer_to_the_same_weights_is_the_white_box(net, scene, white):
     for attack in (ES, GTM):
@@ -403,11 +457,15 @@ def test_transfer_measures_on_the_attacked_model(net, scene):
     other, calls = subject(trained(1)), Spy(net)
     found = transfer(calls, GTM, X, *scene, surrogate=other, **FINE, **BALL).outcome
     assert len(calls.shown) == 1 and torch.equal(calls.shown[0], found.images)
-    torch.testing.assert_close(found.after['GTM fixed'], measured(net, GTM, found.images, *scene, seed=0).after['GTM fixed'])
+    torch.testing.assert_close(
+        found.after['GTM fixed'], measured(net, GTM, found.images, *scene, seed=0).after['GTM fixed']
+    )
 
 
 def test_transfer_refuses_other_images(net, scene):
     other = subject(trained(1), REST)
-    with pytest.raises(ValueError, match='different queries'): transfer(net, ES, X, *scene, surrogate=other, **FINE, **BALL)
+    with pytest.raises(ValueError, match='different queries'):
+        transfer(net, ES, X, *scene, surrogate=other, **FINE, **BALL)
     shuffled = Subject(net, scene[0], Gallery(scene[1].emb, scene[1].label.roll(1)))
-    with pytest.raises(ValueError, match='different gallery'): transfer_matrix({'A': Subject(net, *scene), 'B': shuffled}, ES, X, **FINE, **BALL)
+    with pytest.raises(ValueError, match='different gallery'):
+        transfer_matrix({'A': Subject(net, *scene), 'B': shuffled}, ES, X, **FINE, **BALL)

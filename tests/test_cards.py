@@ -7,8 +7,13 @@ from robust_dml.audit.cards import TEMPLATE, model_card, of_run, rows
 from robust_dml.runs.store import Run, StoreError, finished_runs, open_run
 
 STORE = Path(__file__).resolve().parent.parent/'reports'/'store'
-CONFIGS = {run.folder: run.read('card.json')['config'] for run in finished_runs(STORE.parent) if run.address.startswith('eval-')}
-PAIRS = [(STORE/config['train'], folder) for folder, config in CONFIGS.items() if 'kind' not in config] # of the ten attacks
+CONFIGS = {
+    run.folder: run.read('card.json')['config']
+    for run in finished_runs(STORE.parent)
+    if run.address.startswith('eval-')
+}
+# of the ten attacks
+PAIRS = [(STORE/config['train'], folder) for folder, config in CONFIGS.items() if 'kind' not in config]
 PAIRS = [(train, folder) for train, folder in PAIRS if Run(train).has('result.json') and Run(folder).has('result.json')]
 SECTIONS = [line for line in TEMPLATE.splitlines() if line.startswith('## ')]
 
@@ -18,17 +23,25 @@ def card_of(train, evaluation): return model_card(of_run(Run(train), Run(evaluat
 
 def tables(text):
     "Every table of the page as a list of its lines' cells."
-    return [[line.strip('| ').split(' | ') for line in block.splitlines()] for block in text.split('\n\n') if block.startswith('| ')]
+    return [
+        [line.strip('| ').split(' | ') for line in block.splitlines()]
+        for block in text.split('\n\n')
+        if block.startswith('| ')
+    ]
 
 
 @pytest.mark.parametrize('train,evaluation', PAIRS[::8], ids=lambda p: p.name)
 def test_committed_runs(train, evaluation):
-    text, result, found = card_of(train, evaluation), Run(train).read('result.json'), Run(evaluation).read('result.json')
+    text, result, found = (
+        card_of(train, evaluation), Run(train).read('result.json'), Run(evaluation).read('result.json')
+    )
     assert [line for line in text.splitlines() if line.startswith('## ')] == SECTIONS
     assert result['sha256'] in text and train.name in text
     attacks = next({cells[0]: cells[1:] for cells in t[2:]} for t in tables(text) if t[0][0] == 'attack')
     assert attacks.keys() == found['after'].keys()
-    assert all(float(cells[1]) == pytest.approx(found['after'][name], rel=1e-3, abs=1e-3) for name, cells in attacks.items())
+    assert all(
+        float(cells[1]) == pytest.approx(found['after'][name], rel=1e-3, abs=1e-3) for name, cells in attacks.items()
+    )
     assert all((f"* Flag *{flag['name'].replace('_', ' ')}*:" in text) == flag['raised'] for flag in found['flags'])
     assert ('have collapsed' in text) == found['collapsed']
     assert all(len({len(cells) for cells in table}) == 1 for table in tables(text)), 'ragged tables are shown as text'

@@ -1,4 +1,5 @@
-"""Every flag of `checks` has a model, a gallery or an attack that is broken in just that way, and a healthy model raises none."""
+"""Every flag of `checks` has a model, a gallery or an attack that is broken in just that way, and a healthy model
+raises none."""
 import math
 from types import SimpleNamespace
 
@@ -59,7 +60,12 @@ def trained(split): return SimpleNamespace(net=fitted(split.train), images=split
 def flags(model, images, **options):
     gallery = Gallery(embed_all(model, images, batch_size=100), images.labels)
     signs = indicators(gallery.emb, gallery.label, gen=generator(0, 'test'))
-    return {f.name: f for f in checks.checks(model, images, members(gallery, torch.arange(len(images))), gallery, signs, **{**GIVEN, **options})}
+    return {
+        f.name: f
+        for f in checks.checks(
+            model, images, members(gallery, torch.arange(len(images))), gallery, signs, **{**GIVEN, **options}
+        )
+    }
 
 
 def raised(*args, **options): return {name for name, flag in flags(*args, **options).items() if flag.raised}
@@ -67,29 +73,47 @@ def raised(*args, **options): return {name for name, flag in flags(*args, **opti
 
 def test_healthy_model_raises_none(trained):
     found = flags(trained.net, trained.images)
-    assert list(found) == ['range', 'nondeterministic', 'zero_grad', 'blackbox_stronger', 'not_converged', 'restart_gain', 'eps_no_effect', 'collapsed', 'duplicates']
+    assert list(found) == [
+        'range', 'nondeterministic', 'zero_grad', 'blackbox_stronger', 'not_converged', 'restart_gain', 'eps_no_effect',
+        'collapsed', 'duplicates'
+    ]
     assert not [f for f in found.values() if f.raised]
     assert all(f.says.endswith('.') and '{' not in f.says and not math.isnan(f.value) for f in found.values())
 
 
 def test_range(split):
-    "A network that learned on standardised colour images is handed images in [0, 1]; the wrapper that the flag asks for ends it."
-    colour = {name: ImageSet(part.images.repeat(1, 3, 1, 1), part.labels, part.classes) for name, part in (('train', split.train), ('test', split.test))}
+    """A network that learned on standardised colour images is handed images in [0, 1]; the wrapper that the flag asks
+    for ends it."""
+    colour = {
+        name: ImageSet(part.images.repeat(1, 3, 1, 1), part.labels, part.classes)
+        for name, part in (('train', split.train), ('test', split.test))
+    }
     net = fitted(colour['train'], checks.standardised)
     flag = checks.check_range(net, colour['test'])
     assert flag.raised and 'standardised' in flag.says
     assert not checks.check_range(Around(net, before=checks.standardised), colour['test']).raised
 
 
-@pytest.mark.parametrize('broken', [
-    dict(after=lambda z: F.dropout(z, .2, training=True)),
-    dict(after=lambda z: F.batch_norm(z, None, None, training=True))], ids=('dropout left on', 'statistics of the batch'))
-def test_nondeterministic(trained, broken): assert 'nondeterministic' in raised(Around(trained.net, **broken), trained.images)
+@pytest.mark.parametrize(
+    'broken',
+    [
+        dict(after=lambda z: F.dropout(z, 0.2, training=True)),
+        dict(after=lambda z: F.batch_norm(z, None, None, training=True))
+    ],
+    ids=('dropout left on', 'statistics of the batch'),
+)
+def test_nondeterministic(trained, broken):
+    assert 'nondeterministic' in raised(Around(trained.net, **broken), trained.images)
 
 
-@pytest.mark.parametrize('broken', [
-    dict(after=lambda z: (8*F.normalize(z)).round() + 1e-3), dict(before=torch.Tensor.detach), dict(before=lambda x: (4*x).round()/4),
-    dict(after=lambda z: (1e4*z).sigmoid())], ids=('rounded output', 'no graph', 'input quantiser', 'saturated head'))
+@pytest.mark.parametrize(
+    'broken',
+    [
+        dict(after=lambda z: (8 * F.normalize(z)).round() + 1e-3), dict(before=torch.Tensor.detach),
+        dict(before=lambda x: (4 * x).round() / 4), dict(after=lambda z: (1e4 * z).sigmoid())
+    ],
+    ids=('rounded output', 'no graph', 'input quantiser', 'saturated head'),
+)
 def test_zero_gradient(trained, broken): assert 'zero_grad' in raised(Around(trained.net, **broken), trained.images)
 
 
@@ -100,7 +124,9 @@ def test_blackbox_stronger(trained):
 
 
 def test_input_quantiser_hides_the_gradient_from_all_but_the_black_box(trained):
-    assert {'zero_grad', 'blackbox_stronger', 'eps_no_effect'} <= raised(Around(trained.net, before=lambda x: (4*x).round()/4), trained.images)
+    assert {'zero_grad', 'blackbox_stronger', 'eps_no_effect'} <= raised(
+        Around(trained.net, before=lambda x: (4 * x).round() / 4), trained.images
+    )
 
 
 def test_not_converged(trained):
@@ -144,7 +170,11 @@ def test_twins_against_all_pairs():
 def test_sample_keeps_to_its_size():
     label = torch.arange(50).repeat_interleave(7)
     rows = checks.sample_of_classes(label, size=41)
-    assert len(rows) == 41 == len(rows.unique()) and label[rows].bincount().max() == 4 and (label[rows].bincount() > 0).sum() == 11
+    assert (
+        len(rows) == 41 == len(rows.unique())
+        and label[rows].bincount().max() == 4
+        and (label[rows].bincount() > 0).sum() == 11
+    )
 
 
 def test_costs_at_most_a_tenth(trained):

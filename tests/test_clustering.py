@@ -1,4 +1,5 @@
-"Clustering and centres under attack: scores against scikit-learn, readings against literal loops, and what the threat model promises."
+"""Clustering and centres under attack: scores against scikit-learn, readings against literal loops, and what the
+threat model promises."""
 import json
 import math
 from dataclasses import asdict, replace
@@ -34,7 +35,8 @@ from robust_dml.defenses.colo_tride import make
 BUDGET = dict(eps=24/255, step_size=6/255, steps=6, show=False, backend='torch', kmeans_restarts=2, kmeans_rounds=20)
 
 
-# --- two labellings ---------------------------------------------------------------------------------------------------------
+# --- two labellings
+# ---------------------------------------------------------------------------------------------------------
 
 labellings = st.integers(1, 40).flatmap(lambda n: st.tuples(*[st.lists(st.integers(-3, 6), min_size=n, max_size=n)]*2))
 
@@ -50,7 +52,13 @@ def test_scores_are_those_of_scikit_learn(pair):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 14).flatmap(lambda n: st.tuples(st.lists(st.integers(0, 3), min_size=n, max_size=n), st.lists(st.integers(0, 4), min_size=n, max_size=n))))
+@given(
+    st.integers(1, 14).flatmap(
+        lambda n: st.tuples(
+            st.lists(st.integers(0, 3), min_size=n, max_size=n), st.lists(st.integers(0, 4), min_size=n, max_size=n)
+        )
+    )
+)
 def test_hungarian_accuracy_is_that_of_the_best_permutation(pair):
     label, cluster = pair
     best = max(sum(names[c] == y for y, c in zip(label, cluster)) for names in permutations(range(5)))
@@ -62,7 +70,9 @@ def test_scores_of_many_images():
     label, cluster = torch.arange(3000) // 7, torch.randint(500, (3000,), generator=gen)
     mixed = torch.where(torch.rand(3000, generator=gen) < .5, label, cluster)
     assert abs(adjusted_mutual_information(label, cluster)) < .01 < agreement(label, cluster)['NMI']
-    assert adjusted_mutual_information(label, mixed) == pytest.approx(sk.adjusted_mutual_info_score(label, mixed), abs=1e-8)
+    assert adjusted_mutual_information(label, mixed) == pytest.approx(
+        sk.adjusted_mutual_info_score(label, mixed), abs=1e-8
+    )
     assert pairwise_f1(label, cluster) < .01
 
 
@@ -72,15 +82,23 @@ def test_perfect_and_renamed_clusters_score_one():
 
 
 def test_overlap_names_what_it_wants():
-    with pytest.raises(ValueError, match=r'vectors of one length and hold something, found \(0,\) and \(0,\)'): overlap(tensor([]).long(), tensor([]).long())
+    with pytest.raises(ValueError, match=r'vectors of one length and hold something, found \(0,\) and \(0,\)'):
+        overlap(tensor([]).long(), tensor([]).long())
 
 
-# --- k-means ----------------------------------------------------------------------------------------------------------------
+# --- k-means
+# ----------------------------------------------------------------------------------------------------------------
 
 def cloud(classes=8, each=9, spread=.1, dim=12, seed=0, dtype=torch.float64):
     gen = torch.Generator().manual_seed(seed)
     label = torch.arange(classes).repeat_interleave(each)
-    return normalise(torch.randn(classes, dim, generator=gen, dtype=dtype)[label] + spread*torch.randn(classes*each, dim, generator=gen, dtype=dtype)), label
+    return (
+        normalise(
+            torch.randn(classes, dim, generator=gen, dtype=dtype)[label]
+            + spread * torch.randn(classes * each, dim, generator=gen, dtype=dtype)
+        ),
+        label,
+    )
 
 
 def test_spread_start_draws_by_squared_distance():
@@ -88,7 +106,10 @@ def test_spread_start_draws_by_squared_distance():
     line = tensor([[0.], [1], [2], [3]])
     second = [rows[1] for rows in (spread_start(line, 2, generator(s)).tolist() for s in range(4000)) if rows[0] == 0]
     for item, chance in enumerate((0, 1/14, 4/14, 9/14)):
-        assert abs(second.count(item)/len(second) - chance) < 4*math.sqrt(max(chance*(1 - chance), 1e-9)/len(second)) + 1e-9
+        assert (
+            abs(second.count(item) / len(second) - chance)
+            < 4 * math.sqrt(max(chance * (1 - chance), 1e-9) / len(second)) + 1e-9
+        )
 
 
 def test_spread_start_takes_each_item_once_while_there_are_others():
@@ -103,7 +124,9 @@ def test_rounds_are_those_of_scikit_learn(backend):
     for rounds in (1, 2, 5):
         found = KMeans(8, init=start.numpy(), n_init=1, max_iter=rounds, tol=0, algorithm='lloyd').fit(emb.numpy())
         iterate = clustering._torch_rounds if backend == 'torch' else clustering._faiss_rounds
-        torch.testing.assert_close(iterate(emb, start, rounds), torch.from_numpy(found.cluster_centers_), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            iterate(emb, start, rounds), torch.from_numpy(found.cluster_centers_), rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize('backend', ['torch', 'faiss'])
@@ -123,10 +146,12 @@ def test_clusters_of_groups_and_of_nothing(backend):
     assert hungarian_accuracy(label, clusters(emb, k=8, seed=0, backend=backend).member) == 1
     assert clusters(torch.ones(7, 3), k=4, seed=0, backend=backend).member.unique().numel() == 1
     assert clusters(emb[:5], k=5, seed=0, backend=backend).member.unique().numel() == 5
-    with pytest.raises(ValueError, match='found 5 images for 6 clusters; add images or ask for fewer clusters'): clusters(emb[:5], k=6, seed=0, backend=backend)
+    with pytest.raises(ValueError, match='found 5 images for 6 clusters; add images or ask for fewer clusters'):
+        clusters(emb[:5], k=6, seed=0, backend=backend)
 
 
-# --- centres ----------------------------------------------------------------------------------------------------------------
+# --- centres
+# ----------------------------------------------------------------------------------------------------------------
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(2, 9), min_size=2, max_size=8), st.floats(.01, .99), st.integers(0, 5))
@@ -149,10 +174,12 @@ def test_centres_are_normalised_means():
     for k, centre in enumerate(class_centres(emb, label, 8)):
         mean = emb[label == k].mean(0)
         torch.testing.assert_close(centre, mean/mean.norm())
-    with pytest.raises(ValueError, match=r'none for 2 of 9 classes \(first: 4\)'): class_centres(emb[label != 4], label[label != 4], 9)
+    with pytest.raises(ValueError, match=r'none for 2 of 9 classes \(first: 4\)'):
+        class_centres(emb[label != 4], label[label != 4], 9)
 
 
-# --- attacks ----------------------------------------------------------------------------------------------------------------
+# --- attacks
+# ----------------------------------------------------------------------------------------------------------------
 
 def literal(name, emb, i, clean, label, centres):
     "The table of objectives, one query, word by word."
@@ -171,7 +198,9 @@ def test_objectives_against_loops(name):
     clean, label = cloud(spread=.5)
     shelf, rows = Gallery(clean, label), torch.arange(0, 72, 5)
     queries, centres = members(shelf, rows), class_centres(clean, label, 8)
-    emb = normalise(clean[rows] + .5*torch.randn(len(rows), 12, generator=generator(0, 'moved'), dtype=torch.float64)).requires_grad_()
+    emb = normalise(
+        clean[rows] + 0.5 * torch.randn(len(rows), 12, generator=generator(0, 'moved'), dtype=torch.float64)
+    ).requires_grad_()
     attack = ATTACKS[name]
     targets = attack.targets(queries, shelf, 0)
     values = attack.objective(emb, queries, targets, shelf)
@@ -193,7 +222,8 @@ def test_proxies_are_asked_by_cosine():
     wanted = cosine.scatter(1, label[:, None], -9.).amax(1) - cosine.gather(1, label[:, None])[:, 0]
     torch.testing.assert_close(attack.objective(clean, queries, targets, shelf), wanted)
     assert torch.equal(attack.measure(clean, queries, targets, shelf)['proxy'], 100*(wanted < 0).double())
-    with pytest.raises(ValueError, match=r'label must lie in \[0, 6\], found 7'): proxy(proxies[:7]).targets(queries, shelf, 0)
+    with pytest.raises(ValueError, match=r'label must lie in \[0, 6\], found 7'):
+        proxy(proxies[:7]).targets(queries, shelf, 0)
 
 
 @pytest.mark.parametrize('name', list(ATTACKS))
@@ -221,7 +251,8 @@ def test_nnpos_stays_with_its_first_mate_and_gap_looks_anew():
     assert gap == pytest.approx([chord(70) - chord(10), chord(180) - chord(10)], abs=1e-5)
 
 
-# --- searches ---------------------------------------------------------------------------------------------------------------
+# --- searches
+# ---------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def images(): return sets.glyphs(train_classes=16, test_classes=8, per_class=7)
@@ -241,7 +272,10 @@ def result(model, images): return clustered(model, images.test, **BUDGET)
 
 def stand(model, images):
     emb = embed_all(model, images.test, batch_size=64)
-    return Gallery(emb, images.test.labels), images.test.batch(torch.arange(20)), members(Gallery(emb, images.test.labels), torch.arange(20))
+    return (
+        Gallery(emb, images.test.labels), images.test.batch(torch.arange(20)),
+        members(Gallery(emb, images.test.labels), torch.arange(20))
+    )
 
 
 def test_search_follows_the_one_loop(model, images):
@@ -250,7 +284,9 @@ def test_search_follows_the_one_loop(model, images):
     p = ClusterProtocol(eps=.1, step_size=.02, steps=5, random_start=False, keep='last')
     for attack in ATTACKS.values():
         found = attacked_images(model, attack, x, queries, shelf, p)
-        assert torch.equal(found.images, run_attack(model, attack, x, queries, shelf, eps=.1, step_size=.02, steps=5, seed=0).images)
+        assert torch.equal(
+            found.images, run_attack(model, attack, x, queries, shelf, eps=0.1, step_size=0.02, steps=5, seed=0).images
+        )
         assert torch.equal(found.emb, embed(model.eval(), found.images).detach())
         assert torch.equal(found.values, attack.objective(found.emb, queries, attack.targets(queries, shelf, 0), shelf))
 
@@ -259,15 +295,24 @@ def test_search_starts_anywhere_in_the_ball_and_stays_there(model, images):
     shelf, x, queries = stand(model, images)
     seen = []
     def spy(see, objective, x_adv): seen.append(x_adv); return autograd_gradient(see, objective, x_adv)
-    found = attacked_images(model, ATTACKS['gap'], x, queries, shelf, ClusterProtocol(eps=.1, step_size=.02, steps=5), spy)
-    assert all((x_adv - x).abs().max() <= .1 + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1 for x_adv in (*seen, found.images))
-    assert (seen[0] - x).abs().mean() > .02 and len(seen[0].unique()) > 10_000  # random, clipped to [0, 1] on a plain background
+    found = attacked_images(
+        model, ATTACKS['gap'], x, queries, shelf, ClusterProtocol(eps=0.1, step_size=0.02, steps=5), spy
+    )
+    assert all(
+        (x_adv - x).abs().max() <= 0.1 + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
+        for x_adv in (*seen, found.images)
+    )
+    # random, clipped to [0, 1] on a plain background
+    assert (seen[0] - x).abs().mean() > .02 and len(seen[0].unique()) > 10_000
 
 
 def test_more_searches_steps_and_room_never_help_the_defender(model, images):
     shelf, x, queries = stand(model, images)
     attack = ATTACKS['centre']
-    def reached(**change): return attacked_images(model, attack, x, queries, shelf, ClusterProtocol(**dict(eps=.1, step_size=.02, steps=3) | change)).values
+    def reached(**change):
+        return attacked_images(
+            model, attack, x, queries, shelf, ClusterProtocol(**dict(eps=0.1, step_size=0.02, steps=3) | change)
+        ).values
     assert (reached(restarts=3) >= reached()).all() and (reached(restarts=3) > reached()).any()
     assert (reached(steps=9) >= reached()).all() and reached(steps=9).mean() > reached().mean()
     wide = [reached(eps=e, step_size=e/5, steps=6).mean() for e in (.02, .05, .1, .2)]
@@ -289,7 +334,8 @@ def test_the_model_is_left_alone(model, images):
     assert replace(first, seconds=0.) == replace(second, seconds=0.)
 
 
-# --- readings ---------------------------------------------------------------------------------------------------------------
+# --- readings
+# ---------------------------------------------------------------------------------------------------------------
 
 def test_numbers_follow_from_the_attacked_embeddings(model, images):
     "Everything recomputed from the records by loops and scikit-learn, gate off."
@@ -301,14 +347,18 @@ def test_numbers_follow_from_the_attacked_embeddings(model, images):
         adv = torch.cat([clustering._from_text(r, 'cpu') for r in records if r['attack'] == name])
         for scope, other in (('query', clean), ('all', adv)):
             dist = torch.cdist(adv.double(), other.double()).fill_diagonal_(math.inf)
-            assert found.attacked[scope][name]['R@1'] == pytest.approx(100*(label[dist.argmin(1)] == label).double().mean().item())
+            assert found.attacked[scope][name]['R@1'] == pytest.approx(
+                100 * (label[dist.argmin(1)] == label).double().mean().item()
+            )
             centres = torch.stack([normalise(other[half & (label == k)].mean(0, keepdim=True))[0] for k in range(8)])
             hits = (torch.cdist(adv, centres).argmin(1) == label)[~half]
             assert found.attacked[scope][name]['centre'] == pytest.approx(100*hits.double().mean().item(), abs=1e-4)
             groups = [clusters(other, k=8, seed=s, restarts=2, rounds=20, backend='torch') for s in range(2)]
             split = [torch.cdist(adv, g.centre).argmin(1) for g in groups]
             for score, theirs in (('AMI', sk.adjusted_mutual_info_score), ('NMI', sk.normalized_mutual_info_score)):
-                assert found.attacked[scope][name][score] == pytest.approx(100*sum(theirs(label, s) for s in split)/2, abs=1e-6)
+                assert found.attacked[scope][name][score] == pytest.approx(
+                    100 * sum(theirs(label, s) for s in split) / 2, abs=1e-6
+                )
     assert found.clean['R@1'] == pytest.approx(100*recall_at_k(clean, label, k=1), abs=1e-4)
 
 
@@ -328,8 +378,13 @@ def test_attacks_work_and_the_gate_holds(result, model, images):
 def test_retrieval_agrees_with_evaluate(model, images):
     "The same attacks through the other door: gate off, from the clean image, last iterate."
     some = {name: ATTACKS[name] for name in ('nnpos', 'gap')}
-    ours = clustered(model, images.test, attacks=some, gate='off', random_start=False, keep='last', modes=('retrieval',), scopes=('query',), **BUDGET)
-    theirs = evaluate(model, images.test, attacks=some, **{k: BUDGET[k] for k in ('eps', 'step_size', 'steps', 'show', 'backend')})
+    ours = clustered(
+        model, images.test, attacks=some, gate='off', random_start=False, keep='last', modes=('retrieval',),
+        scopes=('query',), **BUDGET
+    )
+    theirs = evaluate(
+        model, images.test, attacks=some, **{k: BUDGET[k] for k in ('eps', 'step_size', 'steps', 'show', 'backend')}
+    )
     for name in some: assert ours.attacked['query'][name]['R@1'] == pytest.approx(theirs.after[name], abs=1e-4)
     assert ours.clean['R@1'] == pytest.approx(theirs.benign['R@1'], abs=1e-4)
 
@@ -339,7 +394,8 @@ def test_a_query_finds_no_copy_of_itself():
     emb = normalise(torch.randn(6, 5, generator=generator(0)))
     twice, label = torch.cat([emb, emb]), torch.arange(12) // 6
     scene = scene_of(twice, label, None, ClusterProtocol(eps=.1, step_size=.1, steps=1, modes=('retrieval',)), 'torch')
-    for moved in (twice, normalise(twice + 1e-3*torch.randn(twice.shape, generator=generator(1)))): # an attacked query as well: its own clean row is nearest and does not count
+    # an attacked query as well: its own clean row is nearest and does not count
+    for moved in (twice, normalise(twice + 1e-3*torch.randn(twice.shape, generator=generator(1)))):
         for scope in SCOPES: assert read(scene, moved, mode='retrieval', scope=scope) == {'R@1': 0.}
 
 
@@ -350,17 +406,22 @@ def test_asking_images_have_no_part_in_the_centres():
     scene = scene_of(emb, label, half, p, 'torch')
     moved = torch.where(half[:, None], emb, emb.roll(9, 0))
     hits = torch.cdist(moved, class_centres(emb[half], label[half], 8)).argmin(1) == label
-    for scope in SCOPES: assert read(scene, moved, mode='centre', scope=scope)['centre'] == pytest.approx(100*hits[~half].double().mean().item())
+    for scope in SCOPES:
+        assert read(scene, moved, mode='centre', scope=scope)['centre'] == pytest.approx(
+            100 * hits[~half].double().mean().item()
+        )
 
 
 def test_one_image_classes_are_undefined_for_retrieval(images, model):
     part = ImageSet(images.test.images[:22], images.test.labels[:22], images.test.classes[:4])
     found = clustered(model, part, modes=('retrieval', 'kmeans'), **BUDGET)
     assert found.excluded == 1 and found.classes == 4 and math.isfinite(found.attacked['all']['gap']['R@1'])
-    with pytest.raises(ValueError, match=r'needs 2 images for centre accuracy.*found 1 classes with one \(first: 3\)'): clustered(model, part, **BUDGET)
+    with pytest.raises(ValueError, match=r'needs 2 images for centre accuracy.*found 1 classes with one \(first: 3\)'):
+        clustered(model, part, **BUDGET)
 
 
-# --- aiming -----------------------------------------------------------------------------------------------------------------
+# --- aiming
+# -----------------------------------------------------------------------------------------------------------------
 
 def test_centre_is_aimed_at_the_centres_that_are_used():
     emb, label = cloud(spread=.5)
@@ -395,11 +456,16 @@ def test_the_lower_round_counts(model, images):
         for score in MODES[mode]: assert found.attacked['all']['centre'][score] == min(r[score] for r in rounds)
     assert found.image_steps == 6*56*(2 + 2*2)
     none = clustered(model, images.test, attacks={'centre': ATTACKS['centre']}, **BUDGET | dict(recluster_rounds=0))
-    assert all(none.attacked['all']['centre'][s] == found.rounds['centre'][m][0][s] for m in ('centre', 'kmeans') for s in MODES[m])
+    assert all(
+        none.attacked['all']['centre'][s] == found.rounds['centre'][m][0][s]
+        for m in ('centre', 'kmeans')
+        for s in MODES[m]
+    )
     assert not clustered(model, images.test, scopes=('query',), **BUDGET).rounds
 
 
-# --- the whole thing --------------------------------------------------------------------------------------------------------
+# --- the whole thing
+# --------------------------------------------------------------------------------------------------------
 
 def test_batch_size_changes_nothing_in_float64(images):
     net = build('small', dim=16, size=28, channels=1, seed=0).double()
@@ -420,15 +486,27 @@ def test_a_killed_call_goes_on_from_its_records(model, images, tmp_path, result)
         if count == 11: raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): clustered(model, images.test, batch_size=16, save=dying, **BUDGET)
     with open(tmp_path/'clusters.jsonl', 'a') as file: file.write('{"key": "torn')
-    again = clustered(model, images.test, batch_size=16, known=read_lines(run, 'clusters.jsonl'), save=partial(append_line, run, 'clusters.jsonl'), **BUDGET)
+    again = clustered(
+        model, images.test, batch_size=16, known=read_lines(run, 'clusters.jsonl'),
+        save=partial(append_line, run, 'clusters.jsonl'), **BUDGET
+    )
     once = clustered(model, images.test, batch_size=16, **BUDGET)
     assert replace(again, seconds=0.) == replace(once, seconds=0.) and again.seconds > 0
     assert len(read_lines(run, 'clusters.jsonl')) == 7*4
     def none(record): raise AssertionError('nothing is left to attack')
-    assert replace(clustered(model, images.test, batch_size=16, known=read_lines(run, 'clusters.jsonl'), save=none, **BUDGET), seconds=0.) == replace(once, seconds=0.)
+    assert replace(
+        clustered(model, images.test, batch_size=16, known=read_lines(run, 'clusters.jsonl'), save=none, **BUDGET),
+        seconds=0.0
+    ) == replace(once, seconds=0.0)
 
 
-@pytest.mark.parametrize('change', [dict(eps=.02), dict(step_size=.01), dict(steps=2), dict(seed=1), dict(restarts=2), dict(random_start=False), dict(keep='last'), dict(batch_size=9), dict(limit=30)])
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(eps=0.02), dict(step_size=0.01), dict(steps=2), dict(seed=1), dict(restarts=2), dict(random_start=False),
+        dict(keep='last'), dict(batch_size=9), dict(limit=30)
+    ],
+)
 def test_records_of_another_budget_are_passed_over(model, images, change):
     records, some = [], dict(BUDGET, modes=('retrieval',), attacks={'gap': ATTACKS['gap']})
     clustered(model, images.test, save=records.append, **some)
@@ -447,15 +525,23 @@ def test_reading_differently_uses_the_same_records(model, images):
 
 def test_the_record_is_plain_json(result):
     back = json.loads(to_json(asdict(result)))
-    assert back['attacked'] == result.attacked and back['rounds'] == result.rounds and back['protocol']['modes'] == list(MODES)
+    assert (
+        back['attacked'] == result.attacked
+        and back['rounds'] == result.rounds
+        and back['protocol']['modes'] == list(MODES)
+    )
 
 
 def test_limit_takes_whole_classes(model, images):
-    found = clustered(model, images.test, limit=30, modes=('kmeans',), attacks={'selfshift': ATTACKS['selfshift']}, **BUDGET)
+    found = clustered(
+        model, images.test, limit=30, modes=('kmeans',), attacks={'selfshift': ATTACKS['selfshift']}, **BUDGET
+    )
     assert (found.images, found.classes) == (28, 4)
     rows = class_rows(images.test.labels, limit=30, seed=0)
     part = ImageSet(images.test.images[rows], images.test.labels[rows].unique(return_inverse=True)[1], tuple('abcd'))
-    assert clustered(model, part, modes=('kmeans',), attacks={'selfshift': ATTACKS['selfshift']}, **BUDGET).clean == pytest.approx(found.clean, abs=1e-9)
+    assert clustered(
+        model, part, modes=('kmeans',), attacks={'selfshift': ATTACKS['selfshift']}, **BUDGET
+    ).clean == pytest.approx(found.clean, abs=1e-9)
     assert not torch.equal(rows, class_rows(images.test.labels, limit=30, seed=1))
 
 
@@ -465,13 +551,24 @@ def test_a_collapsed_model_is_read_as_one(images):
         def forward(self, x): return self.w + 0*x.flatten(1).sum(1, keepdim=True)
     found = clustered(Constant(), images.test, **BUDGET)
     for scores in (found.clean, *found.attacked['all'].values()):
-        assert scores['NMI'] == 0 and scores['AMI'] == pytest.approx(0, abs=1e-9) and scores['Hungarian'] == pytest.approx(100/8)
+        assert (
+            scores['NMI'] == 0
+            and scores['AMI'] == pytest.approx(0, abs=1e-9)
+            and scores['Hungarian'] == pytest.approx(100 / 8)
+        )
 
 
-@pytest.mark.parametrize('bad, message', [
-    (dict(eps=8.), r'eps must lie in \[0, 1\]'), (dict(modes=()), 'modes must name some of'), (dict(modes=('cluster',)), 'modes must name some of'),
-    (dict(scopes=('gallery',)), 'scopes must name some of query, all'), (dict(gate='on'), "gate must be one of 'auto', 'off'"), (dict(kmeans_start='best'), 'kmeans_start'),
-    (dict(restarts=0), r'restarts must lie in \[1, inf\]'), (dict(limit=-1), 'limit'), (dict(gallery_frac=0.), 'gallery_frac must lie between 0 and 1'), (dict(keep='first'), 'keep')])
+@pytest.mark.parametrize(
+    'bad, message',
+    [
+        (dict(eps=8.0), r'eps must lie in \[0, 1\]'), (dict(modes=()), 'modes must name some of'),
+        (dict(modes=('cluster',)), 'modes must name some of'),
+        (dict(scopes=('gallery',)), 'scopes must name some of query, all'),
+        (dict(gate='on'), "gate must be one of 'auto', 'off'"), (dict(kmeans_start='best'), 'kmeans_start'),
+        (dict(restarts=0), r'restarts must lie in \[1, inf\]'), (dict(limit=-1), 'limit'),
+        (dict(gallery_frac=0.0), 'gallery_frac must lie between 0 and 1'), (dict(keep='first'), 'keep')
+    ],
+)
 def test_bad_protocols_are_refused(model, images, bad, message):
     with pytest.raises(ValueError, match=message): clustered(model, images.test, **BUDGET | bad)
 

@@ -12,8 +12,13 @@ from robust_dml.triplets.distances import normalise
 AP,AN = tensor([.30, .60, .90, .20], dtype=torch.float64), tensor([.50, .55, 1., .70], dtype=torch.float64)
 
 
-@pytest.mark.parametrize('lam, weighting, expected', [(10., 'near', -.302486), (10., 'far', -.094372), (2., 'near', -.250749),
-                                                      (2., 'far', -.118265), (0., 'near', -.1875), (7., 'uniform', -.1875)])
+@pytest.mark.parametrize(
+    'lam, weighting, expected',
+    [
+        (10.0, 'near', -0.302486), (10.0, 'far', -0.094372), (2.0, 'near', -0.250749), (2.0, 'far', -0.118265),
+        (0.0, 'near', -0.1875), (7.0, 'uniform', -0.1875)
+    ],
+)
 def test_worked_values(lam, weighting, expected):
     assert collapseness(AP, AN, lam=lam, weighting=weighting).item() == pytest.approx(expected, abs=1e-6)
 
@@ -30,7 +35,9 @@ def slow_mean(dist, lam, sign):
 def test_weighted_mean_is_the_sum_of_the_equation(lam):
     dist = 2*torch.rand(56, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert weighted_mean(dist, lam=lam).item() == pytest.approx(slow_mean(dist.tolist(), lam, 1), rel=1e-12)
-    assert weighted_mean(dist, lam=lam, weighting='far').item() == pytest.approx(slow_mean(dist.tolist(), lam, -1), rel=1e-12)
+    assert weighted_mean(dist, lam=lam, weighting='far').item() == pytest.approx(
+        slow_mean(dist.tolist(), lam, -1), rel=1e-12
+    )
 
 
 def test_sharp_weights_tend_to_the_extremes():
@@ -79,7 +86,9 @@ def test_indicators_are_means_over_pairs():
 
 def test_sample_is_drawn_from_gen_and_close_to_the_whole():
     emb,label = labelled(600)
-    whole,part,again,another = (indicators(emb, label, gen=generator(s), sample=k) for s,k in ((0, 600), (0, 200), (0, 200), (1, 200)))
+    whole, part, again, another = (
+        indicators(emb, label, gen=generator(s), sample=k) for s, k in ((0, 600), (0, 200), (0, 200), (1, 200))
+    )
     assert part == again and part != another
     assert part['mean_distance'] == pytest.approx(whole['mean_distance'], rel=.05)     # 200 of 600 images
 
@@ -105,4 +114,5 @@ def test_bad_input():
     with pytest.raises(ValueError, match='must match'): collapseness(AP, AN[:2], lam=1.)
     with pytest.raises(ValueError, match='weighting must be one of'): weighted_mean(AP, lam=1., weighting='middle')
     with pytest.raises(ValueError, match='lam must lie in'): weighted_mean(AP, lam=-1.)
-    with pytest.raises(ValueError, match='one entry per row'): indicators(torch.ones(3, 2), torch.zeros(2), gen=generator(0))
+    with pytest.raises(ValueError, match='one entry per row'):
+        indicators(torch.ones(3, 2), torch.zeros(2), gen=generator(0))

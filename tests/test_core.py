@@ -28,19 +28,35 @@ def test_every_change_changes_the_fingerprint(change):
     assert core.fingerprint(base | change) != core.fingerprint(base)
 
 
-@pytest.mark.parametrize('value, kind', [(math.nan, ValueError), ([math.inf], ValueError), ({1, 2}, TypeError), (torch.ones(1), TypeError), (Attack, TypeError)])
+@pytest.mark.parametrize(
+    'value, kind',
+    [
+        (math.nan, ValueError), ([math.inf], ValueError), ({1, 2}, TypeError), (torch.ones(1), TypeError),
+        (Attack, TypeError)
+    ],
+)
 def test_fingerprint_refuses(value, kind):
     with pytest.raises(kind, match='a fingerprint takes'): core.fingerprint({'v': value})
 
 
 def test_generator_is_the_same_in_another_process():
-    code = "import torch; from robust_dml.core import generator; print(torch.rand(4, generator=generator(3, 'GTM', 17)).tolist())"
-    other = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env={'PYTHONHASHSEED': '7', 'OMP_NUM_THREADS': '1'}).stdout
+    code = (
+        "import torch; from robust_dml.core import generator; print(torch.rand(4, generator=generator(3, 'GTM',"
+        " 17)).tolist())"
+    )
+    other = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, check=True,
+        env={'PYTHONHASHSEED': '7', 'OMP_NUM_THREADS': '1'}
+    ).stdout
     assert json.loads(other) == torch.rand(4, generator=core.generator(3, 'GTM', 17)).tolist()
 
 
 def test_generators_of_different_keys_differ():
-    keys = [(0, 'LTM', '7'), (7, 'LTM'), (0, 'LTM7')]+[(s, n, k) for s in range(5) for n in ('LTM', 'GTM', '') for k in range(100)] + [(s, k) for s in range(5) for k in range(5)]
+    keys = (
+        [(0, 'LTM', '7'), (7, 'LTM'), (0, 'LTM7')]
+        + [(s, n, k) for s in range(5) for n in ('LTM', 'GTM', '') for k in range(100)]
+        + [(s, k) for s in range(5) for k in range(5)]
+    )
     draws = {tuple(torch.randint(1000, (6,), generator=core.generator(*k)).tolist()) for k in keys}
     assert len(draws) == len(keys)
 
@@ -56,16 +72,22 @@ def test_generator_refuses_other_keys(key):
     with pytest.raises(TypeError, match='strings and integers'): core.generator(0, key)
 
 
-@pytest.mark.parametrize('x, kind, message', [
-    (torch.rand(2, 1, 4, 4)*2-1, ValueError, r'images must lie in \[0, 1\] \(normalisation belongs inside the model\), found range \[-'),
-    (torch.full((1, 1, 2, 2), 1.001), ValueError, r'found range \[1.001, 1.001\]'),
-    (torch.full((1, 1, 2, 2), -1e-6), ValueError, 'found range'),
-    (torch.tensor([0., math.nan]).view(1, 1, 1, 2), ValueError, '1 NaN or infinite of 2'),
-    (torch.tensor([0., math.inf]).view(1, 1, 1, 2), ValueError, 'NaN or infinite'),
-    (torch.rand(4, 4), ValueError, r'\(B, C, H, W\), found \(4, 4\)'),
-    (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), TypeError, 'found torch.uint8'),
-    ([[0.]], TypeError, 'found list'),
-])
+@pytest.mark.parametrize(
+    'x, kind, message',
+    [
+        (
+            torch.rand(2, 1, 4, 4) * 2 - 1, ValueError,
+            r'images must lie in \[0, 1\] \(normalisation belongs inside the model\), found range \[-'
+        ),
+        (torch.full((1, 1, 2, 2), 1.001), ValueError, r'found range \[1.001, 1.001\]'),
+        (torch.full((1, 1, 2, 2), -1e-6), ValueError, 'found range'),
+        (torch.tensor([0.0, math.nan]).view(1, 1, 1, 2), ValueError, '1 NaN or infinite of 2'),
+        (torch.tensor([0.0, math.inf]).view(1, 1, 1, 2), ValueError, 'NaN or infinite'),
+        (torch.rand(4, 4), ValueError, r'\(B, C, H, W\), found \(4, 4\)'),
+        (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), TypeError, 'found torch.uint8'),
+        ([[0.0]], TypeError, 'found list'),
+    ],
+)
 def test_check_images_refuses(x, kind, message):
     with pytest.raises(kind, match=message): core.check_images(x)
 
@@ -80,7 +102,8 @@ def test_check_images_channels_and_types():
 
 @pytest.mark.parametrize('value', [-.001, 1.001, math.nan, math.inf])
 def test_check_between_refuses(value):
-    with pytest.raises(ValueError, match=r'margin must lie in \[0, 1\], found'): core.check_between('margin', value, 0, 1)
+    with pytest.raises(ValueError, match=r'margin must lie in \[0, 1\], found'):
+        core.check_between('margin', value, 0, 1)
 
 
 def test_check_between_accepts_the_ends_and_hints_at_pixel_units():
@@ -94,7 +117,8 @@ def test_check_between_accepts_the_ends_and_hints_at_pixel_units():
 def test_need_names_the_pip_package(monkeypatch):
     for package, pip in (('sklearn', 'scikit-learn'), ('faiss', 'faiss-cpu')):
         monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(ImportError, match=f'the backend needs {package}; install it with: pip install {pip}'): core.need(package, 'the backend')
+        with pytest.raises(ImportError, match=f'the backend needs {package}; install it with: pip install {pip}'):
+            core.need(package, 'the backend')
 
 
 def test_need_keeps_the_error_of_a_broken_package(tmp_path, monkeypatch):
@@ -106,7 +130,12 @@ def test_need_keeps_the_error_of_a_broken_package(tmp_path, monkeypatch):
 def test_progress_writes_lines_to_a_log(capsys):
     with core.progress(desc='epoch', total=4, initial=1) as bar: bar.update(3)
     log = capsys.readouterr().err
-    assert '\r' not in log and log.endswith('\n') and '4/4' in log.splitlines()[-1] and log.splitlines()[-1].startswith('epoch')
+    assert (
+        '\r' not in log
+        and log.endswith('\n')
+        and '4/4' in log.splitlines()[-1]
+        and log.splitlines()[-1].startswith('epoch')
+    )
     assert list(core.progress(range(2), desc='quiet', show=False)) == [0, 1]
     assert capsys.readouterr().err == ''
 
@@ -178,5 +207,7 @@ def test_kept_memory_spares_page_faults_and_gives_back():
         except KeyError: pass
         print(first, inside(), faults())
     '''
-    before, inside, after = map(int, subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split())
+    before, inside, after = map(
+        int, subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
+    )
     assert inside < before/10 and after > inside

@@ -68,7 +68,11 @@ def test_crops():
     s = make(crop=3)
     assert torch.equal(s.batch([1]), s.images[[1], :, 1:4, 1:4]/255)
     rows = torch.tensor([3]*400)
-    windows = [w for i, j in itertools.product(range(4), range(4)) for w in (s.images[3, :, i:i+3, j:j+3], s.images[3, :, i:i+3, j:j+3].flip(-1))]
+    windows = [
+        w
+        for i, j in itertools.product(range(4), range(4))
+        for w in (s.images[3, :, i : i + 3, j : j + 3], s.images[3, :, i : i + 3, j : j + 3].flip(-1))
+    ]
     drawn = (s.augment(rows, generator(0, 'crop'))*255).round().byte()
     count = torch.tensor([sum(torch.equal(w, d) for d in drawn) for w in windows])
     assert count.sum() == 400 and count.min() > 0 and count.max() < 30 # mean 12.5, standard deviation 3.5
@@ -81,16 +85,24 @@ def test_crops():
 def test_random_crop_against_indexing_every_pixel(shape, size, kind):
     x = (torch.rand(shape, generator=generator(0, 'crop'))*255).to(kind)
     gen = generator(1, 'crop')
-    top, left, flip = (torch.randint(n, (len(x), 1), generator=gen).flatten().tolist() for n in (shape[2]-size+1, shape[3]-size+1, 2))
+    top, left, flip = (
+        torch.randint(n, (len(x), 1), generator=gen).flatten().tolist()
+        for n in (shape[2] - size + 1, shape[3] - size + 1, 2)
+    )
     expected = x.new_empty(*shape[:2], size, size)
-    for b, c, i, j in itertools.product(*map(range, expected.shape)): expected[b, c, i, j] = x[b, c, top[b]+i, left[b]+(size-1-j if flip[b] else j)]
+    for b, c, i, j in itertools.product(*map(range, expected.shape)):
+        expected[b, c, i, j] = x[b, c, top[b]+i, left[b]+(size-1-j if flip[b] else j)]
     assert torch.equal(data.random_crop(x, size, generator(1, 'crop')), expected)
 
 
-@pytest.mark.parametrize('change', [
-    lambda s: replace(s, classes=('a', 'b', 'c', 'D')), lambda s: replace(s, labels=torch.tensor([0, 0, 1, 1, 2, 3, 3])),
-    lambda s: replace(s, images=s.images.flip(0)), lambda s: replace(s, images=s.images.flip(-1)),
-])
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda s: replace(s, classes=('a', 'b', 'c', 'D')),
+        lambda s: replace(s, labels=torch.tensor([0, 0, 1, 1, 2, 3, 3])), lambda s: replace(s, images=s.images.flip(0)),
+        lambda s: replace(s, images=s.images.flip(-1))
+    ],
+)
 def test_checksum_sees_every_part(change): assert change(make()).checksum() != make().checksum() == make().checksum()
 
 
@@ -100,11 +112,16 @@ def test_checksum_is_over_all_images():
     assert replace(s, images=last).checksum() != s.checksum()
 
 
-@pytest.mark.parametrize('change, message', [
-    (dict(images=torch.zeros(7, 6, 6)), r'\(N, C, H, W\)'), (dict(images=torch.zeros(0, 3, 6, 6), labels=torch.zeros(0).long()), 'N > 0'),
-    (dict(labels=torch.zeros(6).long()), r'shape \(7,\)'), (dict(labels=torch.arange(7).float()), 'type long'),
-    (dict(classes=('a', 'b', 'c')), 'each of 0 to 2'), (dict(classes=tuple('abcde')), 'each of 0 to 4'), (dict(crop=7), r'crop must lie in \[1, 6\]'), (dict(crop=0), 'crop must'),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(images=torch.zeros(7, 6, 6)), r'\(N, C, H, W\)'),
+        (dict(images=torch.zeros(0, 3, 6, 6), labels=torch.zeros(0).long()), 'N > 0'),
+        (dict(labels=torch.zeros(6).long()), r'shape \(7,\)'), (dict(labels=torch.arange(7).float()), 'type long'),
+        (dict(classes=('a', 'b', 'c')), 'each of 0 to 2'), (dict(classes=tuple('abcde')), 'each of 0 to 4'),
+        (dict(crop=7), r'crop must lie in \[1, 6\]'), (dict(crop=0), 'crop must')
+    ],
+)
 def test_image_set_refuses(change, message):
     with pytest.raises(ValueError, match=message): replace(make(), **change)
 
@@ -113,7 +130,11 @@ def test_image_set_refuses(change, message):
 
 def test_glyphs_counts_and_disjoint_classes():
     split = data.glyphs(size=8, per_class=1)
-    assert len(split.train.classes) == 150 and len(split.test.classes) == 100 and not set(split.train.classes) & set(split.test.classes)
+    assert (
+        len(split.train.classes) == 150
+        and len(split.test.classes) == 100
+        and not set(split.train.classes) & set(split.test.classes)
+    )
     assert json.loads(json.dumps(split.card())) == split.card()
 
 
@@ -147,7 +168,8 @@ def test_ink_is_bright_on_dark(size, channels):
     x = data.glyphs(size=size, channels=channels, train_classes=10, test_classes=10).test.images.float()/255
     assert x.shape[1:] == (channels, size, size)
     corner, peak = x[..., 0, 0].mean(1), x.mean(1).amax((-1, -2))
-    assert corner.max() < .3 and peak.min() > .5 and (peak-corner).min() > .35 # the paper's and the ink's ranges do not meet
+    # the paper's and the ink's ranges do not meet
+    assert corner.max() < .3 and peak.min() > .5 and (peak-corner).min() > .35
     assert x.mean() < .3
     assert channels == 1 or (x[:, 0]-x[:, 1]).abs().mean() > .03
 
@@ -163,26 +185,42 @@ def test_samples_of_a_class_differ(glyphs):
 def test_no_homoglyphs_no_boxes_and_own_fonts():
     found = SEARCH()
     assert found == SEARCH() and len(found) >= 300 and list(found) == sorted(found)
-    for twins in ('AΑА', 'EΕЕ', 'HΗН', 'KΚК', 'oοо', 'cс', 'PΡРр', 'XΧХx', '/∕'): assert sum(c in found for c in twins) <= 1, twins
+    for twins in ('AΑА', 'EΕЕ', 'HΗН', 'KΚК', 'oοо', 'cс', 'PΡРр', 'XΧХx', '/∕'):
+        assert sum(c in found for c in twins) <= 1, twins
     assert all(c in found for c in 'AFKXZ@&Ω√∞')
-    assert not any(name.startswith('cm') for char, names in found.items() for name in names if not (char.isascii() and char.isalnum()))
+    assert not any(
+        name.startswith('cm')
+        for char, names in found.items()
+        for name in names
+        if not (char.isascii() and char.isalnum())
+    )
     assert all(len(names) >= 10 for names in found.values())
 
 
 def test_a_missing_character_is_noticed():
     font = data.load_fonts(32)['DejaVuSans']
-    assert list(data._covered(font, ['A', '\u4e2d', '\uffff', ' ', '.', '∑'])) == ['A', '∑'] # no Chinese, no blank, no dot
+    # no Chinese, no blank, no dot
+    assert list(data._covered(font, ['A', '\u4e2d', '\uffff', ' ', '.', '∑'])) == ['A', '∑']
 
 
 def test_difference_against_a_loop():
     maps = torch.rand(3, 4, 9, generator=generator(0, 'maps')); maps[1, 2] = 0; maps[2, 0] = 0
     for i, j in itertools.product(range(4), range(4)):
         fonts = [f for f in range(3) if maps[f, i].any() and maps[f, j].any()]
-        num, den = sum(((maps[f, i]-maps[f, j])**2).sum() for f in fonts), sum((maps[f, i]**2+maps[f, j]**2).sum() for f in fonts)
+        num, den = sum(((maps[f, i] - maps[f, j]) ** 2).sum() for f in fonts), sum(
+            (maps[f, i] ** 2 + maps[f, j] ** 2).sum() for f in fonts
+        )
         assert torch.isclose(data.difference(maps)[i, j], num/den, atol=1e-6) # float32 rounding
 
 
-@pytest.mark.parametrize('options, message', [(dict(channels=4), 'channels must be one of 1, 3'), (dict(size=4), 'size must lie in'), (dict(train_classes=0), 'train_classes'), (dict(test_classes=400), 'test_classes'), (dict(per_class=0), 'per_class')])
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(channels=4), 'channels must be one of 1, 3'), (dict(size=4), 'size must lie in'),
+        (dict(train_classes=0), 'train_classes'), (dict(test_classes=400), 'test_classes'),
+        (dict(per_class=0), 'per_class')
+    ],
+)
 def test_glyphs_refuse(options, message):
     with pytest.raises(ValueError, match=message): data.glyphs(**options)
 
@@ -211,24 +249,40 @@ def test_small_archives_drop_known_alphabets(tmp_path):
     assert few.train.classes == ('Balinese/character01',) and len(few.test) == 6
     assert data.omniglot(tmp_path, test_classes=9).card() == data.omniglot(tmp_path).card()
     with pytest.raises(ValueError, match='test_classes must lie in'): data.omniglot(tmp_path, test_classes=0)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['images_background_small1.zip', 'images_background_small2.zip'] # nothing unpacked
+    # nothing unpacked
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        'images_background_small1.zip', 'images_background_small2.zip'
+    ]
 
 
 def test_large_archives_come_first_and_must_be_complete(tmp_path):
-    archive(tmp_path/'images_background_small1.zip', ('Greek',)); archive(tmp_path/'images_background_small2.zip', ('Tagalog',))
+    archive(tmp_path/'images_background_small1.zip', ('Greek',))
+    archive(tmp_path/'images_background_small2.zip', ('Tagalog',))
     archive(tmp_path/'images_background.zip', ('Latin',))
-    with pytest.raises(FileNotFoundError, match='omniglot needs images_evaluation.zip in') as err: data.omniglot(tmp_path)
+    with pytest.raises(FileNotFoundError, match='omniglot needs images_evaluation.zip in') as err:
+        data.omniglot(tmp_path)
     assert 'images_background.zip' not in str(err.value).split(' in ')[0]
     archive(tmp_path/'images_evaluation.zip', ('Tengwar',))
     split = data.omniglot(tmp_path)
-    assert (split.name, split.train.classes[0], split.test.classes[0]) == ('omniglot', 'Latin/character01', 'Tengwar/character01')
+    assert (split.name, split.train.classes[0], split.test.classes[0]) == (
+        'omniglot', 'Latin/character01', 'Tengwar/character01'
+    )
 
 
-@pytest.mark.parametrize('there, absent', [((), 'images_background.zip and images_evaluation.zip'), (('images_background_small1',), 'images_background_small2.zip'), (('images_evaluation',), 'images_background.zip')])
+@pytest.mark.parametrize(
+    'there, absent',
+    [
+        ((), 'images_background.zip and images_evaluation.zip'),
+        (('images_background_small1',), 'images_background_small2.zip'),
+        (('images_evaluation',), 'images_background.zip')
+    ],
+)
 def test_missing_archive_is_named(tmp_path, there, absent):
     for stem in there: archive(tmp_path/f'{stem}.zip', ('Greek',))
     with pytest.raises(FileNotFoundError) as err: data.omniglot(tmp_path)
-    assert f'omniglot needs {absent} in {tmp_path}' in str(err.value) and 'github.com/brendenlake/omniglot' in str(err.value)
+    assert f'omniglot needs {absent} in {tmp_path}' in str(err.value) and 'github.com/brendenlake/omniglot' in str(
+        err.value
+    )
 
 
 def test_damaged_archives_are_named(tmp_path):
@@ -238,15 +292,20 @@ def test_damaged_archives_are_named(tmp_path):
     with pytest.raises(ValueError, match='images_evaluation.zip must be a zip archive'): data.omniglot(tmp_path)
     hit = whole.index(b'IDAT')+10
     (tmp_path/'images_evaluation.zip').write_bytes(whole[:hit]+b'\0\1\2\3'+whole[hit+4:])
-    with pytest.raises(ValueError, match='found 1 that are not: images_evaluation/Tagalog/character01/0001_00.png'): data.omniglot(tmp_path)
+    with pytest.raises(ValueError, match='found 1 that are not: images_evaluation/Tagalog/character01/0001_00.png'):
+        data.omniglot(tmp_path)
     with zipfile.ZipFile(tmp_path/'images_evaluation.zip', 'w') as z: z.writestr('readme.txt', 'x')
     with pytest.raises(ValueError, match='must hold folder/Alphabet/character'): data.omniglot(tmp_path)
 
 
-@pytest.mark.skipif(not (OMNIGLOT/'images_background_small2.zip').is_file(), reason=f'no Omniglot archives in {OMNIGLOT}')
+@pytest.mark.skipif(
+    not (OMNIGLOT / 'images_background_small2.zip').is_file(), reason=f'no Omniglot archives in {OMNIGLOT}'
+)
 def test_the_real_small_archives():
     split = data.omniglot(OMNIGLOT)
-    assert (len(split.train.classes), len(split.test.classes), len(split.train), len(split.test)) == (136, 106, 2720, 2120)
+    assert (len(split.train.classes), len(split.test.classes), len(split.train), len(split.test)) == (
+        136, 106, 2720, 2120
+    )
     assert {c.split('/')[0] for c in split.test.classes} == {'Japanese_(katakana)', 'Sanskrit', 'Tagalog'}
     assert torch.equal(split.train.labels.bincount(), torch.full((136,), 20))
     ink = split.test.images.float()/255
@@ -257,8 +316,14 @@ def test_the_real_small_archives():
 
 def test_folder_halves_and_values(folder):
     split = data.load(str(folder), size=8, channels=1)
-    assert split.name == 'set' and split.train.classes == ('class0', 'class1') and split.test.classes == ('class2', 'class3')
-    assert split.train.images[:, 0, 3, 3].tolist() == [0, 10, 11] and split.test.images[:, 0, 0, 0].tolist() == [20, 21, 22, 30, 31, 32, 33]
+    assert (
+        split.name == 'set'
+        and split.train.classes == ('class0', 'class1')
+        and split.test.classes == ('class2', 'class3')
+    )
+    assert split.train.images[:, 0, 3, 3].tolist() == [0, 10, 11] and split.test.images[:, 0, 0, 0].tolist() == [
+        20, 21, 22, 30, 31, 32, 33
+    ]
     assert split.train.summary()['singles'] == 1 and split.card()['train']['singles'] == 1
 
 
@@ -269,13 +334,18 @@ def test_odd_number_of_classes(folder):
 
 
 def test_formats_colours_and_ignored_files(folder):
-    write(folder/'class0'/'b.JPG', (200, 10, 10), 'RGB', format='jpeg'); write(folder/'class0'/'c.gif', 7, 'P'); write(folder/'class0'/'d.png', (9, 80), 'LA')
+    write(folder/'class0'/'b.JPG', (200, 10, 10), 'RGB', format='jpeg')
+    write(folder/'class0'/'c.gif', 7, 'P'); write(folder/'class0'/'d.png', (9, 80), 'LA')
     write(folder/'class0'/'e.bmp', (0, 0, 255), 'RGB'); write(folder/'class0'/'f.webp', (5, 5, 5), 'RGB', lossless=True)
     for name in ('notes.txt', '.hidden.png', 'labels.csv', 'Thumbs.db'): (folder/'class0'/name).write_text('no image')
     (folder/'.git').mkdir(); (folder/'readme.md').write_text('x'); (folder/'class0'/'deeper.png').mkdir()
     x = data.image_folder(folder, size=8).train.images[:6]
     assert (x[1, :, 4, 4].float()-torch.tensor([200., 10, 10])).abs().max() <= 3 # JPEG
-    assert x[3, :, 0, 0].tolist() == [9, 9, 9] and x[4, :, 0, 0].tolist() == [0, 0, 255] and x[5, :, 0, 0].tolist() == [5, 5, 5]
+    assert (
+        x[3, :, 0, 0].tolist() == [9, 9, 9]
+        and x[4, :, 0, 0].tolist() == [0, 0, 255]
+        and x[5, :, 0, 0].tolist() == [5, 5, 5]
+    )
 
 
 def test_resizing_ignores_the_aspect_ratio(tmp_path):
@@ -293,24 +363,31 @@ def test_broken_images_are_counted_and_named(folder):
     (folder/'class2'/'0.png').write_bytes(whole[:len(whole)//2])
     (folder/'class0'/'0.png').write_text('<html>')
     (folder/'class3'/'1.png').write_bytes(b'')
-    with pytest.raises(ValueError, match='all 10 images of set must be readable, found 3 that are not') as err: data.image_folder(folder, size=8)
-    for name in ('class0/0.png (not an image)', 'class2/0.png (', 'class3/1.png (', 'skip_unreadable=True'): assert name in str(err.value)
+    with pytest.raises(ValueError, match='all 10 images of set must be readable, found 3 that are not') as err:
+        data.image_folder(folder, size=8)
+    for name in ('class0/0.png (not an image)', 'class2/0.png (', 'class3/1.png (', 'skip_unreadable=True'):
+        assert name in str(err.value)
     split = data.image_folder(folder, size=8, channels=1, skip_unreadable=True)
-    assert split.skipped == ('class0/0.png', 'class2/0.png', 'class3/1.png') and split.card()['skipped'] == list(split.skipped)
-    assert split.train.classes == ('class1',) and split.train.labels.tolist() == [0, 0]  # the only image of class0 is gone; class2 does not move over
+    assert split.skipped == ('class0/0.png', 'class2/0.png', 'class3/1.png') and split.card()['skipped'] == list(
+        split.skipped
+    )
+    # the only image of class0 is gone; class2 does not move over
+    assert split.train.classes == ('class1',) and split.train.labels.tolist() == [0, 0]
     assert split.test.classes == ('class2', 'class3') and split.test.images[:, 0, 0, 0].tolist() == [21, 22, 30, 32, 33]
     assert data.load(str(folder), skip_unreadable=True).skipped == split.skipped
 
 
 def test_many_broken_images_are_cut_short(folder):
     for k in range(9): (folder/'class1'/f'x{k}.jpg').write_bytes(b'zero')
-    with pytest.raises(ValueError, match=r'found 9 that are not: .*x4.jpg \(not an image\), \.\.\.;') as err: data.image_folder(folder, size=8)
+    with pytest.raises(ValueError, match=r'found 9 that are not: .*x4.jpg \(not an image\), \.\.\.;') as err:
+        data.image_folder(folder, size=8)
     assert 'x5.jpg' not in str(err.value)
 
 
 def test_nothing_readable_on_one_side(folder):
     for file in (*folder.glob('class0/*'), *folder.glob('class1/*')): file.write_text('x')
-    with pytest.raises(ValueError, match='needs a readable image, found none among 3 files'): data.image_folder(folder, size=8, skip_unreadable=True)
+    with pytest.raises(ValueError, match='needs a readable image, found none among 3 files'):
+        data.image_folder(folder, size=8, skip_unreadable=True)
 
 
 @pytest.mark.parametrize('factor', [1.5, 3.]) # Pillow warns at once, refuses at twice the limit
@@ -319,33 +396,43 @@ def test_decompression_bombs_are_unreadable(folder, monkeypatch, factor):
     write(folder/'class1'/'0.png', size=(2, 2))
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        with pytest.raises(ValueError, match='found 9 that are not: class0/0.png .*decompression bomb'): data.image_folder(folder, size=8)
+        with pytest.raises(ValueError, match='found 9 that are not: class0/0.png .*decompression bomb'):
+            data.image_folder(folder, size=8)
 
 
 def test_deep_pixels_are_refused(folder):
     write(folder/'class0'/'0.png', 40000, 'I;16')
-    with pytest.raises(ValueError, match='class0/0.png .*8 bits per channel expected, found mode I;16'): data.image_folder(folder, size=8)
+    with pytest.raises(ValueError, match='class0/0.png .*8 bits per channel expected, found mode I;16'):
+        data.image_folder(folder, size=8)
 
 
 def test_folder_errors(tmp_path, folder):
-    with pytest.raises(FileNotFoundError, match='found nothing of that kind at'): data.image_folder(tmp_path/'nowhere', size=8)
-    with pytest.raises(ValueError, match='one folder per class, at least two, found 0'): data.image_folder(folder/'class3', size=8)
+    with pytest.raises(FileNotFoundError, match='found nothing of that kind at'):
+        data.image_folder(tmp_path/'nowhere', size=8)
+    with pytest.raises(ValueError, match='one folder per class, at least two, found 0'):
+        data.image_folder(folder/'class3', size=8)
     with pytest.raises(ValueError, match='at least two, found 1'): data.image_folder(tmp_path, size=8)
-    with pytest.raises(ValueError, match=r'crop must lie in \[1, 8\], found 9'): data.image_folder(folder, size=8, crop=9)
+    with pytest.raises(ValueError, match=r'crop must lie in \[1, 8\], found 9'):
+        data.image_folder(folder, size=8, crop=9)
     (folder/'empty').mkdir()
-    with pytest.raises(ValueError, match='must hold an image .* found none in .*empty'): data.image_folder(folder, size=8)
+    with pytest.raises(ValueError, match='must hold an image .* found none in .*empty'):
+        data.image_folder(folder, size=8)
 
 
 @pytest.mark.parametrize('name', ['cub', 'Glyphs', ''])
 def test_unknown_data_set_lists_the_valid_ones(name):
-    with pytest.raises(ValueError, match="dataset must be 'glyphs', 'omniglot' or the path of a folder of class folders, found"): data.load(name)
+    with pytest.raises(
+        ValueError, match="dataset must be 'glyphs', 'omniglot' or the path of a folder of class folders, found"
+    ):
+        data.load(name)
 
 
 def test_a_file_is_no_data_set(folder):
     with pytest.raises(ValueError, match='dataset must be'): data.load(str(folder/'class0'/'0.png'))
 
 
-def test_crop_by_name(): assert data.load('glyphs', crop=20, train_classes=1, test_classes=1).test.batch([0]).shape == (1, 1, 20, 20)
+def test_crop_by_name():
+    assert data.load('glyphs', crop=20, train_classes=1, test_classes=1).test.batch([0]).shape == (1, 1, 20, 20)
 
 
 # pair batches
@@ -377,18 +464,26 @@ def test_partners_are_uniform(allow_self):
 def test_pair_batches_come_from_the_generator():
     label = torch.arange(40)//4
     def epoch(*key, pairs=8): return torch.cat(list(data.pair_batches(label, pairs=pairs, gen=generator(*key))))
-    assert epoch(0, 1).equal(epoch(0, 1)) and epoch(0, 1).equal(epoch(0, 1, pairs=13)) and not epoch(0, 1).equal(epoch(0, 2))
+    assert (
+        epoch(0, 1).equal(epoch(0, 1))
+        and epoch(0, 1).equal(epoch(0, 1, pairs=13))
+        and not epoch(0, 1).equal(epoch(0, 2))
+    )
 
 
-@pytest.mark.parametrize('images', [torch.rand(4, 1, 8, 8), torch.zeros(4, 1, 8, 8, dtype=torch.int16)], ids=('float', 'int16'))
+@pytest.mark.parametrize(
+    'images', [torch.rand(4, 1, 8, 8), torch.zeros(4, 1, 8, 8, dtype=torch.int16)], ids=('float', 'int16')
+)
 def test_images_are_stored_as_bytes(images):
-    with pytest.raises(ValueError, match='stored as uint8 in 0 to 255'): data.ImageSet(images, torch.tensor([0, 0, 1, 1]), ('a', 'b'))
+    with pytest.raises(ValueError, match='stored as uint8 in 0 to 255'):
+        data.ImageSet(images, torch.tensor([0, 0, 1, 1]), ('a', 'b'))
 
 
 def test_damaged_drawing_can_be_skipped(tmp_path):
     archive(tmp_path/'images_background_small1.zip', ('Greek',))
     archive(tmp_path/'images_background_small2.zip', ('Tagalog',))
-    with zipfile.ZipFile(tmp_path/'images_background_small2.zip', 'a') as z: z.writestr('images_background_small2/Tagalog/character01/9999_99.png', b'no image')
+    with zipfile.ZipFile(tmp_path/'images_background_small2.zip', 'a') as z:
+        z.writestr('images_background_small2/Tagalog/character01/9999_99.png', b'no image')
     with pytest.raises(ValueError, match='9999_99.png'): data.load('omniglot', root=tmp_path)
     split = data.load('omniglot', root=tmp_path, skip_unreadable=True)
     assert len(split.skipped) == 1 and split.skipped[0].endswith('9999_99.png')
@@ -468,7 +563,8 @@ def test_prefetch_can_be_interrupted(no_thread_left):
     found = data.prefetch(items())
     assert next(found) == 0
     threading.Timer(1., enough.set).start()
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it runs in the background
+    # a shell ignores it in what it runs in the background
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             waiting.set()
@@ -504,7 +600,14 @@ def test_images_outside_of_memory_are_read_ahead(no_thread_left, mapped):
             readers.add(threading.current_thread() is threading.main_thread())
             return s.images[rows]
     if not mapped:  # a tensor in memory is read where it is needed
-        Watched = type('Watched', (torch.Tensor,), {'__getitem__': lambda self, rows: (readers.add(threading.current_thread() is threading.main_thread()), s.images[rows])[1]})
+        Watched = type(
+            'Watched', (torch.Tensor,),
+            {
+                '__getitem__': lambda self, rows: (
+                    readers.add(threading.current_thread() is threading.main_thread()), s.images[rows]
+                )[1]
+            },
+        )
         images = s.images.as_subclass(Watched)
     else: images = Watched()
     list(data.training_batches(replace(s, images=images), torch.arange(7).split(2), gen=generator(0)))
@@ -527,7 +630,9 @@ def test_a_folder_that_is_split_already_says_how_it_was_read(tmp_path, capsys, s
     assert split.train.classes == ('a', 'b') and split.test.classes == ('c', 'd')
     assert isinstance(split, data.QueryGallery) == ('query' in sides)
     said = capsys.readouterr().out
-    assert 'is read as split already: train (4 images), ' in said and all(f'{side} (4 images)' in said for side in sides)
+    assert 'is read as split already: train (4 images), ' in said and all(
+        f'{side} (4 images)' in said for side in sides
+    )
 
 
 def test_queries_that_can_find_nothing_are_left_out_as_the_warning_says(tmp_path):
@@ -535,18 +640,22 @@ def test_queries_that_can_find_nothing_are_left_out_as_the_warning_says(tmp_path
     with pytest.warns(UserWarning, match=r'1 classes that are not in its gallery \(e, .*R@1 and mAP leave them out'):
         split = data.load(str(folder), size=8, channels=1)
     emb, asked = torch.eye(5)[split.test.labels], split.queries
-    row = metrics.benign(emb[:asked], split.test.labels[:asked], emb[asked:], split.test.labels[asked:], backend='torch')
+    row = metrics.benign(
+        emb[:asked], split.test.labels[:asked], emb[asked:], split.test.labels[asked:], backend='torch'
+    )
     assert row['undefined'] == 2 and row['R@1'] == 100
 
 
 def test_queries_none_of_which_can_find_anything_are_refused(tmp_path):
     folder = side_folders(tmp_path/'set', train='ab', query='cd', gallery='ef')
-    with pytest.raises(ValueError, match='in both query and gallery, found none'): data.load(str(folder), size=8, channels=1)
+    with pytest.raises(ValueError, match='in both query and gallery, found none'):
+        data.load(str(folder), size=8, channels=1)
 
 
 def test_classes_on_both_sides_give_a_warning(tmp_path):
     folder = side_folders(tmp_path/'set', train='ab', test='bc')
-    with pytest.warns(UserWarning, match='trains and tests on 1 of the same classes'): data.load(str(folder), size=8, channels=1)
+    with pytest.warns(UserWarning, match='trains and tests on 1 of the same classes'):
+        data.load(str(folder), size=8, channels=1)
 
 
 def test_training_and_validation_alone_are_refused_with_advice(tmp_path):
@@ -562,5 +671,8 @@ CALTECH = Path(__file__).parents[2]/'shared'/'data'/'caltech101_mini'
 def test_photographs_in_class_folders():
     split = data.load(str(CALTECH), size=64, channels=3)
     assert (len(split.train), len(split.test), split.train.images.shape[1:]) == (360, 360, (3, 64, 64))
-    assert len(split.train.classes) == len(split.test.classes) == 30 and not {*split.train.classes} & {*split.test.classes}
-    assert 40 < split.test.images.float().mean() < 215 and split.test.images.float().flatten(1).std(1).min() > 1 # no blank image
+    assert len(split.train.classes) == len(split.test.classes) == 30 and not {*split.train.classes} & {
+        *split.test.classes
+    }
+    # no blank image
+    assert 40 < split.test.images.float().mean() < 215 and split.test.images.float().flatten(1).std(1).min() > 1

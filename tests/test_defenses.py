@@ -33,7 +33,9 @@ def network(seed=0, batchnorm=False):
 def batch(seed=0, pairs=8):
     label = torch.arange(pairs).repeat_interleave(2)
     pattern = torch.rand(pairs, 1, 6, 6, generator=generator(seed, 'patterns'), dtype=torch.float64)[label]
-    return (pattern + .1*torch.randn(pattern.shape, generator=generator(seed, 'noise'), dtype=torch.float64)).clamp(0, 1),label
+    return (pattern + 0.1 * torch.randn(pattern.shape, generator=generator(seed, 'noise'), dtype=torch.float64)).clamp(
+        0, 1
+    ), label
 
 
 def run(defence, net, x, label, *, state=None, epoch=3, seed=0):
@@ -60,8 +62,13 @@ def test_vectors():
     assert hm_objective(D_AP, D_AN, pseudo_hardness(.1, margin=.2, cap=.2)).item() == pytest.approx(-.0425, abs=1e-6)
 
 
-@pytest.mark.parametrize('kind,at_0,at_quarter,at_cap', [
-    ('gLGA', 0., -.05, -.2), ('g_B', .1, .025, -.2), ('g_2', 0., -.0125, -.2), ('g_1/2', 0., -.1, -.2), (-.1, -.1, -.1, -.1), (0., 0., 0., 0.)])
+@pytest.mark.parametrize(
+    'kind,at_0,at_quarter,at_cap',
+    [
+        ('gLGA', 0.0, -0.05, -0.2), ('g_B', 0.1, 0.025, -0.2), ('g_2', 0.0, -0.0125, -0.2), ('g_1/2', 0.0, -0.1, -0.2),
+        (-0.1, -0.1, -0.1, -0.1), (0.0, 0.0, 0.0, 0.0)
+    ],
+)
 def test_pseudo_hardness_values_and_order(kind, at_0, at_quarter, at_cap):
     values = [pseudo_hardness(v, margin=.2, cap=.2, kind=kind) for v in (-1., 0., .05, .1, .15, .2, 2.)]
     assert values[0] == values[1] == pytest.approx(at_0) and values[-1] == values[-2] == pytest.approx(at_cap)
@@ -74,7 +81,19 @@ def test_act_is_the_papers_loop():
     def loss(e): return F.pairwise_distance(*e.chunk(2)).mean()
     adv,_ = loop(net, torch.cat([x[trip.p], x[trip.n]]), loss, eps=.1, step_size=.03, steps=5)
     a,(p,n) = F.normalize(net(x[trip.a])),F.normalize(net(adv)).chunk(2)
-    naive = sum(max(0., (F.pairwise_distance(a[i:i+1], p[i:i+1]) - F.pairwise_distance(a[i:i+1], n[i:i+1])).item() + .2) for i in range(8))/8
+    naive = (
+        sum(
+            max(
+                0.0,
+                (
+                    F.pairwise_distance(a[i : i + 1], p[i : i + 1]) - F.pairwise_distance(a[i : i + 1], n[i : i + 1])
+                ).item()
+                + 0.2,
+            )
+            for i in range(8)
+        )
+        / 8
+    )
     out = run(act(**INNER), net, x, label)
     assert out.loss.item() == pytest.approx(naive, abs=1e-9) and out.log['steps_done'] == 5
 
@@ -86,7 +105,11 @@ def test_hm_is_the_papers_loop(ics, pseudo, last):
     gen,emb = generator(0, 'mine'),clean_embedding(net, x)
     trip = MINERS['softhard'](emb, label, gen=gen, margin=.2)
     def hardness(a, p, n): return F.pairwise_distance(a, p) - F.pairwise_distance(a, n)
-    goal = hardness(*take(emb, MINERS['semihard'](emb, label, gen=gen, margin=.2))) if pseudo is None else pseudo_hardness(last, margin=.2, cap=.2, kind=pseudo)
+    goal = (
+        hardness(*take(emb, MINERS['semihard'](emb, label, gen=gen, margin=0.2)))
+        if pseudo is None
+        else pseudo_hardness(last, margin=0.2, cap=0.2, kind=pseudo)
+    )
     def loss(e): return torch.clamp(hardness(*e.chunk(3)) - goal, max=0).square().mean()
     adv,done = loop(net, torch.cat(take(x, trip)), loss, eps=.1, step_size=.03, steps=5, change=1e-7)
     a,p,n = F.normalize(net(adv)).chunk(3)
@@ -99,17 +122,21 @@ def test_hm_is_the_papers_loop(ics, pseudo, last):
     assert out.loss.item() == pytest.approx(naive.item(), abs=1e-9)
     assert out.state['loss'] == pytest.approx(fit.item(), abs=1e-9) and out.log['steps_done'] == done
     ours = torch.autograd.grad(out.loss, net.parameters())
-    for g,h in zip(ours, torch.autograd.grad(naive, net.parameters())): torch.testing.assert_close(g, h, atol=1e-9, rtol=1e-6)
+    for g,h in zip(ours, torch.autograd.grad(naive, net.parameters())):
+        torch.testing.assert_close(g, h, atol=1e-9, rtol=1e-6)
 
 
 def test_hm_stops_when_nothing_changes():
     net,(x,label) = network(),batch()
-    out = run(hm(**INNER, ics=0., pseudo=-3.), net, x, label)  # hardness is never below -2: loss 0 at the first and the second look
+    # hardness is never below -2: loss 0 at the first and the second look
+    out = run(hm(**INNER, ics=0., pseudo=-3.), net, x, label)
     assert out.log['steps_done'] == 1 and out.log['shift'] == pytest.approx(0., abs=1e-9)
 
 
 def test_ics_has_gradient_through_clean_and_adversarial():
-    a,b,p = (F.normalize(torch.randn(5, 4, generator=generator(k), dtype=torch.float64)).requires_grad_() for k in range(3))
+    a, b, p = (
+        F.normalize(torch.randn(5, 4, generator=generator(k), dtype=torch.float64)).requires_grad_() for k in range(3)
+    )
     ics_loss(a, b, p).backward()
     assert all(v.grad.abs().sum() > 0 for v in (a, b, p))
     assert torch.autograd.gradcheck(ics_loss, (a, b, p))
@@ -129,7 +156,9 @@ def test_perturb_moves_only_its_parts_inside_the_ball(parts):
 @pytest.mark.parametrize('defence', ALL, ids=lambda d: d.name)
 def test_step_leaves_the_rest_alone(defence):
     net,(x,label) = network(batchnorm=True),batch()
-    before,weights,flags = x.clone(),{k: v.clone() for k,v in net.state_dict().items()},[p.requires_grad for p in net.parameters()]
+    before, weights, flags = (
+        x.clone(), {k: v.clone() for k, v in net.state_dict().items()}, [p.requires_grad for p in net.parameters()]
+    )
     state = defence.init()
     out = run(defence, net, x, label, state=state)
     assert torch.equal(x, before) and state == defence.init()
@@ -178,13 +207,20 @@ def test_log_keys_are_shared_and_right():
     log = training_log(emb, trip, moved, parts='an', steps=1)
     shift = torch.cat([(moved[k] - take(emb, trip)[k]).norm(dim=1) for k in (0, 2)]).mean()
     assert log['shift'] == pytest.approx(shift.item(), abs=1e-12)
-    assert log['adv_hardness'] == pytest.approx((F.pairwise_distance(*moved[:2]) - F.pairwise_distance(*moved[::2])).mean().item(), abs=1e-12)
+    assert log['adv_hardness'] == pytest.approx(
+        (F.pairwise_distance(*moved[:2]) - F.pairwise_distance(*moved[::2])).mean().item(), abs=1e-12
+    )
 
 
-@pytest.mark.parametrize('make,wrong,words', [
-    (act, dict(eps=8), 'eps'), (act, dict(step_size=0), 'step_size'), (act, dict(steps=-1), 'steps'), (act, dict(margin=-.1), 'margin'),
-    (act, dict(miner='best'), 'miner'), (hm, dict(ics=.5, source='best'), 'source'), (hm, dict(ics=.5, pseudo='gL'), 'pseudo'),
-    (hm, dict(ics=.5, loss_cap=0.), 'loss_cap'), (hm, dict(ics=-1.), 'ics')])
+@pytest.mark.parametrize(
+    'make,wrong,words',
+    [
+        (act, dict(eps=8), 'eps'), (act, dict(step_size=0), 'step_size'), (act, dict(steps=-1), 'steps'),
+        (act, dict(margin=-0.1), 'margin'), (act, dict(miner='best'), 'miner'),
+        (hm, dict(ics=0.5, source='best'), 'source'), (hm, dict(ics=0.5, pseudo='gL'), 'pseudo'),
+        (hm, dict(ics=0.5, loss_cap=0.0), 'loss_cap'), (hm, dict(ics=-1.0), 'ics')
+    ],
+)
 def test_wrong_options_are_refused_when_the_defence_is_made(make, wrong, words):
     with pytest.raises(ValueError, match=words): make(**INNER | wrong)
 
@@ -196,6 +232,11 @@ def test_hm_softhard_quirk_is_a_switch():
     for allowed in (True, False):
         seen = []
         defence = hm(**INNER, ics=0., allow_self=allowed)
-        for seed in range(6): seen.append(defence.step(net, x, label, state=defence.init(), clock=Clock(0, 1), gen=generator(seed, 'mine')).log['dist_ap'])
+        for seed in range(6):
+            seen.append(
+                defence.step(net, x, label, state=defence.init(), clock=Clock(0, 1), gen=generator(seed, 'mine')).log[
+                    'dist_ap'
+                ]
+            )
         triplets[allowed] = min(seen)
     assert defence.options['allow_self'] is False and triplets[True] < triplets[False]

@@ -3,14 +3,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from robust_dml.triplets.distances import _distance_matrix, distance_and_gradient, hardness, normalise, paired_distance, pairwise_distance, prepare, triplet_loss
+from robust_dml.triplets.distances import _distance_matrix, distance_and_gradient, hardness, normalise
+from robust_dml.triplets.distances import paired_distance, pairwise_distance, prepare, triplet_loss
 
 
 def cloud(n, spread, seed=0, dim=128):
     "Unit vectors around one point, at distances of about `spread`."
     gen = torch.Generator().manual_seed(seed)
     centre = torch.randn(1, dim, generator=gen, dtype=torch.float64)
-    return normalise(normalise(centre) + spread/(2*dim)**.5*torch.randn(n, dim, generator=gen, dtype=torch.float64)).float()
+    return normalise(
+        normalise(centre) + spread / (2 * dim) ** 0.5 * torch.randn(n, dim, generator=gen, dtype=torch.float64)
+    ).float()
 
 
 def truth(u, v):
@@ -89,7 +92,9 @@ def test_gradient_of_a_collapsed_batch_in_float32():
     weight = torch.rand(60, 60, generator=torch.Generator().manual_seed(1)).fill_diagonal_(0.)
     def grad(x, dist): return torch.autograd.grad((dist(x)*weight.to(x.dtype)).sum(), x)[0]
     ours = grad(emb.clone().requires_grad_(), lambda x: pairwise_distance(x, x.detach()))
-    exact = grad(emb.double().requires_grad_(), lambda x: torch.linalg.vector_norm(x[:,None] - x.detach()[None], dim=-1))
+    exact = grad(
+        emb.double().requires_grad_(), lambda x: torch.linalg.vector_norm(x[:, None] - x.detach()[None], dim=-1)
+    )
     assert (ours - exact).norm() < 1e-4*exact.norm()
 
 
@@ -115,13 +120,18 @@ def test_float32_gradient_with_near_duplicates(spread):
     u = v[:10] + 1e-6*torch.randn(10, 128, generator=torch.Generator().manual_seed(5))
     def grad(u, v, dist): return torch.autograd.grad(dist(u, v).sum(), (u, v))
     ours = grad(u.clone().requires_grad_(), v.clone().requires_grad_(), pairwise_distance)
-    exact = grad(u.double().requires_grad_(), v.double().requires_grad_(), lambda u,v: torch.linalg.vector_norm(u[:,None] - v[None], dim=-1))
+    exact = grad(
+        u.double().requires_grad_(), v.double().requires_grad_(),
+        lambda u, v: torch.linalg.vector_norm(u[:, None] - v[None], dim=-1)
+    )
     for a,b in zip(ours, exact): assert (a - b).norm(dim=1).max() < 1e-4*b.norm(dim=1).min()
 
 
 def test_rotation_shift_and_permutation():
     u,v = cloud(10, 1.).double(), cloud(12, 1., seed=1).double()
-    rotation = torch.linalg.qr(torch.randn(128, 128, generator=torch.Generator().manual_seed(2), dtype=torch.float64))[0]
+    rotation = torch.linalg.qr(torch.randn(128, 128, generator=torch.Generator().manual_seed(2), dtype=torch.float64))[
+        0
+    ]
     order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
     dist = pairwise_distance(u, v)
     torch.testing.assert_close(pairwise_distance(u@rotation, v@rotation), dist, rtol=1e-12, atol=1e-12)

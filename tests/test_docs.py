@@ -1,4 +1,5 @@
-"""The sources of the HTML pages: everything is reachable, every link has an end, and what is read from the library is the library's. Without Sphinx and Node."""
+"""The sources of the HTML pages: everything is reachable, every link has an end, and what is read from the library is
+the library's. Without Sphinx and Node."""
 import ast
 import re
 import sys
@@ -37,12 +38,21 @@ def pages(folder)->dict[str, str]:
     for path in [*folder.rglob('*.md'), *folder.rglob('*.ipynb')]:
         name = path.relative_to(folder)
         if name.parts[0] == '_extra': continue
-        text = path.read_text(encoding='utf-8') if path.suffix == '.md' else '\n\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
+        text = (
+            path.read_text(encoding='utf-8')
+            if path.suffix == '.md'
+            else '\n\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
+        )
         found[str(name.with_suffix(''))] = text
     return found
 
 
-def described(folder)->set[str]: return {f'{p.stem}.{name}' for p in (folder/'api').glob('*.md') for name in re.findall(r'^`{3,}\{py:(?:function|class|data)\} (\w+)', p.read_text(encoding='utf-8'), re.M)}
+def described(folder)->set[str]:
+    return {
+        f'{p.stem}.{name}'
+        for p in (folder / 'api').glob('*.md')
+        for name in re.findall(r'^`{3,}\{py:(?:function|class|data)\} (\w+)', p.read_text(encoding='utf-8'), re.M)
+    }
 
 
 def test_every_page_is_reachable(source):
@@ -54,20 +64,30 @@ def test_every_page_is_reachable(source):
             for line in block.splitlines():
                 if line and not line.startswith(':'): todo.append(str((Path(here).parent/line)))
     assert reached == set(found)
-    assert {str(p.relative_to(ROOT).with_suffix('')) for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts} <= reached | {'nbs/index'}
+    assert {
+        str(p.relative_to(ROOT).with_suffix(''))
+        for p in (ROOT / 'nbs').rglob('*.ipynb')
+        if '.ipynb_checkpoints' not in p.parts
+    } <= reached | {'nbs/index'}
     assert not (source/'nbs'/'index.ipynb').exists(), 'the start page of JupyterLab is none of these pages'
 
 
 def test_worked_pages_extend_and_the_others_stand_in_their_folders(source):
-    listed = {name: re.findall(r'\]\(([\w/]+)\.ipynb\)', (source/'nbs'/f'{name}.md').read_text(encoding='utf-8')) for name in ('extend', 'papers', 'study')}
+    listed = {
+        name: re.findall(r'\]\(([\w/]+)\.ipynb\)', (source / 'nbs' / f'{name}.md').read_text(encoding='utf-8'))
+        for name in ('extend', 'papers', 'study')
+    }
     assert listed['extend'] == ['data/02_add_a_data_set', 'attacks/04_add_an_attack', 'defenses/06_add_a_defense']
-    assert {'papers/03_everything', 'papers/04_gallery'} <= {*listed['papers']} and {'study/06_explore', 'explore'} <= {*listed['study']}
+    assert {'papers/03_everything', 'papers/04_gallery'} <= {*listed['papers']} and {'study/06_explore', 'explore'} <= {
+        *listed['study']
+    }
 
 
 def test_explorer_and_gallery_are_reached_from_the_start_page(source):
     start, here = (source/'index.md').read_text(encoding='utf-8'), (source/'explore.md').read_text(encoding='utf-8')
     assert '](explore.md)' in start and '\nexplore\n' in start and 'href="reports/index.html"' in start
-    for address in ('reports/index.html', 'reports/explorer-glyphs-quick/index.html'): assert f'href="{address}"' in here and (source/'_extra'/address).is_file()
+    for address in ('reports/index.html', 'reports/explorer-glyphs-quick/index.html'):
+        assert f'href="{address}"' in here and (source/'_extra'/address).is_file()
 
 
 def test_links_have_an_end(source):
@@ -75,19 +95,29 @@ def test_links_have_an_end(source):
     labels = {label for text in found.values() for label in re.findall(r'^\(([\w-]+)\)=$', text, re.M)}
     assert len(labels) > 500
     for name, text in found.items():
-        for link in re.findall(r'(?<!!)\[[^\]]*\]\(([^)\s]+)\)', re.sub(r'```.*?```|`[^`]*`|\$[^$]*\$', '', text, flags=re.S)):
+        for link in re.findall(
+            r'(?<!!)\[[^\]]*\]\(([^)\s]+)\)', re.sub(r'```.*?```|`[^`]*`|\$[^$]*\$', '', text, flags=re.S)
+        ):
             if link.startswith('#'): assert link[1:] in labels, (name, link)
             elif not link.startswith('http'): assert (source/name).parent.joinpath(link).exists(), (name, link)
-        for link in re.findall(r'href="([^"#]+)', text): assert (source/'_extra'/Path(name).parent/link).resolve().exists(), (name, link)
+        for link in re.findall(r'href="([^"#]+)', text):
+            assert (source/'_extra'/Path(name).parent/link).resolve().exists(), (name, link)
 
 
 def test_links_of_outputs_lead_to_cells_that_export(source):
-    cells = {p.resolve(): {c.id for c in nbformat.read(p, 4).cells if c.source.startswith('#| export')} for p in notebooks.library()}
+    cells = {
+        p.resolve(): {c.id for c in nbformat.read(p, 4).cells if c.source.startswith('#| export')}
+        for p in notebooks.library()
+    }
     count = 0
     for path in notebooks.library():
         for output in (o for c in nbformat.read(path, 4).cells for o in c.get('outputs', ())):
-            for name, cell in re.findall(r'href="([\w./]+)#cell-id=(\w+)"', output.get('data', {}).get('text/html', '')):
-                assert cell in cells[(path.parent/name).resolve()], f'{path.name} links to a cell that {name} no longer has ({cell}): run it again'
+            for name, cell in re.findall(
+                r'href="([\w./]+)#cell-id=(\w+)"', output.get('data', {}).get('text/html', '')
+            ):
+                assert (
+                    cell in cells[(path.parent / name).resolve()]
+                ), f'{path.name} links to a cell that {name} no longer has ({cell}): run it again'
                 count += 1
     assert count > 100
 
@@ -106,36 +136,63 @@ def test_every_line_of_the_guide_leads_to_a_cell_and_a_signature(source, row):
 
 def test_links_of_pages_to_signatures(source):
     known = described(source)
-    asked = {code for text in pages(source).values() for code in re.findall(r'\{py:obj\}`[^<`]*<robust_dml\.([\w.]+)>`', text)}
+    asked = {
+        code
+        for text in pages(source).values()
+        for code in re.findall(r'\{py:obj\}`[^<`]*<robust_dml\.([\w.]+)>`', text)
+    }
     assert len(asked) > 100 and asked <= known, asked - known
 
 
 def test_api_has_every_public_name(source):
     for module in guide.modules():
-        public = next(ast.literal_eval(n.value) for n in ast.parse((ROOT/'robust_dml'/f'{module.replace(".", "/")}.py').read_text(encoding='utf-8')).body if isinstance(n, ast.Assign))
+        public = next(
+            ast.literal_eval(n.value)
+            for n in ast.parse(
+                (ROOT / 'robust_dml' / f'{module.replace(".", "/")}.py').read_text(encoding='utf-8')
+            ).body
+            if isinstance(n, ast.Assign)
+        )
         assert {f'{module}.{name}' for name in public} <= described(source), module
 
 
 def test_a_table_of_parameters():
-    code = 'def f(\n    x:Tensor, # (B, D) float: a | b\n    *,\n    eps:float=.5, # radius ε in [0, 1]\n    n:int=3,\n    **more, # of `g`\n)->Tensor: # (B,) float\n    "Do."\n'
+    code = (
+        'def f(\n    x:Tensor, # (B, D) float: a | b\n    *,\n    eps:float=.5, # radius ε in [0, 1]\n    n:int=3,\n   '
+        ' **more, # of `g`\n)->Tensor: # (B,) float\n    "Do."\n'
+    )
     rows = api._rows(ast.parse(code).body[0], api.comments(code))
-    assert rows == [('x', 'Tensor', '', '(B, D) float: a | b'), ('eps', 'float', '0.5', 'radius ε in [0, 1]'), ('n', 'int', '3', ''), ('**more', '', '', 'of `g`'), ('returns', 'Tensor', '', '(B,) float')]
+    assert rows == [
+        ('x', 'Tensor', '', '(B, D) float: a | b'), ('eps', 'float', '0.5', 'radius ε in [0, 1]'),
+        ('n', 'int', '3', ''), ('**more', '', '', 'of `g`'), ('returns', 'Tensor', '', '(B,) float')
+    ]
     assert api.table(rows).splitlines()[2] == r'| `x` | `Tensor` |  | (B, D) float: a \| b |'
     one_line = 'def g(a:int, b:int=2)->int: # the sum\n    "Add."\n'
     assert ('b', 'int', '2', 'the sum') in api._rows(ast.parse(one_line).body[0], api.comments(one_line))
 
 
 def test_outputs_of_notebooks_become_pages():
-    assert notebooks.in_pages('<a href="05_collapse.ipynb#cell-id=1a2b">x</a>') == '<a href="05_collapse.html#cell-1a2b">x</a>'
-    assert notebooks.in_pages('<td>$a_i &lt; b$</td><td>2 $ and</td>') == r'<td><span class="math notranslate nohighlight">\(a_i &lt; b\)</span></td><td>2 $ and</td>'
-    assert notebooks.links('[x](13_attacks.ipynb#cell-id=ab) [y](../reports/claims/index.html)') == '[x](#cell-ab) <a href="../reports/claims/index.html">y</a>'
+    assert (
+        notebooks.in_pages('<a href="05_collapse.ipynb#cell-id=1a2b">x</a>')
+        == '<a href="05_collapse.html#cell-1a2b">x</a>'
+    )
+    assert (
+        notebooks.in_pages('<td>$a_i &lt; b$</td><td>2 $ and</td>')
+        == r'<td><span class="math notranslate nohighlight">\(a_i &lt; b\)</span></td><td>2 $ and</td>'
+    )
+    assert (
+        notebooks.links('[x](13_attacks.ipynb#cell-id=ab) [y](../reports/claims/index.html)')
+        == '[x](#cell-ab) <a href="../reports/claims/index.html">y</a>'
+    )
 
 
 def test_catalogues_are_complete(source):
     text = (source/'attacks.md').read_text(encoding='utf-8')
-    for name in (*suite.SUITE, *suite.FIXED, *strong.BEYOND, *clustering.ATTACKS): assert f'### {name}\n' in text and f'pictures/attack {name}.png' in text
+    for name in (*suite.SUITE, *suite.FIXED, *strong.BEYOND, *clustering.ATTACKS):
+        assert f'### {name}\n' in text and f'pictures/attack {name}.png' in text
     text = (source/'defenses.md').read_text(encoding='utf-8')
-    for name in (*colo_tride.DEFENSES, *baselines.BASELINES, 'tuples', *eat.PROXY): assert f'pictures/defense {name}.png' in text and f'make({name!r}' in text
+    for name in (*colo_tride.DEFENSES, *baselines.BASELINES, 'tuples', *eat.PROXY):
+        assert f'pictures/defense {name}.png' in text and f'make({name!r}' in text
 
 
 def test_switches_are_those_of_the_library():
@@ -154,13 +211,16 @@ def test_sentences_are_those_of_the_reports(name):
 
 
 def test_collapse_is_not_left_out():
-    flagged = [name for name in results.folders() if re.search(r'class="lead">[^<]*flagged as collapsed', results._page(name))]
+    flagged = [
+        name for name in results.folders() if re.search(r'class="lead">[^<]*flagged as collapsed', results._page(name))
+    ]
     assert flagged and all('flagged as collapsed' in results.sentence_of(name) for name in flagged)
 
 
 def test_no_machine_paths(source):
     for path in source.rglob('*'):
-        if path.suffix in ('.md', '.ipynb', '.py', '.css'): assert not re.search(r'(?<![\w.])/(home|root|tmp|Users|work)/', path.read_text(encoding='utf-8')), path
+        if path.suffix in ('.md', '.ipynb', '.py', '.css'):
+            assert not re.search(r'(?<![\w.])/(home|root|tmp|Users|work)/', path.read_text(encoding='utf-8')), path
 
 
 def test_unknown_parts_are_refused():
@@ -170,17 +230,21 @@ def test_unknown_parts_are_refused():
 
 def test_without_npm_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(prepare.shutil, 'which', lambda name: None)
-    with pytest.raises(SystemExit, match='expected npm, which brings MathJax'): prepare.fetch_mathjax(tmp_path/'source', tmp_path/'cache')
+    with pytest.raises(SystemExit, match='expected npm, which brings MathJax'):
+        prepare.fetch_mathjax(tmp_path/'source', tmp_path/'cache')
 
 
 def test_unchanged_files_keep_their_time(tmp_path):
     new, old = tmp_path/'new', tmp_path/'old'
     for folder in (new, old): (folder/'sub').mkdir(parents=True)
-    for name, before, now in (('same', 'a', 'a'), ('sub/other', 'a', 'b')): (old/name).write_text(before), (new/name).write_text(now)
+    for name, before, now in (('same', 'a', 'a'), ('sub/other', 'a', 'b')):
+        (old/name).write_text(before), (new/name).write_text(now)
     (old/'gone').write_text('x'), (new/'sub/more').write_text('y')
     time = (old/'same').stat().st_mtime_ns
     prepare.bring(new, old)
-    assert {str(p.relative_to(old)): p.read_text() for p in old.rglob('*') if p.is_file()} == {'same': 'a', 'sub/other': 'b', 'sub/more': 'y'}
+    assert {str(p.relative_to(old)): p.read_text() for p in old.rglob('*') if p.is_file()} == {
+        'same': 'a', 'sub/other': 'b', 'sub/more': 'y'
+    }
     assert (old/'same').stat().st_mtime_ns == time
 
 
@@ -188,10 +252,14 @@ def test_unchanged_files_keep_their_time(tmp_path):
 def test_way_of_a_query_raises_the_objective(name):
     pictures = pytest.importorskip('builder.pictures')
     gallery = suite.Gallery(pictures._on_circle(pictures.DEGREES), torch.tensor(pictures.LABELS))
-    attack, queries = (suite.SUITE | suite.FIXED)['GTM fixed' if name == 'GTM' else name], suite.members(gallery, torch.tensor([0]))
+    attack, queries = (suite.SUITE | suite.FIXED)['GTM fixed' if name == 'GTM' else name], suite.members(
+        gallery, torch.tensor([0])
+    )
     places, targets = pictures.way(attack, queries, gallery)
     values = torch.cat([attack.objective(q[None], queries, targets, gallery) for q in places])
-    assert values[-1] > values[0] + .05 and torch.allclose(places.norm(dim=1), torch.ones(len(places), dtype=torch.double))
+    assert values[-1] > values[0] + 0.05 and torch.allclose(
+        places.norm(dim=1), torch.ones(len(places), dtype=torch.double)
+    )
 
 
 @pytest.mark.parametrize('name, moves', [('natural', 0), ('naive_anp', 6), ('naive_cap', 12), ('naive_sip', 18)])

@@ -1,4 +1,5 @@
-"Proxies and ensembles against naive loops in float64, splits, the memory of one member, and every defence killed and resumed."
+"""Proxies and ensembles against naive loops in float64, splits, the memory of one member, and every defence killed and
+resumed."""
 import json
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,9 @@ from robust_dml.defenses import eat as module
 from robust_dml.attacks.suite import SUITE
 from robust_dml.core import generator
 from robust_dml.defenses.base import Clock
-from robust_dml.defenses.eat import PROXY, Batch, Ensemble, Parts, Shared, adp_term, ensemble, everything, gal_term, joined, make, network, pal, pal_sample, peers, sequential_gradient, split, strength, transfer_matrix
+from robust_dml.defenses.eat import PROXY, Batch, Ensemble, Parts, Shared, adp_term, ensemble, everything, gal_term
+from robust_dml.defenses.eat import joined, make, network, pal, pal_sample, peers, sequential_gradient, split
+from robust_dml.defenses.eat import strength, transfer_matrix
 from robust_dml.metrics.evaluate import Protocol, attack_batches, evaluate, mean_outcomes, queries_and_gallery
 from robust_dml.models.networks import checksum, embed, embed_all, frozen
 from robust_dml.attacks.loop import autograd_gradient, pgd
@@ -24,7 +27,8 @@ from robust_dml.defenses.train import train
 
 BALL = dict(eps=.1, step_size=.03, steps=4)
 AT_ONCE = dict(BALL, warm_epochs=0, clean_epochs=0, ramp_epochs=0, clip=1e9)
-OPTIONS = dict(epochs=3, pairs=12, lr=1e-3, weight_decay=1e-2, seed=0, show=False)  # 36 images: three batches in an epoch
+# 36 images: three batches in an epoch
+OPTIONS = dict(epochs=3, pairs=12, lr=1e-3, weight_decay=1e-2, seed=0, show=False)
 
 
 @pytest.fixture(scope='module')
@@ -32,7 +36,8 @@ def images(): return sets.glyphs(train_classes=6, test_classes=4, per_class=6)
 
 
 def fresh(defence, classes=6): return network(defence, 'small', classes=classes, dim=8, size=28, channels=1, seed=0)
-def same(a, b): return all(torch.equal(u, v) for u, v in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+def same(a, b):
+    return all(torch.equal(u, v) for u, v in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 def failing(defence, at, error=KeyboardInterrupt):
@@ -49,7 +54,9 @@ class Net(nn.Module):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.backbone = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4) if norm else nn.Identity(), nn.Tanh(), nn.Flatten())
+            self.backbone = nn.Sequential(
+                nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4) if norm else nn.Identity(), nn.Tanh(), nn.Flatten()
+            )
             self.head = nn.Linear(64, 5)
         self.double()
 
@@ -57,7 +64,13 @@ class Net(nn.Module):
 
 
 def toy(members, classes=6, norm=False):
-    return Ensemble([Net(m, norm) for m in range(members)], [nn.Parameter(torch.randn(classes, 5, generator=generator(m, 'p'), dtype=torch.float64)) for m in range(members)])
+    return Ensemble(
+        [Net(m, norm) for m in range(members)],
+        [
+            nn.Parameter(torch.randn(classes, 5, generator=generator(m, 'p'), dtype=torch.float64))
+            for m in range(members)
+        ],
+    )
 
 
 LABEL = torch.arange(6).repeat_interleave(2)
@@ -65,14 +78,18 @@ X = torch.rand(12, 1, 6, 6, generator=generator(0, 'x'), dtype=torch.float64)
 
 
 def one(defence, net, *, update=0, parts=None, x=X, seed=0):
-    return defence.step(net, x, LABEL, state=defence.init(), clock=Clock(0, 9, update), gen=generator(seed, 'step'), parts=parts)
+    return defence.step(
+        net, x, LABEL, state=defence.init(), clock=Clock(0, 9, update), gen=generator(seed, 'step'), parts=parts
+    )
 
 
 def naive_pal(emb, label, proxies, a=32., m=.1):
     "The formula, proxy by proxy."
     s, near, far = F.normalize(emb)@F.normalize(proxies).T, [], []
     for k in range(len(proxies)):
-        positive, negative = [s[i, k] for i in range(len(label)) if label[i] == k], [s[i, k] for i in range(len(label)) if label[i] != k]
+        positive, negative = [s[i, k] for i in range(len(label)) if label[i] == k], [
+            s[i, k] for i in range(len(label)) if label[i] != k
+        ]
         if positive: near.append(torch.log(1 + sum(torch.exp(-a*(v - m)) for v in positive)))
         far.append(torch.log(1 + sum(torch.exp(a*(v + m)) for v in negative)) if negative else s.new_zeros(()))
     return torch.stack(near).mean() + torch.stack(far).mean()
@@ -86,7 +103,9 @@ def naive_search(net, x, proxies, start, steps=4, eps=.1, alpha=.03, label=None)
         x_adv = x_adv.detach().requires_grad_()
         s = F.normalize(net(x_adv))@found.T
         own = F.one_hot(label, len(found)).bool()
-        value = torch.log(1 + torch.exp(-32*(s[own] - .1))) + torch.log(1 + torch.exp(32*(s + .1))).masked_fill(own, 0).sum(1)/len(found)
+        value = torch.log(1 + torch.exp(-32 * (s[own] - 0.1))) + torch.log(1 + torch.exp(32 * (s + 0.1))).masked_fill(
+            own, 0
+        ).sum(1) / len(found)
         grad, = torch.autograd.grad(value.sum(), x_adv)
         x_adv = torch.min(torch.max(x_adv.detach() + alpha*grad.sign(), x - eps), x + eps).clamp(0, 1)
     return x_adv.detach()
@@ -94,25 +113,34 @@ def naive_search(net, x, proxies, start, steps=4, eps=.1, alpha=.03, label=None)
 
 def starts(count, gen, x=X, eps=.1):
     "Random starts in the order of the members."
-    return [torch.min(torch.max(x + eps*(2*torch.rand(x.shape, generator=gen) - 1).to(x), x - eps), x + eps).clamp(0, 1) for _ in range(count)]
+    return [
+        torch.min(torch.max(x + eps * (2 * torch.rand(x.shape, generator=gen) - 1).to(x), x - eps), x + eps).clamp(0, 1)
+        for _ in range(count)
+    ]
 
 
 def drawn(seed=0): return generator(seed, 'step')  # rules draw before the log does
 
 
 def test_the_loss_is_the_formula_and_the_librarys():
-    emb, proxies = F.normalize(torch.randn(12, 5, generator=generator(0, 'e'), dtype=torch.float64)), torch.randn(7, 5, generator=generator(1, 'e'), dtype=torch.float64)
+    emb, proxies = F.normalize(torch.randn(12, 5, generator=generator(0, 'e'), dtype=torch.float64)), torch.randn(
+        7, 5, generator=generator(1, 'e'), dtype=torch.float64
+    )
     found = pal(emb, LABEL, proxies, scale=32., margin=.1)
     theirs = ProxyAnchorLoss(num_classes=7, embedding_size=5)
     theirs.proxies.data = proxies
     assert found.item() == pytest.approx(naive_pal(emb, LABEL, proxies).item(), abs=1e-10)
     assert found.item() == pytest.approx(theirs(emb, LABEL).item(), abs=1e-12)
     known = torch.tensor([True]*6 + [False])
-    assert pal(emb, LABEL, proxies, scale=32., margin=.1, known=known).item() == pytest.approx(naive_pal(emb, LABEL, proxies[:6]).item(), abs=1e-10)
+    assert pal(emb, LABEL, proxies, scale=32.0, margin=0.1, known=known).item() == pytest.approx(
+        naive_pal(emb, LABEL, proxies[:6]).item(), abs=1e-10
+    )
 
 
 def test_the_loss_draws_nothing_and_gives_proxies_their_gradient():
-    emb, proxies = F.normalize(torch.randn(12, 5, generator=generator(0, 'e'), dtype=torch.float64)), torch.randn(6, 5, generator=generator(1, 'e'), dtype=torch.float64, requires_grad=True)
+    emb, proxies = F.normalize(torch.randn(12, 5, generator=generator(0, 'e'), dtype=torch.float64)), torch.randn(
+        6, 5, generator=generator(1, 'e'), dtype=torch.float64, requires_grad=True
+    )
     before = torch.get_rng_state()
     assert torch.autograd.gradcheck(lambda p: pal(emb, LABEL, p, scale=4., margin=.1), proxies)
     assert torch.equal(torch.get_rng_state(), before)
@@ -120,12 +148,21 @@ def test_the_loss_draws_nothing_and_gives_proxies_their_gradient():
 
 @pytest.mark.parametrize('half', [torch.bfloat16, torch.float16])
 def test_the_loss_ignores_autocast(half):
-    emb, proxies = F.normalize(torch.randn(12, 5, generator=generator(0, 'e'))), torch.randn(6, 5, generator=generator(1, 'e'))
+    emb, proxies = F.normalize(torch.randn(12, 5, generator=generator(0, 'e'))), torch.randn(
+        6, 5, generator=generator(1, 'e')
+    )
     plain = pal(emb, LABEL, proxies, scale=32., margin=.1)
     with torch.autocast('cpu', half): assert torch.equal(pal(emb, LABEL, proxies, scale=32., margin=.1), plain)
     assert plain.dtype == torch.float32
     one_by_one = pal_sample(emb, LABEL, proxies, known=torch.ones(6, dtype=torch.bool), scale=32., margin=.1)
-    with torch.autocast('cpu', half), frozen(nn.Identity()): _, _, seen = autograd_gradient(lambda x: x.flatten(1), partial(pal_sample, label=LABEL, proxies=proxies, known=torch.ones(6, dtype=torch.bool), scale=32., margin=.1), emb)
+    with torch.autocast('cpu', half), frozen(nn.Identity()):
+        _, _, seen = autograd_gradient(
+            lambda x: x.flatten(1),
+            partial(
+                pal_sample, label=LABEL, proxies=proxies, known=torch.ones(6, dtype=torch.bool), scale=32.0, margin=0.1
+            ),
+            emb,
+        )
     assert one_by_one.isfinite().all() and torch.equal(seen, emb)
 
 
@@ -133,7 +170,9 @@ def test_adversarial_training_is_the_naive_loop():
     "Two updates of AT: own PGD, formula and textbook AdamW; 1e-9 is rounding."
     defence, net, slow = make('pal_at', **AT_ONCE), toy(1), toy(1)
     fast = defence.optimizer(net, lr=1e-2, weight_decay=.1)
-    plain = torch.optim.AdamW([dict(params=slow.members.parameters()), dict(params=list(slow.proxies), lr=1.)], lr=1e-2, weight_decay=.1)
+    plain = torch.optim.AdamW(
+        [dict(params=slow.members.parameters()), dict(params=list(slow.proxies), lr=1.0)], lr=1e-2, weight_decay=0.1
+    )
     for u in range(2):
         fast.zero_grad(), plain.zero_grad()
         step = one(defence, net, update=u, seed=u)
@@ -165,13 +204,17 @@ def test_eat_is_the_naive_algorithm(rule, update):
     for m in range(3):
         rows = parts.seen[m] if rule == 'none' else torch.ones(12, dtype=torch.bool)
         found = X.clone()
-        found[rows] = naive_search(net.members[m], X[rows], net.proxies[m], starts(1, gen, X[rows])[0], label=LABEL[rows])
+        found[rows] = naive_search(
+            net.members[m], X[rows], net.proxies[m], starts(1, gen, X[rows])[0], label=LABEL[rows]
+        )
         adv.append(found)
     losses = []
     for m in range(3):
         others = {'none': [], 'rotate': [(m + 1 + update % 2) % 3], 'all': [k for k in range(3) if k != m]}[rule]
         views = [(.5, X), (.5 if rule == 'none' else .25, adv[m]), *((.25/len(others), adv[k]) for k in others)]
-        losses.append(sum(w*naive_pal(net.members[m](v[parts.seen[m]]), LABEL[parts.seen[m]], net.proxies[m]) for w, v in views))
+        losses.append(
+            sum(w * naive_pal(net.members[m](v[parts.seen[m]]), LABEL[parts.seen[m]], net.proxies[m]) for w, v in views)
+        )
     assert step.loss.item() == pytest.approx(torch.stack(losses).mean().item(), abs=1e-9)
     found, expected = (torch.autograd.grad(loss, list(net.parameters())) for loss in (step.loss, sum(losses)))
     for a, b in zip(found, expected): assert (a - b).abs().max() < 1e-9
@@ -179,7 +222,8 @@ def test_eat_is_the_naive_algorithm(rule, update):
 
 
 def test_every_other_member_is_met():
-    for count in (2, 3, 5): assert sorted(peers('rotate', count, u)[0] for u in range(10, 10 + count - 1)) == list(range(1, count))
+    for count in (2, 3, 5):
+        assert sorted(peers('rotate', count, u)[0] for u in range(10, 10 + count - 1)) == list(range(1, count))
 
 
 def test_the_shared_images_are_made_against_all_members():
@@ -188,7 +232,12 @@ def test_the_shared_images_are_made_against_all_members():
     x_adv, = starts(1, drawn())
     for _ in range(4):
         x_adv = x_adv.detach().requires_grad_()
-        value = sum(pal_sample(F.normalize(m(x_adv)), LABEL, p.detach(), known=torch.ones(6, dtype=torch.bool), scale=32., margin=.1).sum() for m, p in zip(net.members, net.proxies))
+        value = sum(
+            pal_sample(
+                F.normalize(m(x_adv)), LABEL, p.detach(), known=torch.ones(6, dtype=torch.bool), scale=32.0, margin=0.1
+            ).sum()
+            for m, p in zip(net.members, net.proxies)
+        )
         grad, = torch.autograd.grad(value, x_adv)
         x_adv = torch.min(torch.max(x_adv.detach() + .03*grad.sign(), X - .1), X + .1).clamp(0, 1)
     expected = sum(.5*naive_pal(m(v), LABEL, p) for m, p in zip(net.members, net.proxies) for v in (X, x_adv))/2
@@ -196,7 +245,9 @@ def test_the_shared_images_are_made_against_all_members():
 
 
 def test_distillation_adds_the_difference_of_relations():
-    net, (light, heavy) = toy(3), (make('eat', **AT_ONCE, combine='full', self_transfer='distil', relation=w) for w in (0., 2.))
+    net, (light, heavy) = toy(3), (
+        make('eat', **AT_ONCE, combine='full', self_transfer='distil', relation=w) for w in (0.0, 2.0)
+    )
     adv = [naive_search(net.members[m], X, net.proxies[m], s) for m, s in enumerate(starts(3, drawn()))]
     off, extra = ~torch.eye(12, dtype=torch.bool), 0.
     for m in range(3):
@@ -205,7 +256,10 @@ def test_distillation_adds_the_difference_of_relations():
         extra = extra + 2*(embs[m]@embs[m].T - goal)[off].square().mean()
     losses = [one(d, net).loss for d in (light, heavy)]
     assert (losses[1] - losses[0]).item() == pytest.approx(extra.item()/3, abs=1e-10)
-    for a, b, c in zip(*(torch.autograd.grad(v, list(net.members.parameters())) for v in (*losses, extra)), strict=True): assert (b - a - c).abs().max() < 1e-9
+    for a, b, c in zip(
+        *(torch.autograd.grad(v, list(net.members.parameters())) for v in (*losses, extra)), strict=True
+    ):
+        assert (b - a - c).abs().max() < 1e-9
 
 
 def test_mixup_is_the_mixed_loss():
@@ -216,7 +270,9 @@ def test_mixup_is_the_mixed_loss():
         emb = net.members[0](lam*v + (1 - lam)*v[order])
         return lam*naive_pal(emb, LABEL, net.proxies[0]) + (1 - lam)*naive_pal(emb, LABEL[order], net.proxies[0])
     assert one(make('pal_mixup', **AT_ONCE), net).loss.item() == pytest.approx(mixed(X).item(), abs=1e-9)
-    assert one(make('pal_mixup_at', **AT_ONCE), net).loss.item() == pytest.approx(.5*(mixed(X) + mixed(adv)).item(), abs=1e-9)
+    assert one(make('pal_mixup_at', **AT_ONCE), net).loss.item() == pytest.approx(
+        0.5 * (mixed(X) + mixed(adv)).item(), abs=1e-9
+    )
 
 
 @pytest.mark.parametrize('name', ['pal_trades', 'pal_alp'])
@@ -233,10 +289,15 @@ def test_pairing_is_the_formula(name):
             x_adv = torch.min(torch.max(x_adv.detach() + .03*grad.sign(), X - .1), X + .1).clamp(0, 1)
     a, b = F.normalize(f(x_adv)), F.normalize(f(X))
     task = [naive_pal(e, LABEL, net.proxies[0]) for e in (a, b)]
-    expected = task[1] + 6*(1 - (a*b).sum(1)).mean() if name == 'pal_trades' else .5*sum(task) + .5*(a - b).square().sum(1).mean()
+    expected = (
+        task[1] + 6 * (1 - (a * b).sum(1)).mean()
+        if name == 'pal_trades'
+        else 0.5 * sum(task) + 0.5 * (a - b).square().sum(1).mean()
+    )
     step = one(make(name, **AT_ONCE), net)
     assert step.loss.item() == pytest.approx(expected.item(), abs=1e-9)
-    for u, v in zip(*(torch.autograd.grad(loss, list(net.parameters())) for loss in (step.loss, expected))): assert (u - v).abs().max() < 1e-9
+    for u, v in zip(*(torch.autograd.grad(loss, list(net.parameters())) for loss in (step.loss, expected))):
+        assert (u - v).abs().max() < 1e-9
 
 
 def test_dverge_teaches_what_the_other_member_mistakes():
@@ -249,33 +310,45 @@ def test_dverge_teaches_what_the_other_member_mistakes():
         x_adv = torch.min(torch.max(x_adv.detach() - .007*grad.sign(), X - .07), X + .07).clamp(0, 1)
     step = one(make('dverge', **AT_ONCE, members=2, w_clean=0.), net)
     expected = naive_pal(net.members[0](x_adv), LABEL, net.proxies[0])
-    for a, b in zip(*(torch.autograd.grad(loss, list(net.members[0].parameters())) for loss in (step.loss, expected))): assert (a - b).abs().max() < 1e-9
+    for a, b in zip(*(torch.autograd.grad(loss, list(net.members[0].parameters())) for loss in (step.loss, expected))):
+        assert (a - b).abs().max() < 1e-9
 
 
 def batch(net):
-    return Batch(net, X, LABEL, everything(net, LABEL), [], 1., Shared(**BALL, members=len(net.members)), generator(0), 0)
+    return Batch(
+        net, X, LABEL, everything(net, LABEL), [], 1.0, Shared(**BALL, members=len(net.members)), generator(0), 0
+    )
 
 
 def test_adp_is_the_naive_loop():
     net = toy(3)
-    with torch.no_grad(): chance = torch.stack([(32*F.normalize(m(X))@F.normalize(p).T).softmax(1) for m, p in zip(net.members, net.proxies)])
+    with torch.no_grad():
+        chance = torch.stack(
+            [(32 * F.normalize(m(X)) @ F.normalize(p).T).softmax(1) for m, p in zip(net.members, net.proxies)]
+        )
     entropy, volume = 0., 0.
     for i in range(12):
         mean = chance[:, i].mean(0)
         entropy -= (mean*mean.log()).sum()/12
         wrong = F.normalize(torch.stack([torch.cat([c[i, :LABEL[i]], c[i, LABEL[i] + 1:]]) for c in chance]))
         volume += torch.logdet(wrong@wrong.T + 1e-6*torch.eye(3))/12
-    assert adp_term(net, batch(net), entropy=2., diversity=.5).item() == pytest.approx(-(2*entropy + .5*volume).item(), abs=1e-8)
+    assert adp_term(net, batch(net), entropy=2.0, diversity=0.5).item() == pytest.approx(
+        -(2 * entropy + 0.5 * volume).item(), abs=1e-8
+    )
 
 
 def test_gal_is_the_naive_loop_and_differentiable_twice():
     net, slopes = toy(3), []
     for m, p in zip(net.members, net.proxies):
         x = X.clone().requires_grad_()
-        value = pal_sample(F.normalize(m(x)), LABEL, p.detach(), known=torch.ones(6, dtype=torch.bool), scale=32., margin=.1).sum()
+        value = pal_sample(
+            F.normalize(m(x)), LABEL, p.detach(), known=torch.ones(6, dtype=torch.bool), scale=32.0, margin=0.1
+        ).sum()
         slopes.append(torch.autograd.grad(value, x)[0].flatten(1))
     cosines = torch.stack([F.cosine_similarity(slopes[i], slopes[j]) for i, j in ((0, 1), (0, 2), (1, 2))])
-    assert gal_term(net, batch(net), weight=.5).item() == pytest.approx(.5*cosines.exp().sum(0).log().mean().item(), abs=1e-9)
+    assert gal_term(net, batch(net), weight=0.5).item() == pytest.approx(
+        0.5 * cosines.exp().sum(0).log().mean().item(), abs=1e-9
+    )
     weight, h = net.members[0].head.bias, 1e-6
     slope, ends = torch.autograd.grad(gal_term(net, batch(net), weight=.5), weight)[0][0], []
     for sign in (1, -1):
@@ -291,11 +364,17 @@ def test_joint_terms_enter_with_their_gradient():
     expected = [naive_pal(m(X), LABEL, p) for m, p in zip(net.members, net.proxies)]
     term = gal_term(net, batch(net), weight=.5)
     assert step.loss.item() == pytest.approx((sum(expected)/2 + term).item(), abs=1e-9)
-    for a, b in zip(*(torch.autograd.grad(loss, list(net.parameters())) for loss in (step.loss, sum(expected) + term))): assert (a - b).abs().max() < 1e-8
+    for a, b in zip(*(torch.autograd.grad(loss, list(net.parameters())) for loss in (step.loss, sum(expected) + term))):
+        assert (a - b).abs().max() < 1e-8
 
 
 def test_gradients_are_clipped_value_by_value():
-    plain, clipped = (torch.autograd.grad(one(make('pal_natural', **AT_ONCE | dict(clip=c)), net := toy(1)).loss, list(net.parameters())) for c in (1e9, .05))
+    plain, clipped = (
+        torch.autograd.grad(
+            one(make('pal_natural', **AT_ONCE | dict(clip=c)), net := toy(1)).loss, list(net.parameters())
+        )
+        for c in (1e9, 0.05)
+    )
     assert max(g.abs().max() for g in plain) > .05
     for a, b in zip(plain, clipped): assert torch.equal(a.clamp(-.05, .05), b)
 
@@ -305,29 +384,50 @@ def test_crafting_leaves_no_trace_and_stays_in_the_ball():
     for p in net.parameters(): p.grad = torch.ones_like(p)
     clean = [F.normalize(m(X)).detach() for m in net.members]
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    def crafted(seed): return module.craft(Batch(net, X, LABEL, everything(net, LABEL), clean, 1., Shared(**BALL, members=2), generator(seed), 0), 0)[0]
+    def crafted(seed):
+        return module.craft(
+            Batch(net, X, LABEL, everything(net, LABEL), clean, 1.0, Shared(**BALL, members=2), generator(seed), 0), 0
+        )[0]
     found = [crafted(s) for s in (0, 0, 1)]
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
-    assert (found[0] - X).abs().max() <= .1 + 1e-12 and found[0].min() >= 0 and found[0].max() <= 1 and not found[0].requires_grad
+    assert (
+        (found[0] - X).abs().max() <= 0.1 + 1e-12
+        and found[0].min() >= 0
+        and found[0].max() <= 1
+        and not found[0].requires_grad
+    )
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
-    assert all((p.grad == 1).all() and p.requires_grad for p in net.parameters()) and all(m.training for m in net.modules())
+    assert all((p.grad == 1).all() and p.requires_grad for p in net.parameters()) and all(
+        m.training for m in net.modules()
+    )
 
 
 def test_an_image_does_not_depend_on_its_batch():
     net = toy(1)
-    objective = partial(pal_sample, proxies=net.proxies[0].detach(), known=torch.ones(6, dtype=torch.bool), scale=32., margin=.1)
+    objective = partial(
+        pal_sample, proxies=net.proxies[0].detach(), known=torch.ones(6, dtype=torch.bool), scale=32.0, margin=0.1
+    )
     whole = pgd(net.members[0], partial(objective, label=LABEL), X, **BALL).images
     alone = pgd(net.members[0], partial(objective, label=LABEL[5:6]), X[5:6], **BALL).images
     assert torch.equal(whole[5:6], alone)
 
 
-@pytest.mark.parametrize('objective', [lambda z: (z - z[:1].detach()).norm(dim=1), lambda z: (z@z.T).exp().sum(), lambda z: torch.cdist(z, -z.detach()).amin(1)])
+@pytest.mark.parametrize(
+    'objective',
+    [
+        lambda z: (z - z[:1].detach()).norm(dim=1), lambda z: (z @ z.T).exp().sum(),
+        lambda z: torch.cdist(z, -z.detach()).amin(1)
+    ],
+)
 def test_the_sequential_gradient_is_the_joint_one(objective):
     net = toy(3)
-    with frozen(net): joint, apart = (g(partial(embed, net), objective, X) for g in (autograd_gradient, sequential_gradient(net)))
+    with frozen(net):
+        joint, apart = (g(partial(embed, net), objective, X) for g in (autograd_gradient, sequential_gradient(net)))
     for a, b in zip(joint, apart): assert (a - b).abs().max() < 1e-12
     assert joint[1].abs().max() > 0
-    assert torch.equal(*(pgd(net, objective, X, **BALL, gradient=g).images for g in (autograd_gradient, sequential_gradient(net))))
+    assert torch.equal(
+        *(pgd(net, objective, X, **BALL, gradient=g).images for g in (autograd_gradient, sequential_gradient(net)))
+    )
 
 
 def kept(work):
@@ -345,7 +445,9 @@ def test_the_sequential_gradient_keeps_one_member():
     def away(z): return z.sum(1)
     def measured(model, gradient):
         with frozen(model): return kept(lambda: gradient(partial(embed, model), away, X))
-    single, apart, joint = measured(one_of, autograd_gradient), measured(net, sequential_gradient(net)), measured(net, autograd_gradient)
+    single, apart, joint = (
+        measured(one_of, autograd_gradient), measured(net, sequential_gradient(net)), measured(net, autograd_gradient)
+    )
     assert joint > 3.5*single and apart < 1.2*single
 
 
@@ -364,7 +466,8 @@ def test_parts(combine, share):
         counts = parts.seen[:, label == k].sum(1)
         assert counts.min() > 0 and counts.max() - counts.min() <= (1 if combine in ('focus', 'leave_one_out') else 2)
     assert torch.equal(parts.seen, split(label, classes=9, members=5, combine=combine, seed=1).seen)
-    if combine != 'full': assert not torch.equal(parts.seen, split(label, classes=9, members=5, combine=combine, seed=2).seen)
+    if combine != 'full':
+        assert not torch.equal(parts.seen, split(label, classes=9, members=5, combine=combine, seed=2).seen)
     rows = torch.tensor([7, 0])
     assert torch.equal(parts.of(rows).seen, parts.seen[:, [7, 0]])
 
@@ -380,29 +483,47 @@ def test_whole_classes_can_be_dealt_out():
 
 def test_a_split_that_cannot_be_is_refused(images):
     lonely = torch.tensor([0, 0, 0, 1])
-    with pytest.raises(ValueError, match='found class 1 with 1 images and none of them among those of member'): split(lonely, classes=2, members=3, combine='leave_one_out', seed=0)
+    with pytest.raises(ValueError, match='found class 1 with 1 images and none of them among those of member'):
+        split(lonely, classes=2, members=3, combine='leave_one_out', seed=0)
     assert split(lonely, classes=2, members=3, combine='leave_one_out', seed=0, absent='negative').known.all()
     defence = make('eat', **BALL, members=7, combine='focus')
-    with pytest.raises(ValueError, match='with 6 images and none of them among those of member .* of 7; use fewer members'): train(fresh(defence), images.train, defence, **OPTIONS)
+    with pytest.raises(
+        ValueError, match='with 6 images and none of them among those of member .* of 7; use fewer members'
+    ):
+        train(fresh(defence), images.train, defence, **OPTIONS)
 
 
 def test_rows_of_others_give_no_gradient():
     net, parts = toy(2), Parts(torch.arange(12) % 2 == torch.tensor([[0], [1]]), torch.ones(2, 6, dtype=torch.bool))
     changed = torch.where(parts.seen[0][:, None, None, None], X, 1 - X)
     defence = make('eat', **AT_ONCE, members=2, self_transfer='rotate', combine='focus')
-    found = [torch.autograd.grad(one(defence, net, parts=parts, x=x).loss, [*net.members[0].parameters(), net.proxies[0]]) for x in (X, changed)]
+    found = [
+        torch.autograd.grad(one(defence, net, parts=parts, x=x).loss, [*net.members[0].parameters(), net.proxies[0]])
+        for x in (X, changed)
+    ]
     for a, b in zip(*found): assert torch.equal(a, b)
 
 
 def test_a_batch_without_images_of_a_member_leaves_it_alone():
-    net, parts = toy(2), Parts(torch.stack([torch.ones(12), torch.zeros(12)]).bool(), torch.ones(2, 6, dtype=torch.bool))
+    net, parts = toy(2), Parts(
+        torch.stack([torch.ones(12), torch.zeros(12)]).bool(), torch.ones(2, 6, dtype=torch.bool)
+    )
     for rule in ('none', 'rotate'):
-        grads = torch.autograd.grad(one(make('eat', **AT_ONCE, members=2, self_transfer=rule), net, parts=parts).loss, list(net.parameters()), allow_unused=True)
+        grads = torch.autograd.grad(
+            one(make('eat', **AT_ONCE, members=2, self_transfer=rule), net, parts=parts).loss, list(net.parameters()),
+            allow_unused=True
+        )
         used = dict(zip([name for name, _ in net.named_parameters()], [g is not None for g in grads]))
         assert used == {name: name.startswith(('members.0', 'proxies.0')) for name in used}
 
 
-SMALL = {name: dict(dict(members=2) if name in ('eat', 'ensemble_at', 'joint_at', 'adp', 'gal', 'dverge') else {}, eps=.1, step_size=.05, steps=2, warm_epochs=1, clean_epochs=0, ramp_epochs=1, decay_every=1) for name in PROXY}
+SMALL = {
+    name: dict(
+        dict(members=2) if name in ('eat', 'ensemble_at', 'joint_at', 'adp', 'gal', 'dverge') else {}, eps=0.1,
+        step_size=0.05, steps=2, warm_epochs=1, clean_epochs=0, ramp_epochs=1, decay_every=1
+    )
+    for name in PROXY
+}
 
 
 @pytest.mark.parametrize('name', PROXY)
@@ -424,7 +545,8 @@ def test_the_warm_up_holds_the_backbones(images):
     defence = make('eat', **SMALL['eat'])
     net = fresh(defence)
     train(net, images.train, defence, **OPTIONS | dict(epochs=1))
-    for member, start in zip(net.members, fresh(defence).members): assert same(member.backbone, start.backbone) and not same(member.head, start.head)
+    for member, start in zip(net.members, fresh(defence).members):
+        assert same(member.backbone, start.backbone) and not same(member.head, start.head)
     assert all(p.requires_grad for p in net.parameters())
 
 
@@ -441,7 +563,13 @@ def test_proxies_that_are_not_finite_lose_no_epoch(images, tmp_path):
     def step(model, *args, clock, **kw):
         if clock.update == 4: model.proxies[0].data[0] = torch.nan
         return defence.step(model, *args, clock=clock, **kw)
-    with pytest.raises(FloatingPointError, match=r"expected finite proxies, found NaN or infinity in those of member 0; .* \(the last whole epoch is kept\)"): train(fresh(defence), images.train, replace(defence, step=step), run=run, **OPTIONS)
+    with pytest.raises(
+        FloatingPointError,
+        match=(
+            r"expected finite proxies, found NaN or infinity in those of member 0; .* \(the last whole epoch is kept\)"
+        ),
+    ):
+        train(fresh(defence), images.train, replace(defence, step=step), run=run, **OPTIONS)
     assert run.read('checkpoint.json')['epoch'] == 1
     whole, resumed = fresh(defence), fresh(defence)
     train(whole, images.train, defence, **OPTIONS), train(resumed, images.train, defence, run=run, **OPTIONS)
@@ -450,7 +578,10 @@ def test_proxies_that_are_not_finite_lose_no_epoch(images, tmp_path):
 
 def test_half_precision_trains(images):
     defence = make('eat', **SMALL['eat'])
-    full, half = (train(fresh(defence), images.train, defence, precision=p, **OPTIONS)['log'][-1]['loss'] for p in ('float32', 'bfloat16'))
+    full, half = (
+        train(fresh(defence), images.train, defence, precision=p, **OPTIONS)['log'][-1]['loss']
+        for p in ('float32', 'bfloat16')
+    )
     assert full != half and half == pytest.approx(full, rel=.1)
 
 
@@ -467,7 +598,8 @@ def test_collapse_halves_the_radius_once_per_epoch(images):
     defence = make('pal_at', eps=.1, step_size=.05, steps=1, warm_epochs=0, clean_epochs=1, ramp_epochs=0)
     net = fresh(defence)
     with torch.no_grad(): net.members[0].head.weight.mul_(1e-4), net.members[0].head.bias.fill_(1.)
-    with pytest.warns(UserWarning, match='the embeddings collapse'): done = train(net, images.train, defence, **OPTIONS | dict(epochs=4, lr=1e-9))
+    with pytest.warns(UserWarning, match='the embeddings collapse'):
+        done = train(net, images.train, defence, **OPTIONS | dict(epochs=4, lr=1e-9))
     assert [row['eps'] for row in done['log']] == pytest.approx([0., .1, .05, .025]) and done['state']['radius'] == .25
     ignored = replace_option(defence, on_collapse='ignore')
     assert train(net, images.train, ignored, **OPTIONS | dict(epochs=3, lr=1e-9))['log'][-1]['eps'] == pytest.approx(.1)
@@ -484,7 +616,9 @@ def test_schedule():
 def test_an_ensemble_is_evaluated_like_a_network(images):
     defence = make('eat', **SMALL['eat'])
     net = fresh(defence)
-    found = evaluate(net, images.test, **vars(Protocol(eps=.1, step_size=.05, steps=2, batch_size=24)), backend='torch', show=False)
+    found = evaluate(
+        net, images.test, **vars(Protocol(eps=0.1, step_size=0.05, steps=2, batch_size=24)), backend='torch', show=False
+    )
     assert 0 <= found.benign['R@1'] <= 100 and set(HEADINGS) <= found.after.keys()
     z = embed_all(net, images.test, batch_size=7)
     assert z.shape == (len(images.test), 16) and torch.allclose(z.norm(dim=1), torch.ones(len(z)))
@@ -495,18 +629,24 @@ def test_an_ensemble_is_evaluated_like_a_network(images):
 
 def test_one_member_embeds_as_its_network(images):
     net = ensemble('small', members=1, classes=6, dim=8, size=28, channels=1, seed=0)
-    assert torch.allclose(embed_all(net, images.test, batch_size=8), embed_all(net.members[0], images.test, batch_size=8), atol=1e-6)
+    assert torch.allclose(
+        embed_all(net, images.test, batch_size=8), embed_all(net.members[0], images.test, batch_size=8), atol=1e-6
+    )
     assert checksum(net) == checksum(ensemble('small', members=1, classes=6, dim=8, size=28, channels=1, seed=0))
 
 
 def test_transfer_matrix(images):
-    "The diagonal is the evaluation's own white box; block size changes nothing; a model against itself transfers fully."
+    """The diagonal is the evaluation's own white box; block size changes nothing; a model against itself transfers
+    fully."""
     nets = [Net28(s) for s in range(2)]
     budget = dict(eps=.1, step_size=.03, steps=3)
     table = transfer_matrix([*nets, nets[0]], images.test, batch_size=24, **budget)
     for i, net in enumerate(nets):
         emb = embed_all(net, images.test, batch_size=24)
-        records = attack_batches(net, images.test, queries_and_gallery(emb, images.test.labels)[1], {'ES': SUITE['ES']}, Protocol(**budget), show=False)
+        records = attack_batches(
+            net, images.test, queries_and_gallery(emb, images.test.labels)[1], {'ES': SUITE['ES']}, Protocol(**budget),
+            show=False
+        )
         assert table[i, i].item() == pytest.approx(mean_outcomes(records, 'after')['ES:R'])
     assert torch.equal(table[0], table[2]) and torch.equal(table[:, 0], table[:, 2])
     assert torch.equal(table, transfer_matrix([*nets, nets[0]], images.test, batch_size=5, **budget))
@@ -524,20 +664,41 @@ def test_options_make_the_same_defence(name):
     with pytest.raises(TypeError, match='has no option colour'): make(name, **BALL, colour=1)
 
 
-@pytest.mark.parametrize('options,words', [
-    (dict(eps=8.), '8/255 is 0.031'), (dict(combine='some'), "combine must be one of 'full'"), (dict(members=0), 'members must be a whole number'),
-    (dict(members=1, self_transfer='none'), 'leave_one_out needs at least 2 members'), (dict(members=2, combine='r_of_n', r=3), r'r must lie in \[1, members\], found 3 of 2'),
-    (dict(scale=0.), 'scale, proxy_lr and clip must be positive'), (dict(self_transfer='some'), "self_transfer must be one of 'none'"),
-    (dict(members=1, combine='full'), 'needs at least 2 members, found 1'), (dict(w_clean=.9), 'w_transfer must lie in'), (dict(split_unit='class', craft_loss='proxy_margin'), 'lacks the proxies'),
-    (dict(warm_epochs=-1), 'warm_epochs must lie in')])
+@pytest.mark.parametrize(
+    'options,words',
+    [
+        (dict(eps=8.0), '8/255 is 0.031'), (dict(combine='some'), "combine must be one of 'full'"),
+        (dict(members=0), 'members must be a whole number'),
+        (dict(members=1, self_transfer='none'), 'leave_one_out needs at least 2 members'),
+        (dict(members=2, combine='r_of_n', r=3), r'r must lie in \[1, members\], found 3 of 2'),
+        (dict(scale=0.0), 'scale, proxy_lr and clip must be positive'),
+        (dict(self_transfer='some'), "self_transfer must be one of 'none'"),
+        (dict(members=1, combine='full'), 'needs at least 2 members, found 1'),
+        (dict(w_clean=0.9), 'w_transfer must lie in'),
+        (dict(split_unit='class', craft_loss='proxy_margin'), 'lacks the proxies'),
+        (dict(warm_epochs=-1), 'warm_epochs must lie in')
+    ],
+)
 def test_bad_switches_are_refused(options, words):
     with pytest.raises(ValueError, match=words): make('eat', **BALL | options)
 
 
 def test_bad_models_are_refused(images):
     defence = make('eat', **BALL, members=2)
-    with pytest.raises(TypeError, match='trains an Ensemble with proxies for each member, found EmbeddingNet; make one with defenses.eat.ensemble'): train(Net28(0), images.train, defence, **OPTIONS)
-    with pytest.raises(ValueError, match='must have members=2, as its defence has, found 3'): train(fresh(make('eat', **BALL)), images.train, defence, **OPTIONS)
-    with pytest.raises(ValueError, match='proxies for the 6 training classes, found 5'): train(fresh(defence, classes=5), images.train, defence, **OPTIONS)
-    with pytest.raises(ValueError, match='set warm_epochs=0'): defence.optimizer(Ensemble([nn.Flatten(), nn.Flatten()], [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]), lr=1., weight_decay=0.)
+    with pytest.raises(
+        TypeError,
+        match=(
+            'trains an Ensemble with proxies for each member, found EmbeddingNet; make one with defenses.eat.ensemble'
+        ),
+    ):
+        train(Net28(0), images.train, defence, **OPTIONS)
+    with pytest.raises(ValueError, match='must have members=2, as its defence has, found 3'):
+        train(fresh(make('eat', **BALL)), images.train, defence, **OPTIONS)
+    with pytest.raises(ValueError, match='proxies for the 6 training classes, found 5'):
+        train(fresh(defence, classes=5), images.train, defence, **OPTIONS)
+    with pytest.raises(ValueError, match='set warm_epochs=0'):
+        defence.optimizer(
+            Ensemble([nn.Flatten(), nn.Flatten()], [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]), lr=1.0,
+            weight_decay=0.0
+        )
     with pytest.raises(ValueError, match='at least 1 member'): Ensemble([])

@@ -26,8 +26,13 @@ def toy():
         table1 = raw | {'ERS': ers(raw)}
         table2 = {h: raw[h] for h in errata.BENIGN} | ars_cells(before, raw) | {'Averaged ARS': ars(before, raw)}
         for n, table in ((1, table1), (2, table2)):
-            for h, v in table.items(): cells[Key(n, 'CUB', defense, h)] = f'{v:.3f}' if h in ('TMA', 'ES:D') else f'{v:.1f}'
-    again = {k: v for k, v in cells.items() if k.table == 2 and k.defense == 'Ours' and k.heading not in ('R@2', 'mAP', 'NMI')}
+            for h, v in table.items():
+                cells[Key(n, 'CUB', defense, h)] = f'{v:.3f}' if h in ('TMA', 'ES:D') else f'{v:.1f}'
+    again = {
+        k: v
+        for k, v in cells.items()
+        if k.table == 2 and k.defense == 'Ours' and k.heading not in ('R@2', 'mAP', 'NMI')
+    }
     return cells | {Key(3, 'CUB', 'COLO-TRIDE', k.heading): v for k, v in again.items()}
 
 
@@ -39,7 +44,11 @@ def test_consistent_tables_are_not_accused():
     cells = toy()
     lines = errata.recompute(cells)
     assert len(lines) == 3*(1 + 8 + 2) + 2 and {l['verdict'] for l in lines} == {'consistent'}
-    assert errata.order_violations(cells) == [] and errata.disagreements(cells) == [] and len(errata.repeated(cells)) == 3*5 + 8
+    assert (
+        errata.order_violations(cells) == []
+        and errata.disagreements(cells) == []
+        and len(errata.repeated(cells)) == 3 * 5 + 8
+    )
     assert all(l['fits'] for l in errata.implied_before(cells))
     assert [errata.repairs(cells, row) for row in errata.rows(cells)] == [([], 0)]*4
 
@@ -79,7 +88,11 @@ def test_a_swap_with_the_neighbouring_row_is_found():
     swapped = cells | dict(zip(pair, (cells[pair[1]], cells[pair[0]])))
     assert {row for row, _ in outside(swapped)} >= {'HM', 'Ours'}
     found, _ = errata.repairs(swapped, ('CUB', 'HM'))
-    assert [r for r in found if r.kind == 'swap with neighbour' and set(r.cells) == set(pair) and {'ERS', 'ARS of QA+'} <= set(r.mends)]
+    assert [
+        r
+        for r in found
+        if r.kind == 'swap with neighbour' and set(r.cells) == set(pair) and {'ERS', 'ARS of QA+'} <= set(r.mends)
+    ]
 
 
 def test_swapped_scores_are_found():
@@ -117,7 +130,10 @@ def test_order_and_range(changes, kind, headings):
     assert [(l['kind'], {k.heading for k in l['cells']}) for l in found] == [(kind, headings)]
 
 
-@pytest.mark.parametrize('change', [key('Ours', 'R@1', 2), Key(3, 'CUB', 'COLO-TRIDE', 'QA+'), key('Ours', 'GTT', 2)], ids=lambda k: k.heading)
+@pytest.mark.parametrize(
+    'change', [key('Ours', 'R@1', 2), Key(3, 'CUB', 'COLO-TRIDE', 'QA+'), key('Ours', 'GTT', 2)],
+    ids=lambda k: k.heading
+)
 def test_two_values_of_one_quantity(change):
     cells = toy()
     cells[change] = f'{float(cells[change]) + .3:.1f}'
@@ -128,7 +144,11 @@ def test_two_values_of_one_quantity(change):
 
 
 def test_results_and_resistances_are_different_quantities():
-    assert not [keys for keys in errata.repeated(toy()) if {k.table for k in keys} >= {1, 2} and keys[0].heading in ('CA+', 'LTM', 'ES:R')]
+    assert not [
+        keys
+        for keys in errata.repeated(toy())
+        if {k.table for k in keys} >= {1, 2} and keys[0].heading in ('CA+', 'LTM', 'ES:R')
+    ]
 
 
 def test_another_initial_rank_is_implied():
@@ -139,31 +159,61 @@ def test_another_initial_rank_is_implied():
 
 
 def test_words_and_missing_cells_are_named():
-    cells = toy() | {key('HM', 'GTT'): '0/0', Key(4, 'CUB', '“assist”-part', 'ERS'): '14.4', Key(3, 'CUB', 'COLO-CAP', 'ERS'): '33.0'}
+    cells = toy() | {
+        key('HM', 'GTT'): '0/0', Key(4, 'CUB', '“assist”-part', 'ERS'): '14.4',
+        Key(3, 'CUB', 'COLO-CAP', 'ERS'): '33.0'
+    }
     cells |= {Key(3, 'CUB', 'COLO-CAP', h): '10.0' for h in ARS_HEADINGS}
     reasons = {k: reason for k, reason in errata.not_recomputed(cells)}
-    assert reasons == {key('HM', 'ERS'): 'GTT of the row are not printed', Key(4, 'CUB', '“assist”-part', 'ERS'): 'no result of the row is printed',
-                       Key(3, 'CUB', 'COLO-CAP', 'ERS'): 'TMA and ES:D of the row are not printed'}
-    assert not [l for l in errata.recompute(cells) if l['defense'] == 'HM' and l['check'] in ('ERS', 'ARS from the results')]
+    assert reasons == {
+        key('HM', 'ERS'): 'GTT of the row are not printed',
+        Key(4, 'CUB', '“assist”-part', 'ERS'): 'no result of the row is printed',
+        Key(3, 'CUB', 'COLO-CAP', 'ERS'): 'TMA and ES:D of the row are not printed'
+    }
+    assert not [
+        l for l in errata.recompute(cells) if l['defense'] == 'HM' and l['check'] in ('ERS', 'ARS from the results')
+    ]
 
 
 CELLS = errata.printed()
-VERDICTS = { # what the reference notes on the claims say
-    '1a': 'contradicted', '1b': 'holds', '2a': 'holds', '3a': 'holds', '3b': 'holds', '4b': 'holds', '5a': 'holds', '5b': 'contradicted', '7a': 'contradicted', '7c': 'holds',
-    '7g': 'holds', '8a': 'holds', '8c': 'contradicted', '12c': 'holds', '12d': 'holds'}
+VERDICTS = {  # what the reference notes on the claims say
+    '1a': 'contradicted',
+    '1b': 'holds',
+    '2a': 'holds',
+    '3a': 'holds',
+    '3b': 'holds',
+    '4b': 'holds',
+    '5a': 'holds',
+    '5b': 'contradicted',
+    '7a': 'contradicted',
+    '7c': 'holds',
+    '7g': 'holds',
+    '8a': 'holds',
+    '8c': 'contradicted',
+    '12c': 'holds',
+    '12d': 'holds',
+}
 
 
 @pytest.mark.parametrize('number', VERDICTS)
 def test_verdicts(number): assert {c.number: c.verdict for c in errata.claims(CELLS)}[number] == VERDICTS[number]
 
 
-@pytest.mark.parametrize('number, changes', [
-    ('1a', {Key(1, s, 'Ours', 'ERS'): v for s, v in (('CUB', '38.5'), ('CARS', '49.3'), ('SOP', '65.9'))}),
-    ('1b', {Key(2, 'SOP', 'Ours', 'Averaged ARS'): '95.0'}), ('2a', {Key(1, 'SOP', 'N/A', 'LTM'): '7.0'}), ('2b', {Key(1, s, 'N/A', 'GTM'): '0.3' for s in errata.SETS}),
-    ('3a', {Key(1, 'CARS', 'ACT', 'ERS'): '46.4'}), ('3c', {Key(2, 'SOP', 'Ours', 'R@1'): '43.0'}), ('5a', {Key(1, 'CUB', 'Ours', 'TMA'): '0.70'}), ('5b', {Key(1, 'SOP', 'Ours', 'GTM'): '37.0'}),
-    ('7c', {Key(3, 'CUB', 'COLO-CAP', 'R@1'): '34.5'}), ('7g', {Key(3, 'CUB', 'COLO-ANP', 'ERS'): '39.0'}), ('8a', {Key(3, 'CUB', 'COLO-ANP', h): '1.0' for h in ('QA+', 'QA-', 'GTT')}),
-    ('8c', {Key(3, 'CUB', 'COLO-ANP', 'ERS'): '36.5'}), ('12a', {Key(4, 'CUB', '“assist”-full', 'ARS'): '9.0'}), ('12d', {Key(4, 'CUB', 'Ours w/o early disabling', 'ERS'): '40.0'}),
-    ('13', {Key(1, 'CUB', 'ACT', 'TMA'): '0.99'})])
+@pytest.mark.parametrize(
+    'number, changes',
+    [
+        ('1a', {Key(1, s, 'Ours', 'ERS'): v for s, v in (('CUB', '38.5'), ('CARS', '49.3'), ('SOP', '65.9'))}),
+        ('1b', {Key(2, 'SOP', 'Ours', 'Averaged ARS'): '95.0'}), ('2a', {Key(1, 'SOP', 'N/A', 'LTM'): '7.0'}),
+        ('2b', {Key(1, s, 'N/A', 'GTM'): '0.3' for s in errata.SETS}), ('3a', {Key(1, 'CARS', 'ACT', 'ERS'): '46.4'}),
+        ('3c', {Key(2, 'SOP', 'Ours', 'R@1'): '43.0'}), ('5a', {Key(1, 'CUB', 'Ours', 'TMA'): '0.70'}),
+        ('5b', {Key(1, 'SOP', 'Ours', 'GTM'): '37.0'}), ('7c', {Key(3, 'CUB', 'COLO-CAP', 'R@1'): '34.5'}),
+        ('7g', {Key(3, 'CUB', 'COLO-ANP', 'ERS'): '39.0'}),
+        ('8a', {Key(3, 'CUB', 'COLO-ANP', h): '1.0' for h in ('QA+', 'QA-', 'GTT')}),
+        ('8c', {Key(3, 'CUB', 'COLO-ANP', 'ERS'): '36.5'}), ('12a', {Key(4, 'CUB', '“assist”-full', 'ARS'): '9.0'}),
+        ('12d', {Key(4, 'CUB', 'Ours w/o early disabling', 'ERS'): '40.0'}),
+        ('13', {Key(1, 'CUB', 'ACT', 'TMA'): '0.99'})
+    ],
+)
 def test_verdicts_follow_the_cells(number, changes):
     "Other cells, other verdict."
     old, new = ({c.number: c.verdict for c in errata.claims(cells)}[number] for cells in (CELLS, CELLS | changes))
@@ -180,16 +230,26 @@ def test_known_errors_of_the_paper():
     assert any(r.kind == 'swap' and {k.heading for k in r.cells} == {'ERS', 'Averaged ARS'} for r in found)
     twice = {(keys[0].dataset, keys[0].defense, keys[0].heading) for keys in errata.disagreements(CELLS)}
     assert {('CUB', 'N/A', 'R@1'), ('SOP', 'Ours', 'R@1'), ('SOP', 'Ours', 'GTT')} <= twice
-    assert not [l for l in errata.recompute(CELLS) if l['defense'] in ('ACT', 'HM') and l['verdict'] != 'consistent' and (l['dataset'], l['check']) != ('CARS', 'mean of the ARS')]
+    assert not [
+        l
+        for l in errata.recompute(CELLS)
+        if l['defense'] in ('ACT', 'HM')
+        and l['verdict'] != 'consistent'
+        and (l['dataset'], l['check']) != ('CARS', 'mean of the ARS')
+    ]
 
 
 def test_report(tmp_path):
     results = errata.errata_results()
     page = errata.write_errata(tmp_path, results).read_text()
-    assert page.count('<script') == 1 and '<img' in page and not re.search(r'\bnan\b', re.sub(r'base64,[^"]+', '', page))
+    assert (
+        page.count('<script') == 1 and '<img' in page and not re.search(r'\bnan\b', re.sub(r'base64,[^"]+', '', page))
+    )
     assert json.loads((tmp_path/'results.json').read_text())['repeated'] == results['repeated']
     lines = list(csv.DictReader(io.StringIO((tmp_path/'errata.csv').read_text())))
-    assert {'score', 'not recomputed', 'initial value', 'replacement', 'swap', 'printed twice', 'sentence'} <= {l['kind'] for l in lines}
+    assert {'score', 'not recomputed', 'initial value', 'replacement', 'swap', 'printed twice', 'sentence'} <= {
+        l['kind'] for l in lines
+    }
     assert sum(l['kind'] == 'score' for l in lines) == len(results['scores'])
 
 
@@ -198,12 +258,21 @@ def test_appendix_page(tmp_path):
     page = errata.write_appendix(tmp_path, results, errata.appendix_figures(results, check)).read_text()
     assert page.count('<figure') == 5 and page.count('<script') == 1
     assert str(tmp_path) not in (tmp_path/'results.json').read_text()
-    assert all((tmp_path/'figures'/name).stat().st_size < 150_000 for name in ('figure1.png', 'figure5.png', 'ratio.png', 'views.png', 'real.png'))
+    assert all(
+        (tmp_path / 'figures' / name).stat().st_size < 150_000
+        for name in ('figure1.png', 'figure5.png', 'ratio.png', 'views.png', 'real.png')
+    )
     for line in results['real'] + results['random']:
         assert line['R least'] >= 1.95 and not math.isnan(line['R exact'])
         assert line['exact gain sip'] > max(line['exact gain cap'], line['exact gain anp'])
 
 
-@pytest.mark.parametrize('given, words', [(dict(datset='x'), 'unknown parameter datset'), (dict(seed='1'), 'seed must be of type int'), (dict(seed=True), 'seed must be of type int')])
+@pytest.mark.parametrize(
+    'given, words',
+    [
+        (dict(datset='x'), 'unknown parameter datset'), (dict(seed='1'), 'seed must be of type int'),
+        (dict(seed=True), 'seed must be of type int')
+    ],
+)
 def test_parameters(given, words):
     with pytest.raises(ValueError, match=words): errata.asked(given, errata.APPENDIX)

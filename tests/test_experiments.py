@@ -20,7 +20,11 @@ from robust_dml.runs.store import finished_runs, read_results
 from robust_dml.defenses.colo_tride import OFFICIAL, PAPER
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = [name for name in experiments.EXPERIMENTS if name not in ('cost', 'reference', 'locality', 'stress', 'all_defenses', 'explore')]
+TABLES = [
+    name
+    for name in experiments.EXPERIMENTS
+    if name not in ('cost', 'reference', 'locality', 'stress', 'all_defenses', 'explore')
+]
 
 
 @cache
@@ -30,8 +34,14 @@ def smoke(): return experiments.plan('table1', experiments.parameters(dict(prese
 def planned(name, out, defenses='', profiles=('official', 'paper')):
     "A plan on data that is drawn once."
     wanted, base = experiments.EXPERIMENTS[name], smoke()
-    recipe = replace(base.recipe, **dict(settings=wanted.settings or base.recipe.settings, limit=16, profiles=profiles) | wanted.changes)
-    return replace(base, experiment=name, defenses=experiments.table_lines(defenses) or wanted.defenses, recipe=recipe, reports=Path(out))
+    recipe = replace(
+        base.recipe,
+        **dict(settings=wanted.settings or base.recipe.settings, limit=16, profiles=profiles) | wanted.changes
+    )
+    return replace(
+        base, experiment=name, defenses=experiments.table_lines(defenses) or wanted.defenses, recipe=recipe,
+        reports=Path(out)
+    )
 
 
 @pytest.fixture(scope='module')
@@ -87,18 +97,32 @@ def test_each_line_of_switches_turns_one_switch(out):
 
 def test_equal_runs_have_one_address(out):
     "A switch at its own value, or a number written without a point, is no other run."
-    plan = planned('table1', out, defenses='colo_tride,colo_tride:profile=official,colo_tride:profile=official+lam=2', profiles=('official',))
-    addresses = {experiments.find_run(plan.reports, 'train', config).address for cell in experiments.cells(plan) for _,config,_ in experiments._trainings(plan, cell)}
+    plan = planned(
+        'table1', out, defenses='colo_tride,colo_tride:profile=official,colo_tride:profile=official+lam=2',
+        profiles=('official',)
+    )
+    addresses = {
+        experiments.find_run(plan.reports, 'train', config).address
+        for cell in experiments.cells(plan)
+        for _, config, _ in experiments._trainings(plan, cell)
+    }
     assert len(addresses) == 1
 
 
-@pytest.mark.parametrize('entry, words', [('colo_tride:lambda=3', 'has no switch lambda'), ('hm:phase=cap', 'hm has no switch phase'), ('colo_tride:lam', 'lam=10'), ('cola', "'natural', 'act'")])
+@pytest.mark.parametrize(
+    'entry, words',
+    [
+        ('colo_tride:lambda=3', 'has no switch lambda'), ('hm:phase=cap', 'hm has no switch phase'),
+        ('colo_tride:lam', 'lam=10'), ('cola', "'natural', 'act'")
+    ],
+)
 def test_bad_lines(entry, words, out):
     with pytest.raises(ValueError, match=words): planned('table1', out, defenses=entry)
 
 
 def test_a_value_that_no_switch_has_is_found_before_anything_is_trained(out):
-    with pytest.raises(ValueError, match="phase must be one of"): experiments.results(planned('table3', out/'bad', defenses='natural,colo_tride:phase=capp'), show=False)
+    with pytest.raises(ValueError, match="phase must be one of"):
+        experiments.results(planned('table3', out/'bad', defenses='natural,colo_tride:phase=capp'), show=False)
     assert not (out/'bad').exists()
 
 
@@ -107,8 +131,13 @@ def test_committed_tables_are_found_in_the_store():
     for path in sorted(ROOT.glob('reports/*-glyphs-*/results.json')):
         results = read_results(path.parent)
         if results.get('experiment') not in TABLES: continue
-        plan = experiments.plan(results['experiment'], experiments.parameters(dict(preset=results['preset'], out=str(ROOT/'reports'))))
-        asked = {experiments.find_run(plan.reports, 'train', list(experiments._trainings(plan, cell))[-1][1]).address for cell in experiments.cells(plan)}
+        plan = experiments.plan(
+            results['experiment'], experiments.parameters(dict(preset=results['preset'], out=str(ROOT / 'reports')))
+        )
+        asked = {
+            experiments.find_run(plan.reports, 'train', list(experiments._trainings(plan, cell))[-1][1]).address
+            for cell in experiments.cells(plan)
+        }
         trainings = results['trainings'] if 'trainings' in results else [r['train'] for r in results['records']]
         assert {r['address'] for r in trainings} <= asked, path.parent.name # a line added since may wait to be computed
         if results['preset'] == 'quick': assert {r['address'] for r in trainings} == asked, path.parent.name
@@ -117,16 +146,21 @@ def test_committed_tables_are_found_in_the_store():
 def test_both_readings_of_the_paper_stand_in_the_larger_tables():
     for name in ('table1', 'table2', 'table3', 'table4', 'figure3', 'figure4', 'switches'):
         asked = experiments.parameters(dict(preset='small'))
-        plan = replace(smoke(), defenses=experiments.lines_of(name, 'small'), recipe=experiments._recipe(name, asked, 'glyphs'))
+        plan = replace(
+            smoke(), defenses=experiments.lines_of(name, 'small'), recipe=experiments._recipe(name, asked, 'glyphs')
+        )
         labels = {cell.label for cell in experiments.cells(plan)}
         assert any('(paper_range)' in label for label in labels) and any('(paper)' in label for label in labels), name
         assert name == 'switches' or 'COLO-TRIDE (paper, C per step)' in labels, name
     assert experiments.recipe('paper', 'cub').profiles == ('official', 'paper_steps')
-    assert 'colo_steps' not in experiments.lines_of('table1', 'quick') and 'hm' in experiments.lines_of('figure4', 'quick')
+    assert 'colo_steps' not in experiments.lines_of('table1', 'quick') and 'hm' in experiments.lines_of(
+        'figure4', 'quick'
+    )
 
 
 def test_a_miniature_cub_through_everything(tmp_path):
-    "`run_all -p dataset cub -p preset smoke`: the files as their authors distribute them, 32 pixels, no pretrained weights, one process."
+    """`run_all -p dataset cub -p preset smoke`: the files as their authors distribute them, 32 pixels, no pretrained
+    weights, one process."""
     pytest.importorskip('pytorch_metric_learning', reason='the proxy loss of EAT comes from pytorch-metric-learning')
     test_archives.cub(tmp_path, classes=(1, 2, 3, 4, 5, 101, 102, 103), per_class=4)
     asked = experiments.parameters(dict(dataset='cub', root=str(tmp_path), preset='smoke', out=str(tmp_path/'out')))
@@ -145,7 +179,13 @@ def shop(tmp_path_factory):
     return root
 
 
-def shop_plan(root, out, experiment='table1'): return experiments.plan(experiment, experiments.parameters(dict(dataset='inshop', root=str(root), preset='smoke', defenses='natural,act', out=str(out))))
+def shop_plan(root, out, experiment='table1'):
+    return experiments.plan(
+        experiment,
+        experiments.parameters(
+            dict(dataset='inshop', root=str(root), preset='smoke', defenses='natural,act', out=str(out))
+        ),
+    )
 
 
 @pytest.mark.filterwarnings('ignore:.*is not the published set')
@@ -157,24 +197,41 @@ def test_a_gallery_of_its_own_through_table1(shop, tmp_path, capsys):
     page, _ = studies.run_one(plan, show=False)
     results = json.loads((plan.folder/'results.json').read_text())
     assert 'queries and gallery apart: 10 queries, 6 gallery images' in page.read_text()
-    for r in results['records']: assert (r['eval']['queries'], r['eval']['excluded'], r['eval']['before']['GTT']) == (10, 4, 100)
+    for r in results['records']:
+        assert (r['eval']['queries'], r['eval']['excluded'], r['eval']['before']['GTT']) == (10, 4, 100)
     shown = experiments.example_images(plan, results)['A Natural']
-    assert len(shown) == 7 and set(shown['label_before'].unique().tolist()) <= {0, 1, 2} and shown['before'].shape[:2] == (4, 5)
+    assert (
+        len(shown) == 7
+        and set(shown['label_before'].unique().tolist()) <= {0, 1, 2}
+        and shown['before'].shape[:2] == (4, 5)
+    )
     before = {p: p.stat().st_mtime_ns for p in (tmp_path/'store').rglob('*')}
     experiments.results(replace(shop_plan(shop, tmp_path), experiment='table2'), show=False)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path/'store').rglob('*')}
 
 
 def test_a_gallery_of_its_own_as_a_user_starts_it(shop, tmp_path):
-    done = test_run_notebooks.papermill(tmp_path, 'run_table1.ipynb', '-p', 'dataset', 'inshop', '-p', 'root', str(shop), '-p', 'preset', 'smoke', '-p', 'defenses', 'natural')
+    done = test_run_notebooks.papermill(
+        tmp_path, 'run_table1.ipynb', '-p', 'dataset', 'inshop', '-p', 'root', str(shop), '-p', 'preset', 'smoke', '-p',
+        'defenses', 'natural'
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert 'queries and gallery apart: 10 queries, 6 gallery images' in (tmp_path/'reports'/'table1-inshop-smoke'/'index.html').read_text()
+    assert (
+        'queries and gallery apart: 10 queries, 6 gallery images' in (
+            tmp_path / 'reports' / 'table1-inshop-smoke' / 'index.html'
+        ).read_text()
+    )
 
 
 @pytest.mark.filterwarnings('ignore:.*is not the published set')
-@pytest.mark.parametrize('was, now, message', [
-    ('id_0000000[789] gallery', 'id_00000010 gallery', 'a gallery of at least 2 classes, found 1'),
-    ('id_0000000([789]) query', 'id_00000010 query', 'a query whose class is in the gallery, found none among 10')], ids=('one class', 'no class of the queries'))
+@pytest.mark.parametrize(
+    'was, now, message',
+    [
+        ('id_0000000[789] gallery', 'id_00000010 gallery', 'a gallery of at least 2 classes, found 1'),
+        ('id_0000000([789]) query', 'id_00000010 query', 'a query whose class is in the gallery, found none among 10')
+    ],
+    ids=('one class', 'no class of the queries'),
+)
 def test_galleries_that_cannot_be_searched(shop, tmp_path, was, now, message):
     folder = next(shutil.copytree(shop, tmp_path/'shop').iterdir())
     lines = folder/'Eval'/'list_eval_partition.txt'
@@ -189,7 +246,11 @@ def test_its_cost_is_not_forecast(shop, tmp_path, named):
     "One sentence, whatever the folder is called."
     if named: (tmp_path/'inshop').symlink_to(next(shop.iterdir()))
     asked = experiments.parameters(dict(dataset='inshop', root=str(tmp_path if named else shop), preset='smoke'))
-    with pytest.raises(ValueError, match='found inshop with a gallery of its own; run its table' if named else "found 'inshop'; the cost of"): cost.cost_plan(asked)
+    with pytest.raises(
+        ValueError,
+        match='found inshop with a gallery of its own; run its table' if named else "found 'inshop'; the cost of"
+    ):
+        cost.cost_plan(asked)
 
 
 def test_committed_evaluations_of_a_training_are_of_one_model():
@@ -198,7 +259,8 @@ def test_committed_evaluations_of_a_training_are_of_one_model():
     for run in finished_runs(ROOT/'reports'):
         if not run.has('result.json'): continue
         config, found = run.read('card.json')['config'], run.read('result.json').get('weights')
-        if found and isinstance(config.get('train'), str): weights.setdefault(config['train'], {}).setdefault(found, []).append(run.address)
+        if found and isinstance(config.get('train'), str):
+            weights.setdefault(config['train'], {}).setdefault(found, []).append(run.address)
     assert weights and {train: of for train,of in weights.items() if len(of) > 1} == {}
 
 
@@ -213,11 +275,16 @@ def test_new_fields_enter_a_configuration_only_where_they_change_it():
     for name, value in zip(new, ('sgd', 'cosine', 1e-2)): assert config(**{name: value}) == config() | {name: value}
 
 
-@pytest.mark.parametrize('given, words', [
-    (dict(eps=.031), 'found 0.031, which looks like a fraction of the range: write 7.9'), (dict(eps=256), 'from 1 to 255'),
-    (dict(eps=-1), 'from 1 to 255'), (dict(eps=math.nan), 'from 1 to 255'), (dict(lr=-1e-3), 'lr must lie in'),
-    (dict(lr=1.5), 'lr must lie in'), (dict(head_lr=math.inf), 'head_lr must lie in'), (dict(pairs=1), 'at least 2'),
-    (dict(steps=10**6), 'at most 1000'), (dict(steps=-1), 'whole number')])
+@pytest.mark.parametrize(
+    'given, words',
+    [
+        (dict(eps=0.031), 'found 0.031, which looks like a fraction of the range: write 7.9'),
+        (dict(eps=256), 'from 1 to 255'), (dict(eps=-1), 'from 1 to 255'), (dict(eps=math.nan), 'from 1 to 255'),
+        (dict(lr=-1e-3), 'lr must lie in'), (dict(lr=1.5), 'lr must lie in'),
+        (dict(head_lr=math.inf), 'head_lr must lie in'), (dict(pairs=1), 'at least 2'),
+        (dict(steps=10**6), 'at most 1000'), (dict(steps=-1), 'whole number')
+    ],
+)
 def test_numbers_out_of_range(given, words):
     with pytest.raises(ValueError, match=words) as error: experiments.parameters(given)
     assert '\n' not in str(error.value)

@@ -33,7 +33,11 @@ def test_finished_runs_stand_beside_the_forecast(finished):
     training, attacks = cost.recorded(rates, plan, workload)
     record = results['records'][0]
     assert (training['measured'], attacks['measured']) == (record['train']['seconds'], record['eval']['seconds'])
-    assert training['predicted'] == training['at_most'] == pytest.approx(cost.table_costs(rates, workload, plan)[0]['training_seconds'])
+    assert (
+        training['predicted']
+        == training['at_most']
+        == pytest.approx(cost.table_costs(rates, workload, plan)[0]['training_seconds'])
+    )
 
 
 def test_runs_of_other_machines_are_left_out(finished):
@@ -51,12 +55,21 @@ def test_steps_that_were_left_out_cost_nothing(finished):
     plan, _, workload, rates = finished
     cell = next(experiments.cells(plan))
     chosen = experiments.defense(cell, plan.recipe)
-    def updates(share): return cost.training_seconds(rates, plan.recipe, chosen, 'act', images=60, epochs=2, device='cpu', share=share)['updates']
+    def updates(share):
+        return cost.training_seconds(rates, plan.recipe, chosen, 'act', images=60, epochs=2, device='cpu', share=share)[
+            'updates'
+        ]
     steps = 2*60*chosen.options['steps']*.5/2   # pairs x steps x seconds per step and pair
     assert updates(1.) - updates(.5) == pytest.approx(steps/2)
 
 
-@pytest.mark.parametrize('asked, words', [(dict(dataset='birds'), "'cub', 'cars', 'sop'"), (dict(dataset='cub', preset='huge'), 'preset'), (dict(dataset='cub', device='tpu'), 'device')])
+@pytest.mark.parametrize(
+    'asked, words',
+    [
+        (dict(dataset='birds'), "'cub', 'cars', 'sop'"), (dict(dataset='cub', preset='huge'), 'preset'),
+        (dict(dataset='cub', device='tpu'), 'device')
+    ],
+)
 def test_bad_requests(asked, words, tmp_path):
     with pytest.raises(ValueError, match=words): cost.cost_plan(experiments.parameters(dict(asked, out=str(tmp_path))))
 
@@ -69,7 +82,8 @@ def test_noise_pretends_its_size():
 
 
 def test_flops_of_known_networks():
-    "ResNet-18 at 224 x 224 has 1.82 billion multiply-adds; a network by hand; the backward pass costs twice the forward pass, less what needs no gradient."
+    """ResNet-18 at 224 x 224 has 1.82 billion multiply-adds; a network by hand; the backward pass costs twice the
+    forward pass, less what needs no gradient."""
     import torchvision
     assert cost.forward_flops(torchvision.models.resnet18(), (3, 224, 224))/2e9 == pytest.approx(1.82, rel=.01)
     net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(4*36, 5))
@@ -91,9 +105,13 @@ def test_work_of_a_plan(finished):
     "Work by hand from the counts of the cost model, and hours from a rate."
     plan, _, workload, rates = finished
     work = cost.gpu_work({'glyphs': (workload, plan)})['glyphs']
-    row, worth = cost.table_costs(rates, workload, plan)[0], cost.passes(plan.recipe, experiments.defense(next(experiments.cells(plan)), plan.recipe), 'act')
+    row, worth = cost.table_costs(rates, workload, plan)[0], cost.passes(
+        plan.recipe, experiments.defense(next(experiments.cells(plan)), plan.recipe), 'act'
+    )
     one, pairs = 2*work['multiply_adds'], workload.train*plan.recipe.epochs
-    assert work['rows'][0]['training'] == pytest.approx(one*(pairs*worth.update + row['image_steps']/2*worth.step), rel=1e-6)
+    assert work['rows'][0]['training'] == pytest.approx(
+        one * (pairs * worth.update + row['image_steps'] / 2 * worth.step), rel=1e-6
+    )
     assert work['rows'][0]['evaluation'] >= 2*one*row['attack_image_steps']
     assert cost.gpu_hours(3600e12, 1.) == 1.
     with pytest.raises(ValueError, match='above 0 TFLOP/s, found 0'): cost.gpu_hours(1., 0)
@@ -101,14 +119,24 @@ def test_work_of_a_plan(finished):
 
 def test_cards_have_a_rate_and_a_source():
     cards = cost.gpu_cards()
-    assert [card.memory for card in cards] == [24, 80] and all(0 < card.fp32 < card.bf16 and len(card.source) > 20 for card in cards)
+    assert [card.memory for card in cards] == [24, 80] and all(
+        0 < card.fp32 < card.bf16 and len(card.source) > 20 for card in cards
+    )
 
 
 def test_gpu_hours_stand_on_the_page_as_a_forecast(finished):
     plan, _, workload, rates = finished
     rows = {'glyphs': cost.table_costs(rates, workload, plan)}
-    results = dict(device='cpu', rows=rows, gpu=dict(work=cost.gpu_work({'glyphs': (workload, plan)}), cards=[card._asdict() for card in cost.gpu_cards()]))
+    results = dict(
+        device='cpu', rows=rows,
+        gpu=dict(work=cost.gpu_work({'glyphs': (workload, plan)}), cards=[card._asdict() for card in cost.gpu_cards()])
+    )
     section = cost._gpu_section(results)
-    assert 'not measured' in section and 'TFLOP/s in float32' in section and 'One GPU of 24 GB, float32' in section and 'One GPU of 80 GB, bfloat16' in section
+    assert (
+        'not measured' in section
+        and 'TFLOP/s in float32' in section
+        and 'One GPU of 24 GB, float32' in section
+        and 'One GPU of 80 GB, bfloat16' in section
+    )
     del results['gpu']
     assert cost._gpu_section(results) == ''

@@ -1,4 +1,5 @@
-"Committed reports: small, complete in themselves, equal to their results; the page that leads to them; what its script does in a browser."
+"""Committed reports: small, complete in themselves, equal to their results; the page that leads to them; what its
+script does in a browser."""
 import json
 import re
 import shutil
@@ -22,7 +23,9 @@ CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shuti
 def committed():
     "Files of reports/ that git keeps."
     if not (ROOT/'.git').exists(): pytest.skip('no checkout')
-    names = subprocess.run(['git', 'ls-files', '-z', 'reports'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\0')
+    names = subprocess.run(
+        ['git', 'ls-files', '-z', 'reports'], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split('\0')
     return [path for name in names if name and (path := ROOT/name).is_file()]
 
 
@@ -31,7 +34,10 @@ def test_committed_reports_are_small():
     assert sum(p.stat().st_size for p in files) < 32e6 and len(files) < 300
     assert not [str(p) for p in files if REPORTS/'store' in p.parents]
     assert not [str(p) for p in files if p.suffix == '.html' and p.stat().st_size > 3e6]
-    assert [p.relative_to(REPORTS).as_posix() for p in files if p.suffix == '.png'] == ['table1-glyphs-quick/figures/robustness-a.png']  # what the README shows
+    # what the README shows
+    assert [p.relative_to(REPORTS).as_posix() for p in files if p.suffix == '.png'] == [
+        'table1-glyphs-quick/figures/robustness-a.png'
+    ]
 
 
 class Links(HTMLParser):
@@ -45,18 +51,27 @@ class Links(HTMLParser):
         self.tags.add(tag)
         for name, value in attrs:
             if name == 'id': self.ids.add(value)
-            if name in ('src', 'href', 'srcset', 'action', 'data', 'poster', 'xlink:href', 'formaction'): self.found.append((name, value))
+            if name in ('src', 'href', 'srcset', 'action', 'data', 'poster', 'xlink:href', 'formaction'):
+                self.found.append((name, value))
             if name == 'style': self.found += [('style', url) for url in re.findall(r'url\(([^)]*)\)', value or '')]
 
 
 def outside(page, folder):
     "Everything that a page would have to fetch, or that leads nowhere."
     links, styles = Links(page), ''.join(re.findall(r'<style>(.*?)</style>', page, re.S))
-    wrong = sorted(links.tags & {'link', 'iframe', 'object', 'embed', 'base'}) + re.findall(r'url\([^)]*\)|@import', styles)
+    wrong = sorted(links.tags & {'link', 'iframe', 'object', 'embed', 'base'}) + re.findall(
+        r'url\([^)]*\)|@import', styles
+    )
     for name, value in links.found:
         if value.startswith('data:image/png;base64,') and name != 'href': continue
         if name == 'href' and value.startswith('#') and value[1:] in links.ids: continue
-        if name == 'href' and not re.match(r'[a-z]+:|//|/', value) and (folder/value).resolve().is_file() and REPORTS in (folder/value).resolve().parents: continue
+        if (
+            name == 'href'
+            and not re.match(r'[a-z]+:|//|/', value)
+            and (folder / value).resolve().is_file()
+            and REPORTS in (folder / value).resolve().parents
+        ):
+            continue
         wrong.append(f'{name} {value[:80]}')
     return wrong
 
@@ -65,7 +80,13 @@ def outside(page, folder):
 def test_pages_refer_to_nothing_outside(path): assert outside(path.read_text(encoding='utf-8'), path.parent) == []
 
 
-@pytest.mark.parametrize('body', ['<img src="a.png">', '<a href="https://x.org">', '<a href="#nowhere">', '<link rel="stylesheet" href="x">', '<style>@import "x"</style>', '<i style="background:url(x.png)"></i>', '<a href="../../README.md">'])
+@pytest.mark.parametrize(
+    'body',
+    [
+        '<img src="a.png">', '<a href="https://x.org">', '<a href="#nowhere">', '<link rel="stylesheet" href="x">',
+        '<style>@import "x"</style>', '<i style="background:url(x.png)"></i>', '<a href="../../README.md">'
+    ],
+)
 def test_outside_is_seen(body): assert outside(body, REPORTS/'errata')
 
 
@@ -95,7 +116,8 @@ def test_pages_are_what_results_say(folder, tmp_path):
     gallery.rewrite(again)
     def words(path): return re.sub(r'data:image/png;base64,[^")]*', '', path.read_text(encoding='utf-8'))
     assert words(again/'index.html') == words(folder/'index.html'), 'run make reports'
-    for path in (p for p in folder.iterdir() if p.suffix in ('.csv', '.md', '.json')): assert (again/path.name).read_bytes() == path.read_bytes(), path.name
+    for path in (p for p in folder.iterdir() if p.suffix in ('.csv', '.md', '.json')):
+        assert (again/path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_every_report_and_run_is_listed():
@@ -107,35 +129,67 @@ def test_every_report_and_run_is_listed():
     for r in listed:
         for record in read_results(REPORTS/r['folder']).get('records', ()):
             run, seen = by[record['eval']['address']], record['eval']
-            assert (run['r1'], run['ers'], run['ars'], run['collapsed']) == ((seen.get('benign') or {}).get('R@1'), seen.get('ers'), seen.get('ars'), seen.get('collapsed'))
-            assert run['seed'] == record['seed'] and r['folder'] in run['folders'] and f'<code>{run["address"]}</code>' in page
+            assert (run['r1'], run['ers'], run['ars'], run['collapsed']) == (
+                (seen.get('benign') or {}).get('R@1'), seen.get('ers'), seen.get('ars'), seen.get('collapsed')
+            )
+            assert (
+                run['seed'] == record['seed']
+                and r['folder'] in run['folders']
+                and f'<code>{run["address"]}</code>' in page
+            )
 
 
 def made_up_reports(folder):
     "A report and two runs, one of which no report quotes."
-    for name, config, result in (('train-1', dict(data='abcdef0123', defense='hm', seed=3, epochs=2, options=dict(eps=32/255, steps=4)), dict(log=[])),
-                                 ('eval-1', dict(train='train-1', protocol=dict(eps=16/255, steps=8)), dict(benign={'R@1': 50.04}, ers=12.34, ars=None, collapsed=True)),
-                                 ('train-2', dict(data='9876543210', defense='act|x', seed=0), dict(log=[]))):
+    for name, config, result in (
+        (
+            'train-1', dict(data='abcdef0123', defense='hm', seed=3, epochs=2, options=dict(eps=32 / 255, steps=4)),
+            dict(log=[])
+        ),
+        (
+            'eval-1', dict(train='train-1', protocol=dict(eps=16 / 255, steps=8)),
+            dict(benign={'R@1': 50.04}, ers=12.34, ars=None, collapsed=True)
+        ),
+        ('train-2', dict(data='9876543210', defense='act|x', seed=0), dict(log=[])),
+    ):
         run = folder/'store'/name
         run.mkdir(parents=True)
         (run/'card.json').write_bytes(to_json(dict(kind=name.split('-')[0], config=config)))
         (run/'result.json').write_bytes(to_json(result))
     (folder/'store'/'eval-2').mkdir()
     (folder/'store'/'eval-2'/'result.json').write_text('{')  # damaged
-    tables.publish(folder/'table1-a-smoke', dict(title='<b>Mine', experiment='table1', dataset='glyphs', preset='smoke', records=[dict(label='HM', train=dict(address='train-1'), eval=dict(address='eval-1'))]),
-                   pages.opening('<b>Mine', '', ['HM & others are 50 % right.']))
+    tables.publish(
+        folder / 'table1-a-smoke',
+        dict(
+            title='<b>Mine', experiment='table1', dataset='glyphs', preset='smoke',
+            records=[dict(label='HM', train=dict(address='train-1'), eval=dict(address='eval-1'))]
+        ),
+        pages.opening('<b>Mine', '', ['HM & others are 50 % right.']),
+    )
 
 
 def test_runs_and_reports_of_a_folder(tmp_path):
     made_up_reports(tmp_path)
     listed = gallery.list_reports(tmp_path)
-    assert [(r['folder'], r['title'], r['said'], r['defences']) for r in listed] == [('table1-a-smoke', '<b>Mine', 'HM & others are 50 % right.', ['HM'])]
+    assert [(r['folder'], r['title'], r['said'], r['defences']) for r in listed] == [
+        ('table1-a-smoke', '<b>Mine', 'HM & others are 50 % right.', ['HM'])
+    ]
     quoted, alone = gallery.list_runs(tmp_path, listed)
-    assert (quoted['address'], quoted['defence'], quoted['dataset'], quoted['seed'], quoted['r1'], quoted['ars'], quoted['collapsed'], quoted['presets']) == ('eval-1', 'HM', 'glyphs', 3, 50.04, None, True, ['smoke'])
+    assert (
+        quoted['address'], quoted['defence'], quoted['dataset'], quoted['seed'], quoted['r1'], quoted['ars'],
+        quoted['collapsed'], quoted['presets']
+    ) == ('eval-1', 'HM', 'glyphs', 3, 50.04, None, True, ['smoke'])
     assert 'trained at ε 32/255' in quoted['settings'] and 'attacked at ε 16/255' in quoted['settings']
-    assert (alone['address'], alone['defence'], alone['dataset'], alone['folders']) == ('train-2', 'act|x', '98765432', [])
+    assert (alone['address'], alone['defence'], alone['dataset'], alone['folders']) == (
+        'train-2', 'act|x', '98765432', []
+    )
     text = gallery.refresh(tmp_path/'table1-a-smoke'/'index.html').read_text(encoding='utf-8')
-    assert '&lt;b&gt;Mine' in text and '<b>Mine' not in text and text.count('class="run"') == 2 and text.count('class="card"') == 1
+    assert (
+        '&lt;b&gt;Mine' in text
+        and '<b>Mine' not in text
+        and text.count('class="run"') == 2
+        and text.count('class="card"') == 1
+    )
     assert gallery.write_gallery(tmp_path).read_text(encoding='utf-8') == text  # no date, no order of the disk
 
 
@@ -143,21 +197,42 @@ def in_browser(page, tmp_path):
     "The page after its scripts have run, as text."
     path = tmp_path/'page.html'
     path.write_text(page, encoding='utf-8')
-    flags = '--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync --dump-dom'.split()
-    return subprocess.run([CHROMIUM, *flags, f'--user-data-dir={tmp_path/"profile"}', path.as_uri()], capture_output=True, text=True, timeout=120).stdout
+    flags = (
+        '--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking'
+        ' --disable-component-update --disable-sync --dump-dom'.split()
+    )
+    return subprocess.run(
+        [CHROMIUM, *flags, f'--user-data-dir={tmp_path/"profile"}', path.as_uri()], capture_output=True, text=True,
+        timeout=120
+    ).stdout
 
 
 @pytest.mark.skipif(not CHROMIUM, reason='no Chromium')
 def test_headers_sort(tmp_path):
     def row(name, *cells): return pages.html_row([name, *cells])
-    rows = [pages.html_row(['Setting A', '', ''], kind='setting'), row('b', '9.0<span class="sd">±1</span>', 'x'), row('a', '−1,200.5', 'y'), row('c', '–', 'z'), row('d', '10.5', 'w'),
-            pages.html_row(['Setting B', '', ''], kind='setting'), row('f', '2', 'x'), row('e', '1', 'y')]
-    body = pages.table_box(pages.html_row(['Name', 'Score', 'Word'], head=True), rows) + pages.table_box(pages.html_row(['Name', 'Score'], head=True), rows, 'fixed')
+    rows = [
+        pages.html_row(['Setting A', '', ''], kind='setting'), row('b', '9.0<span class="sd">±1</span>', 'x'),
+        row('a', '−1,200.5', 'y'), row('c', '–', 'z'), row('d', '10.5', 'w'),
+        pages.html_row(['Setting B', '', ''], kind='setting'), row('f', '2', 'x'), row('e', '1', 'y')
+    ]
+    body = pages.table_box(pages.html_row(['Name', 'Score', 'Word'], head=True), rows) + pages.table_box(
+        pages.html_row(['Name', 'Score'], head=True), rows, 'fixed'
+    )
     def after(*presses):
-        done = in_browser(pages.document('made up', body, script=''.join(f"document.querySelectorAll('th button')[{k}].click();" for k in presses)), tmp_path)
-        return re.findall(r'<th class="who" scope="row">(?:Setting )?(.*?)</th>', done.split('<table>')[1]), re.findall(r'aria-sort="(\w+)"', done), done.count('<button')
+        done = in_browser(
+            pages.document(
+                'made up', body,
+                script=''.join(f"document.querySelectorAll('th button')[{k}].click();" for k in presses)
+            ),
+            tmp_path,
+        )
+        return (
+            re.findall(r'<th class="who" scope="row">(?:Setting )?(.*?)</th>', done.split('<table>')[1]),
+            re.findall(r'aria-sort="(\w+)"', done), done.count('<button')
+        )
     assert after() == (list('AbacdBfe'), [], 3)
-    assert after(1) == (list('AabdcBef'), ['ascending'], 3)       # numbers, thousands and minus signs; what is missing stays last
+    # numbers, thousands and minus signs; what is missing stays last
+    assert after(1) == (list('AabdcBef'), ['ascending'], 3)
     assert after(1, 1) == (list('AdbacBfe'), ['descending'], 3)
     assert after(1, 1, 1) == (list('AbacdBfe'), [], 3)            # as it was
     assert after(1, 2) == (list('AdbacBfe'), ['ascending'], 3)    # words
@@ -179,5 +254,12 @@ def test_filters_narrow_reports_and_runs(tmp_path):
 @pytest.mark.skipif(not CHROMIUM, reason='no Chromium')
 def test_slider_mixes_clean_and_attacked(tmp_path):
     body = '<div class="query"><div class="set"></div></div>'
-    done = in_browser(pages.document('made up', body, script="const s=document.querySelector('input');s.value=25;s.oninput();"), tmp_path)
-    assert 'style="--share: 0.25' in done.replace('--share:0.25', '--share: 0.25') and 'type="range"' in done and '>25 %<' in done
+    done = in_browser(
+        pages.document('made up', body, script="const s=document.querySelector('input');s.value=25;s.oninput();"),
+        tmp_path
+    )
+    assert (
+        'style="--share: 0.25' in done.replace('--share:0.25', '--share: 0.25')
+        and 'type="range"' in done
+        and '>25 %<' in done
+    )

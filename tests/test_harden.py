@@ -30,7 +30,10 @@ def net(): return build('small', dim=16, size=28, channels=1, seed=0).eval()
 
 
 def test_a_list_file_is_divided_and_keeps_its_queries(letters, tmp_path):
-    rows = [(str(p), p.parent.name, 'query' if k % 4 == 0 else 'gallery') for k, p in enumerate(sorted(letters.rglob('*.png')))]
+    rows = [
+        (str(p), p.parent.name, 'query' if k % 4 == 0 else 'gallery')
+        for k, p in enumerate(sorted(letters.rglob('*.png')))
+    ]
     (tmp_path/'list.csv').write_text(''.join(','.join(row) + '\n' for row in rows))
     own, judged = divided(tmp_path/'list.csv')
     assert set(own.labels) == {'00', '01', '02', '03'} and set(judged.labels) == {'04', '05', '06', '07'}
@@ -64,7 +67,9 @@ def test_weights_fit_where_they_came_from(tmp_path):
     assert portable(other) is other
 
 
-@pytest.mark.parametrize('line, steps, step_size', [('hm', 4, 2.5*8/255/4), ('act', 1, 8/255), ('colo_tride:lam=5', 8, 2.5/255)])
+@pytest.mark.parametrize(
+    'line, steps, step_size', [('hm', 4, 2.5 * 8 / 255 / 4), ('act', 1, 8 / 255), ('colo_tride:lam=5', 8, 2.5 / 255)]
+)
 def test_the_inner_search_can_cross_the_ball(line, steps, step_size):
     options = chosen_defense(line, eps=8/255, inner_steps=steps).options
     assert options['steps'] == steps and options['step_size'] == pytest.approx(step_size) and options['eps'] == 8/255
@@ -77,7 +82,13 @@ def test_results_say_what_was_trained(letters, tmp_path):
     assert '<b>net' not in found.page.read_text()
 
 
-@pytest.mark.parametrize('change, message', [(dict(epochs=0), 'at least 1 epoch'), (dict(inner_steps=0), 'inner_steps must be at least 1'), (dict(defense='none'), "'hm'"), (dict(images='absent'), 'found nothing of that kind')])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(epochs=0), 'at least 1 epoch'), (dict(inner_steps=0), 'inner_steps must be at least 1'),
+        (dict(defense='none'), "'hm'"), (dict(images='absent'), 'found nothing of that kind')
+    ],
+)
 def test_bad_input(letters, tmp_path, change, message):
     given = dict(SETTINGS, images=letters, out=tmp_path) | change
     with pytest.raises((ValueError, FileNotFoundError), match=message): harden(net(), **given)

@@ -73,44 +73,69 @@ def test_every_module_stands_in_a_room_of_the_plan(): assert {room(module) for m
 
 def test_folders_import_what_the_plan_allows():
     against = {(a, b) for a in ARROWS for b in ARROWS[a] if room(b) not in (room(a), *MAY[room(a)].split())}
-    assert against == LEFT, 'a folder imports only what MAY says; move the code, or, if the plan is wrong, change the plan here and in the README'
+    assert against == LEFT, (
+        'a folder imports only what MAY says; move the code, or, if the plan is wrong, change the plan here and in the'
+        ' README'
+    )
 
 
 def test_the_plan_has_no_circle():
     order = list(MAY)
-    for name, allowed in MAY.items(): assert all(order.index(other) < order.index(name) for other in allowed.split()), name
+    for name, allowed in MAY.items():
+        assert all(order.index(other) < order.index(name) for other in allowed.split()), name
 
 
 def test_modules_import_in_no_circle():
-    for module in MODULES: assert module not in {further for other in ARROWS[module] for further in reached(other)}, module
+    for module in MODULES:
+        assert module not in {further for other in ARROWS[module] for further in reached(other)}, module
 
 
 def test_the_arrows_are_read_right():
     "Against what Python loads: an import of the loop of attacks brings its arrows and no other module."
-    code = 'import sys, robust_dml.attacks.loop; print(*[name for name in sys.modules if name.startswith("robust_dml.")])'
-    loaded = {name.partition('.')[2] for name in subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()}
+    code = (
+        'import sys, robust_dml.attacks.loop; print(*[name for name in sys.modules if name.startswith("robust_dml.")])'
+    )
+    loaded = {
+        name.partition('.')[2]
+        for name in subprocess.run(
+            [sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT
+        ).stdout.split()
+    }
     assert loaded & MODULES.keys() == reached('attacks.loop')
 
 
 @pytest.mark.parametrize('module', [m for m in MODULES if room(m) in ('audit', 'defenses')])
-def test_audits_and_defenses_reach_no_study(module): assert not {m for m in reached(module) if room(m) in ('study', 'papers')}
+def test_audits_and_defenses_reach_no_study(module):
+    assert not {m for m in reached(module) if room(m) in ('study', 'papers')}
 
 
-FACE = "import sys, robust_dml; print('torch' in sys.modules); from robust_dml import load_data, build_model, make_defense, train, evaluate, harden; print(*sorted(robust_dml.__all__))"
+FACE = (
+    "import sys, robust_dml; print('torch' in sys.modules); from robust_dml import load_data, build_model,"
+    " make_defense, train, evaluate, harden; print(*sorted(robust_dml.__all__))"
+)
 
 
 def test_the_face_is_lazy_and_complete():
     done = subprocess.run([sys.executable, '-c', FACE], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ['False', 'audit', 'build_model', 'evaluate', 'harden', 'load_data', 'make_defense', 'train']
+    assert done.stdout.split() == [
+        'False', 'audit', 'build_model', 'evaluate', 'harden', 'load_data', 'make_defense', 'train'
+    ]
 
 
 def test_audit_is_one_thing_by_both_names():
     "The function from the face; after its package was imported, the package, which is called like it."
-    code = ("import robust_dml; first = robust_dml.audit; from robust_dml.audit import audit, load_model; import robust_dml.audit.measure as m\n"
-            "print(first is audit is m.audit, callable(robust_dml.audit), load_model is m.load_model)\n"
-            "m.audit = lambda *a, **k: (a, k)\nprint(robust_dml.audit(1, size=2) == ((1,), dict(size=2)))")
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split() == ['True']*4
+    code = (
+        "import robust_dml; first = robust_dml.audit; from robust_dml.audit import audit, load_model; import"
+        " robust_dml.audit.measure as m\nprint(first is audit is m.audit, callable(robust_dml.audit), load_model is"
+        " m.load_model)\nm.audit = lambda *a, **k: (a, k)\nprint(robust_dml.audit(1, size=2) == ((1,), dict(size=2)))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT
+        ).stdout.split()
+        == ['True'] * 4
+    )
 
 
 def test_an_unknown_name_is_refused():
@@ -121,6 +146,11 @@ def test_an_unknown_name_is_refused():
 
 def test_the_readme_shows_the_plan():
     "The table of rooms in the README is the one of this file."
-    table = (ROOT/'README.md').read_text(encoding='utf-8').partition('| room | holds | may import |')[2].partition('\n\n')[0]
+    table = (
+        (ROOT / 'README.md')
+        .read_text(encoding='utf-8')
+        .partition('| room | holds | may import |')[2]
+        .partition('\n\n')[0]
+    )
     rows = re.findall(r'^\| `(\w+)` \| [^|]+ \| ([^|]*) \|', table, re.M)
     assert {name: ' '.join(re.findall(r'\w+', allowed)) for name, allowed in rows} == MAY

@@ -68,7 +68,9 @@ def test_leave_one_out_against_loops(seed, block):
     assert torch.equal(first_match_rank(emb, label, block=block), rank)
     same(average_precision(emb, label, block=block), ap)
     same(average_precision(emb, label, at_r=True, block=block), at_r)
-    assert recall_at_k(emb, label, k=3, block=block) == pytest.approx((rank[rank >= 0] < 3).double().mean().item(), abs=1e-12)
+    assert recall_at_k(emb, label, k=3, block=block) == pytest.approx(
+        (rank[rank >= 0] < 3).double().mean().item(), abs=1e-12
+    )
     assert mean_average_precision(emb, label, block=block) == pytest.approx(ap.nanmean().item(), abs=1e-6)
     assert mean_average_precision_at_r(emb, label, block=block) == pytest.approx(at_r.nanmean().item(), abs=1e-6)
     assert lone_queries(label) == int((rank < 0).sum())
@@ -83,7 +85,9 @@ def test_separate_gallery_with_some_own_rows():
     assert torch.equal(first_match_rank(query, label, gallery, gallery_label, rows=rows, block=4), rank)
     same(average_precision(query, label, gallery, gallery_label, rows=rows, block=4), ap)
     without = naive(query, label, gallery, gallery_label, [-1]*6)[0]
-    assert torch.equal(first_match_rank(query, label, gallery, gallery_label), without) and not torch.equal(without, rank)
+    assert torch.equal(first_match_rank(query, label, gallery, gallery_label), without) and not torch.equal(
+        without, rank
+    )
 
 
 def test_drop_first_is_the_rule_of_the_reference():
@@ -96,10 +100,15 @@ def test_drop_first_is_the_rule_of_the_reference():
         reference.append(int(hits[0]) if len(hits) else -1)
     assert first_match_rank(emb, label, self_exclusion='drop_first').tolist() == reference
     assert first_match_rank(emb, label).tolist() == naive(emb, label, emb, label, range(60))[0].tolist() != reference
-    far = emb + 2*unit(60, 6, 3, dtype=torch.float64)                  # attacked queries: the nearest item is not the own one
+    # attacked queries: the nearest item is not the own one
+    far = emb + 2*unit(60, 6, 3, dtype=torch.float64)
     args = (far, label, emb, label)
-    assert not torch.equal(first_match_rank(*args, rows=torch.arange(60)), first_match_rank(*args, rows=torch.arange(60), self_exclusion='drop_first'))
-    assert torch.equal(first_match_rank(*args), first_match_rank(*args, self_exclusion='drop_first'))  # queries from outside: nothing to drop
+    assert not torch.equal(
+        first_match_rank(*args, rows=torch.arange(60)),
+        first_match_rank(*args, rows=torch.arange(60), self_exclusion='drop_first')
+    )
+    # queries from outside: nothing to drop
+    assert torch.equal(first_match_rank(*args), first_match_rank(*args, self_exclusion='drop_first'))
 
 
 def test_ties_count_in_gallery_order():
@@ -109,7 +118,8 @@ def test_ties_count_in_gallery_order():
 
 
 def grid(n, seed, dtype):
-    "Points with small whole coordinates whose mean is zero: duplicates and equal distances abound, and every product is exact."
+    """Points with small whole coordinates whose mean is zero: duplicates and equal distances abound, and every product
+    is exact."""
     half = torch.randint(-1, 3, (n//2, 3), generator=gen(seed))
     return torch.cat([half, -half])[torch.randperm(n, generator=gen(seed))].to(dtype)
 
@@ -121,8 +131,14 @@ def exact(label, squared):
         row = sorted((d, j) for j, d in enumerate(line) if j != i)
         places = [p for p, (_, j) in enumerate(row, 1) if label[j] == label[i]]
         terms = [(j/p, p) for j, p in enumerate(places, 1)]
-        found.append((places[0] - 1, sum(t for t, _ in terms)/len(places), sum(t for t, p in terms if p <= len(places))/len(places)) if places
-                     else (-1, math.nan, math.nan))
+        found.append(
+            (
+                places[0] - 1, sum(t for t, _ in terms) / len(places),
+                sum(t for t, p in terms if p <= len(places)) / len(places)
+            )
+            if places
+            else (-1, math.nan, math.nan)
+        )
     return tuple(map(torch.tensor, zip(*found)))
 
 
@@ -134,9 +150,15 @@ def test_ties_and_duplicates_against_loops(monkeypatch, limit, few, dtype):
     inner = metrics.match_places
     monkeypatch.setattr(metrics, 'match_places', lambda dist, column: inner(dist, column, count_up_to=limit))
     emb = grid(70, 2, dtype)
-    label = torch.cat([torch.zeros(20).long(), torch.randint(1, 18, (50,), generator=gen(3))])[torch.randperm(70, generator=gen(4))]
+    label = torch.cat([torch.zeros(20).long(), torch.randint(1, 18, (50,), generator=gen(3))])[
+        torch.randperm(70, generator=gen(4))
+    ]
     squared = (emb[:,None] - emb).square().sum(2)
-    assert len(emb.unique(dim=0)) < 60 and lone_queries(label) > 0 and (squared.sort(1).values.diff(dim=1) == 0).float().mean() > .5
+    assert (
+        len(emb.unique(dim=0)) < 60
+        and lone_queries(label) > 0
+        and (squared.sort(1).values.diff(dim=1) == 0).float().mean() > 0.5
+    )
     rank, ap, at_r = exact(label, squared)
     for block in (None, 1, 13):
         found = retrieval(emb, label, block=block)
@@ -148,11 +170,18 @@ def test_large_classes_are_sorted_and_small_ones_counted(monkeypatch):
     "Both ways must be taken, and agree to the last bit."
     taken = []
     for name in ('_count_places', '_sort_places'):
-        monkeypatch.setattr(metrics, name, lambda dist, column, name=name, inner=getattr(metrics, name): taken.append((name, column.shape[1])) or inner(dist, column))
+        monkeypatch.setattr(
+            metrics, name,
+            lambda dist, column, name=name, inner=getattr(metrics, name): taken.append((name, column.shape[1]))
+            or inner(dist, column),
+        )
     emb, label = unit(900, 8), torch.cat([torch.zeros(600), torch.arange(300)//3 + 1]).long()
     whole = retrieval(emb, label, block=300)
     assert taken == [('_count_places', 2)] + 2*[('_sort_places', 599)]
-    monkeypatch.setattr(metrics, 'match_places', lambda dist, column, inner=match_places: inner(dist, column, count_up_to=0 if column.shape[1] < 599 else 599))
+    monkeypatch.setattr(
+        metrics, 'match_places',
+        lambda dist, column, inner=match_places: inner(dist, column, count_up_to=0 if column.shape[1] < 599 else 599)
+    )
     for mine, theirs in zip(retrieval(emb, label, block=300), whole): assert torch.equal(mine, theirs)
     assert taken[3:] == [('_sort_places', 2)] + 2*[('_count_places', 599)]
 
@@ -165,12 +194,16 @@ def test_places_of_left_out_and_missing_items():
 
 def test_rankings_give_every_query_its_class():
     emb, label = sample()
-    parts = [(w, d.clone(), torch.nn.functional.pad(c, (0, 60 - c.shape[1]), value=60)) for w, d, c in rankings(emb, label, block=7)]
+    parts = [
+        (w, d.clone(), torch.nn.functional.pad(c, (0, 60 - c.shape[1]), value=60))
+        for w, d, c in rankings(emb, label, block=7)
+    ]
     which, dist, column = map(torch.cat, zip(*parts))
     back = which.argsort()
     assert which[back].tolist() == list(range(60)) and label.bincount()[label[which]].diff().min() >= 0
     dist, column = dist[back], column[back]
-    for i in range(60): assert column[i][column[i] < 60].tolist() == [j for j in range(60) if label[j] == label[i] and j != i]
+    for i in range(60):
+        assert column[i][column[i] < 60].tolist() == [j for j in range(60) if label[j] == label[i] and j != i]
     assert dist.isinf().nonzero().tolist() == [[i, i] for i in range(60)]
 
 
@@ -201,7 +234,8 @@ def test_bounds_and_invariances(seed, n, classes):
     order = torch.randperm(n, generator=gen(seed))
     turn = torch.linalg.qr(torch.randn(4, 4, generator=gen(seed), dtype=torch.float64))[0]
     assert torch.equal(first_match_rank(emb[order], label[order]), rank[order])   # order of queries and gallery
-    assert torch.equal(first_match_rank(3*emb@turn + 1, 7 - label), rank)         # rotation, scale, shift, names of classes
+    # rotation, scale, shift, names of classes
+    assert torch.equal(first_match_rank(3*emb@turn + 1, 7 - label), rank)
     ap, at_r = average_precision(emb, label), average_precision(emb, label, at_r=True)
     defined = rank >= 0
     assert torch.equal(ap.isnan(), ~defined) and lone_queries(label) == int((~defined).sum())
@@ -213,7 +247,8 @@ def test_perfect_random_and_collapsed_embeddings():
     perfect = benign(torch.eye(20)[label], label)
     assert [perfect[h] for h in ('R@1', 'R@2', 'mAP')] == [100, 100, 100] and perfect['NMI'] > 90
     random = benign(unit(200, 64), label)
-    assert random['R@1'] == pytest.approx(100*9/199, abs=5) and random['mAP'] < 15  # chance is 4.5 %, about 1.5 % standard error
+    # chance is 4.5 %, about 1.5 % standard error
+    assert random['R@1'] == pytest.approx(100*9/199, abs=5) and random['mAP'] < 15
     collapsed = benign(torch.ones(200, 8), label)
     assert collapsed['NMI'] == 0 and collapsed['R@1'] < 6 and collapsed['mAP'] < 20
 
@@ -233,8 +268,10 @@ def test_ranking_measures_match_pytorch_metric_learning():
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
     from pytorch_metric_learning.utils.inference import CustomKNN
     emb, label = sample(90, 20)
-    calc = AccuracyCalculator(include=('precision_at_1', 'mean_average_precision', 'mean_average_precision_at_r'), k=None,
-                              knn_func=CustomKNN(LpDistance(normalize_embeddings=False)), device=torch.device('cpu'))
+    calc = AccuracyCalculator(
+        include=('precision_at_1', 'mean_average_precision', 'mean_average_precision_at_r'), k=None,
+        knn_func=CustomKNN(LpDistance(normalize_embeddings=False)), device=torch.device('cpu')
+    )
     theirs = calc.get_accuracy(emb, label)
     assert recall_at_k(emb, label, k=1) == pytest.approx(theirs['precision_at_1'], abs=1e-6)
     assert mean_average_precision(emb, label) == pytest.approx(theirs['mean_average_precision'], abs=1e-6)
@@ -263,22 +300,30 @@ def clouds(spread, seed=0, classes=12, per=20):
 
 def test_nmi_counts_the_classes_present():
     emb, label = clouds(.01)
-    assert nmi(emb, 5*label, backend='torch') == nmi(emb, label, k=12, backend='torch') != nmi(emb, label, k=3, backend='torch')
+    assert (
+        nmi(emb, 5 * label, backend='torch')
+        == nmi(emb, label, k=12, backend='torch')
+        != nmi(emb, label, k=3, backend='torch')
+    )
 
 
 def test_backends_give_the_same_nmi_up_to_their_starts():
     pytest.importorskip('faiss')
     easy, label = clouds(.001, classes=3)
-    for backend in ('torch', 'faiss'): assert max(nmi(easy, label, seed=s, backend=backend) for s in range(8)) == pytest.approx(1)
+    for backend in ('torch', 'faiss'):
+        assert max(nmi(easy, label, seed=s, backend=backend) for s in range(8)) == pytest.approx(1)
     hard, label = clouds(.25)
     mean = {b: sum(nmi(hard, label, seed=s, backend=b) for s in range(16))/16 for b in ('torch', 'faiss')}
-    assert mean['torch'] == pytest.approx(mean['faiss'], abs=.04)  # one value varies by about 0.045, the difference of two means of 16 by 0.016
+    # one value varies by about 0.045, the difference of two means of 16 by 0.016
+    assert mean['torch'] == pytest.approx(mean['faiss'], abs=.04)
 
 
 def test_blocks_are_small(monkeypatch):
     sizes, places, inner, count = [], [], metrics.distances, metrics.match_places
     monkeypatch.setattr(metrics, 'distances', lambda u, v, **kw: sizes.append(len(u)*len(v.emb)) or inner(u, v, **kw))
-    monkeypatch.setattr(metrics, 'match_places', lambda dist, column: places.append(dist.numel()) or count(dist, column))
+    monkeypatch.setattr(
+        metrics, 'match_places', lambda dist, column: places.append(dist.numel()) or count(dist, column)
+    )
     emb, label = unit(8000, 2), torch.arange(8000)//5
     recall_at_k(emb, label, k=1)
     average_precision(emb[:2000], label[:2000], emb, label)
@@ -305,14 +350,18 @@ def test_benign_row():
     label = torch.cat([label, torch.tensor([77])])
     emb = torch.cat([emb, unit(1, 16, 5)])
     row = benign(emb, label, backend='torch')
-    assert row == benign(emb, label, backend='torch', block=17) and tuple(row) == ('R@1', 'R@2', 'mAP', 'NMI', 'undefined', 'backend')
+    assert row == benign(emb, label, backend='torch', block=17) and tuple(row) == (
+        'R@1', 'R@2', 'mAP', 'NMI', 'undefined', 'backend'
+    )
     assert (row['undefined'], row['backend']) == (1, 'torch')
     assert row['R@2'] == 100*recall_at_k(emb, label, k=2) and row['R@1'] < row['R@2']
     assert row['mAP'] == 100*mean_average_precision(emb, label) and row['NMI'] == 100*nmi(emb, label, backend='torch')
     assert benign(emb, label, self_exclusion='drop_first')['backend'] in ('torch', 'faiss')
 
 
-@pytest.mark.parametrize('options', [{}, dict(block=4), dict(self_exclusion='drop_first')], ids=('whole', 'blocks', 'drop_first'))
+@pytest.mark.parametrize(
+    'options', [{}, dict(block=4), dict(self_exclusion='drop_first')], ids=('whole', 'blocks', 'drop_first')
+)
 def test_benign_of_a_gallery_of_its_own(options):
     "Against sorting loops; the gallery lacks some classes of the queries, and NMI is the gallery's."
     emb, label = sample(90, 45)
@@ -325,20 +374,27 @@ def test_benign_of_a_gallery_of_its_own(options):
     assert row['NMI'] == 100*nmi(gallery, gallery_label, backend='torch') != 100*nmi(emb, label, backend='torch')
 
 
-@pytest.mark.parametrize('call,message', [
-    (lambda e, y: recall_at_k(e, torch.arange(10), k=1), 'at least one query needs another image'),
-    (lambda e, y: mean_average_precision(e, torch.arange(10)), 'at least one query needs another image'),
-    (lambda e, y: recall_at_k(e, y, k=0), 'k must lie in'),
-    (lambda e, y: recall_at_k(e, y, k=(1, 0)), 'k must lie in'),
-    (lambda e, y: recall_at_k(e, y, e, k=1), 'gallery and gallery_label go together'),
-    (lambda e, y: benign(e, y, e), 'gallery and gallery_label go together'),
-    (lambda e, y: benign(e, y, e, y + 10), 'at least one query needs another image'),
-    (lambda e, y: recall_at_k(e, y, e, y[:9], k=1), r'gallery_label must be a tensor of one integer per embedding \(10\)'),
-    (lambda e, y: recall_at_k(e, y.float(), k=1), 'query_label must be a tensor of one integer'),
-    (lambda e, y: average_precision(e, y, self_exclusion='none'), 'self_exclusion must be one of'),
-    (lambda e, y: average_precision(e*math.nan, y), 'query must be finite'),
-    (lambda e, y: nmi(e, y[:3]), 'label must be a tensor of one integer'),
-    (lambda e, y: normalised_mutual_information(y, y[:3]), 'label and cluster must match')])
+@pytest.mark.parametrize(
+    'call,message',
+    [
+        (lambda e, y: recall_at_k(e, torch.arange(10), k=1), 'at least one query needs another image'),
+        (lambda e, y: mean_average_precision(e, torch.arange(10)), 'at least one query needs another image'),
+        (lambda e, y: recall_at_k(e, y, k=0), 'k must lie in'),
+        (lambda e, y: recall_at_k(e, y, k=(1, 0)), 'k must lie in'),
+        (lambda e, y: recall_at_k(e, y, e, k=1), 'gallery and gallery_label go together'),
+        (lambda e, y: benign(e, y, e), 'gallery and gallery_label go together'),
+        (lambda e, y: benign(e, y, e, y + 10), 'at least one query needs another image'),
+        (
+            lambda e, y: recall_at_k(e, y, e, y[:9], k=1),
+            r'gallery_label must be a tensor of one integer per embedding \(10\)'
+        ),
+        (lambda e, y: recall_at_k(e, y.float(), k=1), 'query_label must be a tensor of one integer'),
+        (lambda e, y: average_precision(e, y, self_exclusion='none'), 'self_exclusion must be one of'),
+        (lambda e, y: average_precision(e * math.nan, y), 'query must be finite'),
+        (lambda e, y: nmi(e, y[:3]), 'label must be a tensor of one integer'),
+        (lambda e, y: normalised_mutual_information(y, y[:3]), 'label and cluster must match'),
+    ],
+)
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message): call(unit(10, 4), torch.arange(10)//2)
 
@@ -370,7 +426,9 @@ HERE = (SHARED/'data'/'grocery').is_dir() and WEIGHTS.is_file()
 def test_pretrained_features_on_grocery(tmp_path):
     split = archives.read('grocery', SHARED/'data', size=64, cache=tmp_path, show=False)
     network = models.headless(models.build('mobilenet_v2', dim=8, size=64, channels=3, seed=0, weights=WEIGHTS))
-    rows = metrics.untrained_baselines(split, dict(pretrained=partial(models.embed_all, network, batch_size=128)), backend='torch')
+    rows = metrics.untrained_baselines(
+        split, dict(pretrained=partial(models.embed_all, network, batch_size=128)), backend='torch'
+    )
     assert abs(rows['pretrained']['R@1'] - 44.3) < 1 # measured elsewhere with the same photographs and weights
     colours, n = metrics.colour_histogram(split.test.images[:]), split.queries
     nearest = (colours[:n] @ colours[n:].T).argmax(1) # unit length: the largest product is the smallest distance

@@ -7,14 +7,20 @@ import torch
 
 from robust_dml.core import generator
 from robust_dml.triplets.distances import normalise
-from robust_dml.triplets.mining import MINERS, distance_weighted, gradual_margin, hardest, random_triplets, semihard, softhard
+from robust_dml.triplets.mining import MINERS, distance_weighted, gradual_margin, hardest, random_triplets, semihard
+from robust_dml.triplets.mining import softhard
 
 
 def batch(pairs=12, classes=6, dim=8, spread=1.5, seed=0):
     "Overlapping classes, several pairs per class."
     gen = generator(seed, 'test mining')
     label = torch.randint(classes, (pairs,), generator=gen).repeat_interleave(2)
-    return normalise(torch.randn(classes, dim, generator=gen)[label] + spread*torch.randn(2*pairs, dim, generator=gen)), label
+    return (
+        normalise(
+            torch.randn(classes, dim, generator=gen)[label] + spread * torch.randn(2 * pairs, dim, generator=gen)
+        ),
+        label,
+    )
 
 
 def or_else(*choices):
@@ -54,7 +60,8 @@ def test_every_draw_is_allowed_and_every_allowed_row_is_drawn(name, seed):
     for i,(ps,ns) in enumerate(allowed(name, emb, label)):
         assert set(p[:,i].tolist()) == set(ps)
         if name == 'distance': assert set(n[:,i].tolist()) <= set(ns)
-        else: assert set(n[:,i].tolist()) == set(ns)      # 24 rows at most: one is missed with probability 24*(23/24)**400 = 1e-6
+        # 24 rows at most: one is missed with probability 24*(23/24)**400 = 1e-6
+        else: assert set(n[:,i].tolist()) == set(ns)
 
 
 @pytest.mark.parametrize('name', ['random', 'semihard', 'range', 'softhard'])
@@ -81,7 +88,10 @@ def test_distance_weighted_probabilities():
     _,n = draws(distance_weighted, emb, label, times=2000, dim=6)
     d = (emb.double()[:,None] - emb.double()[None]).norm(dim=-1)
     for i,a in enumerate(range(0, 12, 2)):
-        log_w = [-4*math.log(d[a,k]) - 1.5*math.log(1 - d[a,k]**2/4) if label[k] != label[a] else -math.inf for k in range(12)]
+        log_w = [
+            -4 * math.log(d[a, k]) - 1.5 * math.log(1 - d[a, k] ** 2 / 4) if label[k] != label[a] else -math.inf
+            for k in range(12)
+        ]
         w = torch.tensor([math.exp(x - max(log_w)) for x in log_w])
         share = torch.bincount(n[:,i], minlength=12)/2000
         assert (share - w/w.sum()).abs().max() < 5*.5/math.sqrt(2000)          # 5 standard deviations of a share
@@ -90,7 +100,9 @@ def test_distance_weighted_probabilities():
 def test_distance_weighted_uses_the_dimension_of_the_embedding():
     emb,label = batch()
     assert torch.equal(draws(distance_weighted, emb, label)[1], draws(distance_weighted, emb, label, dim=8)[1])
-    assert not torch.equal(draws(distance_weighted, emb, label, times=5)[1], draws(distance_weighted, emb, label, times=5, dim=512)[1])
+    assert not torch.equal(
+        draws(distance_weighted, emb, label, times=5)[1], draws(distance_weighted, emb, label, times=5, dim=512)[1]
+    )
 
 
 @pytest.mark.parametrize('name', MINERS)
@@ -174,7 +186,8 @@ def test_a_batch_of_112_takes_under_2_ms(name):
 def test_bad_batches_are_refused():
     emb,label = batch()
     with pytest.raises(ValueError, match='even number'): random_triplets(emb[:3], label[:3], gen=generator(0))
-    with pytest.raises(ValueError, match='must share a class'): random_triplets(emb[:4], torch.tensor([0, 1, 1, 0]), gen=generator(0))
+    with pytest.raises(ValueError, match='must share a class'):
+        random_triplets(emb[:4], torch.tensor([0, 1, 1, 0]), gen=generator(0))
     with pytest.raises(ValueError, match='one label each'): random_triplets(emb, label[:-1], gen=generator(0))
 
 

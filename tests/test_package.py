@@ -1,4 +1,5 @@
-"""The wheel: built without notebooks, tests and reports, installed elsewhere, it holds everything that it needs. One version everywhere."""
+"""The wheel: built without notebooks, tests and reports, installed elsewhere, it holds everything that it needs. One
+version everywhere."""
 import re
 import subprocess
 import sys
@@ -25,7 +26,8 @@ def run(*command, **kw):
 def wheel(tmp_path_factory):
     "The wheel, built from the files that packaging needs and nothing else."
     source, out = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('wheel')
-    for name in ('pyproject.toml', 'setup.py', 'settings.ini', 'MANIFEST.in', 'README.md', 'LICENSE'): copy(ROOT/name, source)
+    for name in ('pyproject.toml', 'setup.py', 'settings.ini', 'MANIFEST.in', 'README.md', 'LICENSE'):
+        copy(ROOT/name, source)
     copytree(ROOT/'robust_dml', source/'robust_dml', ignore=ignore_patterns('__pycache__'))
     run('-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '--no-index', '-w', out, source)
     found, = out.glob('robust_dml-*.whl')
@@ -42,7 +44,10 @@ def installed(wheel, tmp_path_factory):
 
 def isolated(installed, code):
     "What `code` prints in a Python that sees the installed package only, in a folder without the project."
-    start = f'import sys; sys.path.insert(0, {str(installed)!r})\nimport robust_dml\nassert robust_dml.__file__.startswith({str(installed)!r}), robust_dml.__file__\n'
+    start = (
+        f'import sys; sys.path.insert(0, {str(installed)!r})\nimport robust_dml\nassert'
+        f' robust_dml.__file__.startswith({str(installed)!r}), robust_dml.__file__\n'
+    )
     return run('-I', '-c', start + code, cwd=installed)
 
 
@@ -53,17 +58,25 @@ def test_contents(wheel):
     static = {f'report/static/{name}.{kind}' for name in ('page', 'list', 'explorer') for kind in ('css', 'js')}
     expected = {*FILES, 'py.typed', 'gpu_cards.csv'} | static | {f'paper_tables/{p}' for p in PAPER}
     assert package - {'tuned.json'} == expected
-    assert {name.split('/')[0] for name in names if '.dist-info/' not in name} == {'robust_dml'}, 'no tests, notebooks or reports in a wheel'
+    assert {name.split('/')[0] for name in names if '.dist-info/' not in name} == {
+        'robust_dml'
+    }, 'no tests, notebooks or reports in a wheel'
     assert any(name.endswith('licenses/LICENSE') for name in names)
 
 
 def test_metadata(wheel):
     with zipfile.ZipFile(wheel) as z: text = z.read(next(n for n in z.namelist() if n.endswith('METADATA'))).decode()
-    needed = {line.split(':')[1].strip() for line in text.splitlines() if line.startswith('Requires-Dist:') and 'extra ==' not in line}
+    needed = {
+        line.split(':')[1].strip()
+        for line in text.splitlines()
+        if line.startswith('Requires-Dist:') and 'extra ==' not in line
+    }
     assert {n.split('>')[0] for n in needed} == {'torch', 'torchvision', 'numpy', 'safetensors', 'tqdm'}
     extras = [line.split(':')[1].strip() for line in text.splitlines() if line.startswith('Provides-Extra:')]
     readme = (ROOT/'README.md').read_text(encoding='utf-8')
-    assert extras and not [name for name in extras if f'| `{name}` |' not in readme], 'every extra has a line in the README'
+    assert extras and not [
+        name for name in extras if f'| `{name}` |' not in readme
+    ], 'every extra has a line in the README'
 
 
 def test_every_module_can_be_imported(installed):
@@ -73,7 +86,10 @@ def test_every_module_can_be_imported(installed):
 
 def test_tables_of_the_paper_are_there(installed):
     code = 'from robust_dml.metrics import scores\nfor table in (1, 2, 3, 4): print(len(scores.paper_table(table)))'
-    printed = [len((ROOT/'robust_dml'/'paper_tables'/f'table{n}.csv').read_text(encoding='utf-8').splitlines()) - 1 for n in (1, 2, 3, 4)]
+    printed = [
+        len((ROOT / 'robust_dml' / 'paper_tables' / f'table{n}.csv').read_text(encoding='utf-8').splitlines()) - 1
+        for n in (1, 2, 3, 4)
+    ]
     assert min(printed) > 10 and [int(count) for count in isolated(installed, code).split()] == printed
 
 

@@ -14,7 +14,9 @@ EPS, STEP = .1, .03
 
 def network(dtype=torch.float64):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Dropout(.5), nn.Linear(4*36, 6)).to(dtype)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(4 * 36, 6)
+    ).to(dtype)
 
 
 def images(count=5, seed=1):
@@ -69,7 +71,10 @@ def test_stays_inside_the_ball_and_the_image_range(keep):
 
 
 def best(x=None, **options):
-    return pgd(network(), to_target, images(12) if x is None else x, **{**dict(eps=EPS, step_size=.09, steps=4, keep='best'), **options})
+    return pgd(
+        network(), to_target, images(12) if x is None else x,
+        **{**dict(eps=EPS, step_size=0.09, steps=4, keep='best'), **options}
+    )
 
 
 def test_more_steps_and_a_warm_started_larger_ball_are_never_worse():
@@ -102,7 +107,9 @@ def test_images_do_not_influence_each_other_and_sum_equals_mean():
     model, x = network(), images(6)
     run = partial(pgd, model, eps=EPS, step_size=STEP, steps=5)
     whole = run(to_target, x).images
-    torch.testing.assert_close(torch.cat([run(to_target, part).images for part in x.split(2)]), whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        torch.cat([run(to_target, part).images for part in x.split(2)]), whole, rtol=0, atol=1e-12
+    )
     torch.testing.assert_close(run(to_target, x.flip(0)).images.flip(0), whole, rtol=0, atol=1e-12)
     torch.testing.assert_close(run(lambda emb: to_target(emb).mean(), x).images, whole, rtol=0, atol=1e-12)
 
@@ -148,7 +155,8 @@ def test_model_and_inputs_are_left_as_they_were(fails):
 def test_works_inside_no_grad_and_with_an_image_that_carries_a_graph():
     x = images()
     plain = pgd(network(), to_target, x, eps=EPS, step_size=STEP, steps=3).images
-    with torch.no_grad(): assert torch.equal(pgd(network(), to_target, x, eps=EPS, step_size=STEP, steps=3).images, plain)
+    with torch.no_grad():
+        assert torch.equal(pgd(network(), to_target, x, eps=EPS, step_size=STEP, steps=3).images, plain)
     carried = pgd(network(), to_target, x.clone().requires_grad_()*1., eps=EPS, step_size=STEP, steps=3)
     assert torch.equal(carried.images, plain) and not carried.images.requires_grad
 
@@ -178,17 +186,29 @@ def test_gradient_of_the_network_is_right():
     (dict(steps=-1), 'whole number'), (dict(steps=1.5), 'whole number'), (dict(keep='worst'), "'last', 'best'"),
     (dict(start=torch.zeros(1, 1, 8, 8)), 'shape')])
 def test_bad_arguments_are_named(change, message):
-    with pytest.raises(ValueError, match=message): pgd(network(), to_target, images(), **{**dict(eps=EPS, step_size=STEP, steps=2), **change})
+    with pytest.raises(ValueError, match=message):
+        pgd(network(), to_target, images(), **{**dict(eps=EPS, step_size=STEP, steps=2), **change})
 
 
-@pytest.mark.parametrize('x, error', [(images()*3, ValueError), (images()*math.nan, ValueError), (images()[0], ValueError), ((images()*255).byte(), TypeError)])
+@pytest.mark.parametrize(
+    'x, error',
+    [
+        (images() * 3, ValueError), (images() * math.nan, ValueError), (images()[0], ValueError),
+        ((images() * 255).byte(), TypeError)
+    ],
+)
 def test_bad_images_are_refused(x, error):
     with pytest.raises(error, match='images'): pgd(network(), to_target, x, eps=EPS, step_size=STEP, steps=2)
 
 
-@pytest.mark.parametrize('objective, message', [
-    (lambda emb: to_target(emb.detach()), 'depend on emb'), (lambda emb: emb, 'shape'), (lambda emb: 1., 'float'),
-    (lambda emb: to_target(emb)*math.nan, 'finite gradient'), (lambda emb: (emb - emb.detach()).square().sum(1).sqrt(), 'finite gradient')])
+@pytest.mark.parametrize(
+    'objective, message',
+    [
+        (lambda emb: to_target(emb.detach()), 'depend on emb'), (lambda emb: emb, 'shape'), (lambda emb: 1.0, 'float'),
+        (lambda emb: to_target(emb) * math.nan, 'finite gradient'),
+        (lambda emb: (emb - emb.detach()).square().sum(1).sqrt(), 'finite gradient')
+    ],
+)
 def test_bad_objectives_are_refused(objective, message):
     with pytest.raises(ValueError, match=message): pgd(network(), objective, images(), eps=EPS, step_size=STEP, steps=2)
 

@@ -25,15 +25,18 @@ from robust_dml.defenses.train import train
 from robust_dml.defenses.colo_tride import make
 
 INNER = dict(eps=.1, step_size=.05, steps=2, margin=.2)
-PROXIES = dict(eps=.1, step_size=.05, steps=2, warm_epochs=0, clean_epochs=0, ramp_epochs=0, clip=.01) # most gradients are clipped
+# most gradients are clipped
+PROXIES = dict(eps=.1, step_size=.05, steps=2, warm_epochs=0, clean_epochs=0, ramp_epochs=0, clip=.01)
 DEFENSES = dict(
-    natural=lambda: make('natural', margin=.2, miner='semihard'),
-    hm=lambda: make('hm', ics=.5, **INNER),
-    official=lambda: make('colo_tride', lam=2., profile='official', step_schedule='const', **INNER),
-    paper=lambda: make('colo_tride', lam=2., profile='paper', step_schedule='const', **INNER),
-    free=lambda: tuples.make('free', eps=.1, step_size=.05, margin=.2, repeats=2),
-    library=lambda: tuples.make('library_loss', loss='MultiSimilarityLoss', eps=.1, step_size=.05, steps=2, moved='first', clean_weight=.5), # nine images are moved
-    tuples=lambda: tuples.make('tuples', attack_rate=.5, **INNER),
+    natural=lambda: make('natural', margin=0.2, miner='semihard'), hm=lambda: make('hm', ics=0.5, **INNER),
+    official=lambda: make('colo_tride', lam=2.0, profile='official', step_schedule='const', **INNER),
+    paper=lambda: make('colo_tride', lam=2.0, profile='paper', step_schedule='const', **INNER),
+    free=lambda: tuples.make('free', eps=0.1, step_size=0.05, margin=0.2, repeats=2),
+    # nine images are moved
+    library=lambda: tuples.make(
+        'library_loss', loss='MultiSimilarityLoss', eps=0.1, step_size=0.05, steps=2, moved='first', clean_weight=0.5
+    ),
+    tuples=lambda: tuples.make('tuples', attack_rate=0.5, **INNER),
     eat=lambda: eat.make('eat', members=2, split_unit='class', **PROXIES),
     gal=lambda: eat.make('gal', members=2, **PROXIES),  # with gradients of gradients
 )
@@ -45,11 +48,18 @@ def images():
     gen = generator(0, 'ranks')
     kinds = torch.randint(256, (10, 1, 28, 28), generator=gen).repeat_interleave(3, 0)
     pixels = (.5*kinds + 60*torch.randn(30, 1, 28, 28, generator=gen) + 60).clamp(0, 255).to(torch.uint8)
-    return data.Split('patterns', *(data.ImageSet(pixels[rows], torch.arange(n).repeat_interleave(3), tuple('abcdef'[:n])) for rows, n in ((slice(18), 6), (slice(18, None), 4))))
+    return data.Split(
+        'patterns',
+        *(
+            data.ImageSet(pixels[rows], torch.arange(n).repeat_interleave(3), tuple('abcdef'[:n]))
+            for rows, n in ((slice(18), 6), (slice(18, None), 4))
+        ),
+    )
 
 
 def network(defense):
-    if isinstance(defense, eat.ProxyDefense): return eat.ensemble('small', members=2, classes=6, dim=8, size=28, channels=1, seed=0).double()
+    if isinstance(defense, eat.ProxyDefense):
+        return eat.ensemble('small', members=2, classes=6, dim=8, size=28, channels=1, seed=0).double()
     return build('small', dim=8, size=28, channels=1, seed=0).double()
 
 
@@ -65,7 +75,8 @@ def trained(name, **options):
 def failing(defense, at, who=None):
     "The same defence, failing at update `at`, in all processes or in one."
     def step(model, x, label, *, state, clock, gen):
-        if clock.update == at and who in (None, processes.process_index()): raise ZeroDivisionError('a fault of the test')
+        if clock.update == at and who in (None, processes.process_index()):
+            raise ZeroDivisionError('a fault of the test')
         return defense.step(model, x, label, state=state, clock=clock, gen=gen)
     return Defense(name=defense.name, options=defense.options, init=defense.init, step=step)
 
@@ -86,7 +97,8 @@ def stored(folder):
 
 
 def deep(x, shared):
-    "Embedding and gradients of a network with BatchNorm, in training mode and folded, in the memory layout of training."
+    """Embedding and gradients of a network with BatchNorm, in training mode and folded, in the memory layout of
+    training."""
     net = build('resnet18', dim=8, size=32, channels=1, seed=0).double().to(memory_format=torch.channels_last)
     with processes.spread(*[net]*shared):
         emb = embed(train_mode(net), x)
@@ -96,12 +108,16 @@ def deep(x, shared):
         return [emb, embed(folded, x), *grads]
 
 
-ATTACK = dict(attacks={name: SUITE[name] for name in ('ES', 'CA+', 'LTM')}, eps=32/255, step_size=8/255, steps=2, show=False, backend='torch')
+ATTACK = dict(
+    attacks={name: SUITE[name] for name in ('ES', 'CA+', 'LTM')}, eps=32 / 255, step_size=8 / 255, steps=2, show=False,
+    backend='torch'
+)
 
 
 def evaluated(run=None, batch_size=5, dtype=torch.float64):
     "All that does not depend on the clock."
-    found = asdict(evaluate(network(None).to(dtype), images().test, run=run, batch_size=batch_size, **ATTACK)) # twelve queries in three batches
+    # twelve queries in three batches
+    found = asdict(evaluate(network(None).to(dtype), images().test, run=run, batch_size=batch_size, **ATTACK))
     return {k: v for k, v in found.items() if k not in ('seconds', 'parts')}
 
 
@@ -117,10 +133,15 @@ def counted():
     x, label = images().train.batch(torch.arange(16), dtype=torch.float64), torch.arange(8).repeat_interleave(2)
     try:
         dist.all_gather, dist.all_reduce = gather, reduce
-        with processes.spread(net): step = make('act', **INNER).step(net, x, label, state={}, clock=Clock(0, 1), gen=generator(0, 'draw')); step.loss.backward()
+        with processes.spread(net):
+            step = make('act', **INNER).step(net, x, label, state={}, clock=Clock(0, 1), gen=generator(0, 'draw'))
+            step.loss.backward()
     finally: dist.all_gather, dist.all_reduce = plain
     moved = round(step.log['image_steps']/2)
-    said = processes.traffic(clean=16, moved=moved, update=3*moved//2, steps=2, dim=8, pixels=28*28, weights=sum(p.numel() for p in net.parameters()), processes=2, itemsize=8)
+    said = processes.traffic(
+        clean=16, moved=moved, update=3 * moved // 2, steps=2, dim=8, pixels=28 * 28,
+        weights=sum(p.numel() for p in net.parameters()), processes=2, itemsize=8
+    )
     return [sent['all_gather'], said['embeddings'] + said['images'], sent['all_reduce'], said['weights']]
 
 
@@ -139,30 +160,48 @@ def refusals():
 def work(folder):
     "What the two processes do; process 0 writes it."
     with processes.joined('cpu', processes=2, only_first=True):
-        found = dict(index=processes.everyone([processes.process_index(), processes.process_count(), processes.leads()]), agreed=processes.everyone(processes.agreed(processes.process_index())),
-                     parts=processes.everyone(processes.gathered(torch.full((2 + processes.process_index(), 2), processes.process_index()), [2, 3]).tolist()))
+        found = dict(
+            index=processes.everyone([processes.process_index(), processes.process_count(), processes.leads()]),
+            agreed=processes.everyone(processes.agreed(processes.process_index())),
+            parts=processes.everyone(
+                processes.gathered(
+                    torch.full((2 + processes.process_index(), 2), processes.process_index()), [2, 3]
+                ).tolist()
+            ),
+        )
         found |= {name: trained(name) for name in DEFENSES}
         found |= dict(cut_off=cut_off(folder), stored=processes.everyone(stored(folder)), refusals=refusals())
         x = torch.rand(5, 1, 32, 32, generator=generator(0, 'x'), dtype=torch.float64)
         found['deep'] = max((a - b).abs().max().item() for a, b in zip(deep(x, 0), deep(x, 1)))
-        found |= dict(evaluated=evaluated(Run(folder/'eval')), one_batch=evaluated(batch_size=50), single=evaluated(dtype=torch.float32), counted=counted())
+        found |= dict(
+            evaluated=evaluated(Run(folder / 'eval')), one_batch=evaluated(batch_size=50),
+            single=evaluated(dtype=torch.float32), counted=counted()
+        )
         emb = torch.randn(23, 4, generator=generator(0, 'shards'), dtype=torch.float64)
-        found['search'] = knn_together(emb, emb.split([20, 3])[processes.process_index()], k=5, rows=torch.arange(23))[1].tolist()
+        found['search'] = knn_together(emb, emb.split([20, 3])[processes.process_index()], k=5, rows=torch.arange(23))[
+            1
+        ].tolist()
         found['same'] = processes.everyone(found)
     first, second = found.pop('same')
-    (folder/'found.json').write_text(json.dumps(found | dict(same=first == second, left=processes.process_count()))) # process 1 has ended
+    # process 1 has ended
+    (folder/'found.json').write_text(json.dumps(found | dict(same=first == second, left=processes.process_count())))
 
 
 def fault(folder):
     "One of two processes fails in the second epoch."
     with processes.joined('cpu', processes=2):
         defense = DEFENSES['natural']()
-        train(network(defense), images().train, failing(defense, 3, who=1), run=Run(folder/'fault'), epochs=3, **OPTIONS)
+        train(
+            network(defense), images().train, failing(defense, 3, who=1), run=Run(folder / 'fault'), epochs=3, **OPTIONS
+        )
 
 
 def launched(folder):
     "In each of two processes that accelerate has started."
-    with processes.joined('cpu', processes=2): (folder/f'launched.{processes.process_index()}').write_text(json.dumps(processes.everyone(processes.process_index())))
+    with processes.joined('cpu', processes=2):
+        (folder / f'launched.{processes.process_index()}').write_text(
+            json.dumps(processes.everyone(processes.process_index()))
+        )
 
 
 # the tests
@@ -177,7 +216,9 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp('ranks')
 @pytest.fixture(scope='module')
 def found(folder):
     "What two processes found, started once."
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', __file__, str(folder)]
+    command = [
+        sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', __file__, str(folder)
+    ]
     made = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
     assert made.returncode == 0, made.stderr[-3000:]
     return json.loads((folder/'found.json').read_text())
@@ -227,7 +268,9 @@ def test_resume_with_another_number_of_processes(found, folder):
 
 
 def test_one_process_writes_and_all_read(found):
-    assert found['stored'][0] == found['stored'][1] and found['stored'][0]['files'] == ['model.safetensors', 'result.json']
+    assert found['stored'][0] == found['stored'][1] and found['stored'][0]['files'] == [
+        'model.safetensors', 'result.json'
+    ]
 
 
 def test_deep_networks(found): assert 0 <= found['deep'] < 1e-9
@@ -236,10 +279,14 @@ def test_deep_networks(found): assert 0 <= found['deep'] < 1e-9
 def test_refusals(found):
     batch, weights = found['refusals']
     assert 'fixed statistics, found statistics of the batch' in batch
-    assert weights.startswith('initial weights and training labels must be the same in all processes, found others in process 1 than in process 0')
+    assert weights.startswith(
+        'initial weights and training labels must be the same in all processes, found others in process 1 than in'
+        ' process 0'
+    )
 
 
-def test_traffic_is_what_travels(found): assert found['counted'][::2] == found['counted'][1::2] and min(found['counted']) > 0
+def test_traffic_is_what_travels(found):
+    assert found['counted'][::2] == found['counted'][1::2] and min(found['counted']) > 0
 
 
 def test_two_processes_evaluate_as_one(found, folder):
@@ -249,7 +296,9 @@ def test_two_processes_evaluate_as_one(found, folder):
     assert json.loads(json.dumps(evaluated(batch_size=50))) == found['one_batch']
     records, alone = (read_lines(Run(folder/name), 'queries.jsonl') for name in ('eval', 'alone'))
     for r in (*records, *alone): assert r.pop('seconds') > 0
-    assert records == alone and [(r['attack'], r['start']) for r in records] == [(a, i) for a in ATTACK['attacks'] for i in (0, 5, 10)]
+    assert records == alone and [(r['attack'], r['start']) for r in records] == [
+        (a, i) for a in ATTACK['attacks'] for i in (0, 5, 10)
+    ]
 
 
 def test_two_processes_evaluate_as_one_in_single_precision(found):
@@ -257,7 +306,8 @@ def test_two_processes_evaluate_as_one_in_single_precision(found):
     one, two = evaluated(dtype=torch.float32), found['single']
     for part in ('benign', 'before', 'after'):
         assert one[part].keys() == two[part].keys()
-        for name, value in one[part].items(): assert two[part][name] == pytest.approx(value, abs=.005 if name in ('TMA', 'ES:D') else .5), (part, name)
+        for name, value in one[part].items():
+            assert two[part][name] == pytest.approx(value, abs=.005 if name in ('TMA', 'ES:D') else .5), (part, name)
 
 
 def test_one_process_goes_on_with_an_evaluation_of_two(found, folder):
@@ -266,7 +316,8 @@ def test_one_process_goes_on_with_an_evaluation_of_two(found, folder):
     whole = path.read_bytes()
     path.write_bytes(whole[:len(whole)//2])
     assert json.loads(json.dumps(evaluated(Run(folder/'eval')))) == found['evaluated']
-    assert path.read_bytes().startswith(whole[:whole[:len(whole)//2].rindex(b'\n')])   # what was there is not measured again
+    # what was there is not measured again
+    assert path.read_bytes().startswith(whole[:whole[:len(whole)//2].rindex(b'\n')])
 
 
 def test_a_fault_in_one_process_ends_both(folder):
@@ -274,16 +325,27 @@ def test_a_fault_in_one_process_ends_both(folder):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         address = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE='2')
-    made = [subprocess.Popen([sys.executable, __file__, str(folder), 'fault'], env=ENVIRONMENT | address | dict(RANK=str(i)), stderr=subprocess.PIPE, text=True) for i in range(2)]
+    made = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder), 'fault'], env=ENVIRONMENT | address | dict(RANK=str(i)),
+            stderr=subprocess.PIPE, text=True
+        )
+        for i in range(2)
+    ]
     said = [process.communicate(timeout=600)[1] for process in made]
     assert all(process.returncode for process in made)
-    assert 'ProcessLost: expected an answer from every process of this run' in said[0] and 'ZeroDivisionError: a fault of the test' in said[1]
+    assert (
+        'ProcessLost: expected an answer from every process of this run' in said[0]
+        and 'ZeroDivisionError: a fault of the test' in said[1]
+    )
     assert Run(folder/'fault').read('checkpoint.json')['epoch'] == 1
 
 
 def test_launch_from_a_notebook(folder):
     pytest.importorskip('accelerate', reason='the launch from a notebook needs accelerate')
-    made = subprocess.run([sys.executable, __file__, str(folder), 'launch'], env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    made = subprocess.run(
+        [sys.executable, __file__, str(folder), 'launch'], env=ENVIRONMENT, capture_output=True, text=True, timeout=600
+    )
     assert [json.loads((folder/f'launched.{i}').read_text()) for i in range(2)] == [[0, 1], [0, 1]], made.stderr[-3000:]
 
 
@@ -292,7 +354,8 @@ def test_a_launcher_that_starts_one_process_is_noticed(monkeypatch):
     accelerate = pytest.importorskip('accelerate', reason='the launch from a notebook needs accelerate')
     called = []
     monkeypatch.setattr(accelerate, 'notebook_launcher', lambda function, args, **_: function(*args))
-    with pytest.raises(RuntimeError, match='expected 2 processes, found 1'): processes.launch(called.append, 1, processes=2)
+    with pytest.raises(RuntimeError, match='expected 2 processes, found 1'):
+        processes.launch(called.append, 1, processes=2)
     assert not called
     processes.launch(called.append, 1, processes=1)
     assert called == [1]

@@ -16,16 +16,29 @@ BLOCK = re.compile(r'(<!-- (table|scores|summary|facts): (\S+) -->\n)(.*?)(<!-- 
 def markdown(kind, results):
     "A block of the README: metrics as rows and defences as columns, or the report's summary."
     if kind == 'facts':
-        classes, attack, setting = (results['data'][side]['classes'] for side in ('train', 'test')), results['attack'], next(iter(results['settings'].values()))
-        queries, seeds = attack['limit'] or results['data']['test']['images'], len({r['seed'] for r in results['records']})
-        return '{} classes to train on and {} others to retrieve; '.format(*classes) + f"{'one seed' if seeds == 1 else f'{seeds} seeds'}, ε = {255*setting['eps']:g}/255, attacks of {attack['steps']} steps on {queries:,} queries.\n"
+        classes, attack, setting = (
+            (results['data'][side]['classes'] for side in ('train', 'test')), results['attack'],
+            next(iter(results['settings'].values()))
+        )
+        queries, seeds = attack['limit'] or results['data']['test']['images'], len(
+            {r['seed'] for r in results['records']}
+        )
+        return (
+            '{} classes to train on and {} others to retrieve; '.format(*classes)
+            + f"{'one seed' if seeds == 1 else f'{seeds} seeds'}, ε = {255*setting['eps']:g}/255, attacks of"
+            f" {attack['steps']} steps on {queries:,} queries.\n"
+        )
     if kind == 'summary': return '\n\n'.join(tables.summary(results)) + '\n'
     experiment = results['experiment']
     frame = {'table1': tables.table1, 'table2': tables.table2}[experiment](results)
     text = tables.as_text(frame, experiment).drop(columns=['Setting', 'Seeds']).set_index('Defense').T
-    if kind == 'scores': text = text.loc[[name for name in text.index if 'ARS' in name or name in ('R@1', 'Mean distance')]]
+    if kind == 'scores':
+        text = text.loc[[name for name in text.index if 'ARS' in name or name in ('R@1', 'Mean distance')]]
     arrow = {c.name: {1: ' ↑', -1: ' ↓', 0: ''}[c.better] for c in tables.COLUMNS[experiment]}
-    lines = [['', *text.columns], ['---', *['--:']*len(text.columns)], *([name + arrow.get(name, ''), *row] for name, row in zip(text.index, text.values))]
+    lines = [
+        ['', *text.columns], ['---', *['--:'] * len(text.columns)],
+        *([name + arrow.get(name, ''), *row] for name, row in zip(text.index, text.values))
+    ]
     return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines)
 
 
@@ -50,7 +63,9 @@ def test_parameters_and_defences_are_named():
     assert not [name for name in experiments.PARAMETERS if f'`{name}`' not in text and f'-p {name} ' not in text]
 
 
-@pytest.mark.parametrize('report_folder', sorted(p.parent for p in ROOT.glob('reports/*/results.json')), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    'report_folder', sorted(p.parent for p in ROOT.glob('reports/*/results.json')), ids=lambda p: p.name
+)
 def test_committed_reports_rest_on_committed_runs(report_folder):
     "Every record of a committed report stands in the store, with its card and the same numbers."
     for record in read_results(report_folder).get('records', ()):

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from robust_dml.report import tables as report
-from robust_dml.metrics.scores import ARS_HEADINGS, HEADINGS, ars, ars_cells, constant_before, ers, ers_cells, paper_table
+from robust_dml.metrics.scores import ARS_HEADINGS, HEADINGS, ars, ars_cells, constant_before, ers, ers_cells
+from robust_dml.metrics.scores import paper_table
 
 LABELS = {'natural': 'Natural', 'act': 'ACT', 'colo_tride': 'COLO-TRIDE (official)'}
 
@@ -16,21 +17,43 @@ LABELS = {'natural': 'Natural', 'act': 'ACT', 'colo_tride': 'COLO-TRIDE (officia
 def record(defense, seed, shift=0., setting='A', collapsed=False):
     rng = np.random.default_rng([seed, len(defense)])
     r1 = 50 + 5*len(defense) % 40 + rng.normal()
-    after = {h: float(10 + 3*i + shift + rng.normal()) for i, h in enumerate(HEADINGS)} | {'TMA': .5 + .01*float(rng.normal()), 'ES:D': .4}
+    after = {h: float(10 + 3 * i + shift + rng.normal()) for i, h in enumerate(HEADINGS)} | {
+        'TMA': 0.5 + 0.01 * float(rng.normal()), 'ES:D': 0.4
+    }
     before = {**constant_before(r1), 'CA-': 2.2, 'QA-': .5}
-    log = [dict(epoch=e, loss=1/(e + 1), dist_ap=.5, dist_an=.9, separability=.6, collapseness=-.4, assisted=.5) for e in range(3)]
-    return dict(setting=setting, defense=defense, profile='', label=LABELS[defense], seed=seed,
-        train=dict(address=f'train-{defense}', config={'options': {'steps': 8}}, log=log, seconds=10., image_steps=500, updates=20, device='cpu', provenance=dict(python='3.11', commit='abc')),
-        eval=dict(address=f'eval-{defense}', config={}, benign={'R@1': r1, 'R@2': r1 + 5, 'mAP': 30., 'NMI': 60.}, before=before, after={**after, 'LTM fixed': 1., 'GTM fixed': 2.},
-            ers=ers(after), ers_cells=ers_cells(after), ars=ars(before, after), ars_cells=ars_cells(before, after), ars_constant=ars(constant_before(r1), after),
-            ars_cells_constant=ars_cells(constant_before(r1), after), indicators=dict(mean_distance=1., separability=.5, same_distance=.5, other_distance=1.), collapsed=collapsed,
-            queries=100, excluded=0, backend='torch', seconds=5., image_steps=900, device='cpu', example_attack='ES'))
+    log = [
+        dict(epoch=e, loss=1 / (e + 1), dist_ap=0.5, dist_an=0.9, separability=0.6, collapseness=-0.4, assisted=0.5)
+        for e in range(3)
+    ]
+    return dict(
+        setting=setting, defense=defense, profile='', label=LABELS[defense], seed=seed,
+        train=dict(
+            address=f'train-{defense}', config={'options': {'steps': 8}}, log=log, seconds=10.0, image_steps=500,
+            updates=20, device='cpu', provenance=dict(python='3.11', commit='abc')
+        ),
+        eval=dict(
+            address=f'eval-{defense}', config={}, benign={'R@1': r1, 'R@2': r1 + 5, 'mAP': 30.0, 'NMI': 60.0},
+            before=before, after={**after, 'LTM fixed': 1.0, 'GTM fixed': 2.0}, ers=ers(after),
+            ers_cells=ers_cells(after), ars=ars(before, after), ars_cells=ars_cells(before, after),
+            ars_constant=ars(constant_before(r1), after), ars_cells_constant=ars_cells(constant_before(r1), after),
+            indicators=dict(mean_distance=1.0, separability=0.5, same_distance=0.5, other_distance=1.0),
+            collapsed=collapsed, queries=100, excluded=0, backend='torch', seconds=5.0, image_steps=900, device='cpu',
+            example_attack='ES'
+        ),
+    )
 
 
 def made_up(experiment='table1', seeds=(0, 1, 2), **more):
     records = [record(d, seed, shift=5*i) for i, d in enumerate(LABELS) for seed in seeds]
-    return dict(experiment=experiment, title='Made-up', dataset='glyphs', preset='smoke', parameters=dict(dataset='glyphs'), overrides=['fewer epochs'], data=dict(name='glyphs', checksum='00'),
-        settings={'A': dict(name='A', eps=32/255, step_size=16/255, steps=4, warm_epochs=0)}, attack=dict(step_size=3/255, steps=32), records=records, published=[]) | more
+    return (
+        dict(
+            experiment=experiment, title='Made-up', dataset='glyphs', preset='smoke', parameters=dict(dataset='glyphs'),
+            overrides=['fewer epochs'], data=dict(name='glyphs', checksum='00'),
+            settings={'A': dict(name='A', eps=32 / 255, step_size=16 / 255, steps=4, warm_epochs=0)},
+            attack=dict(step_size=3 / 255, steps=32), records=records, published=[]
+        )
+        | more
+    )
 
 
 def pictures(k=2):
@@ -40,7 +63,10 @@ def pictures(k=2):
     after = label[:, None].repeat(1, 5)
     after[0, 0], after[1, 3] = 1, 0
     clean = images(k)
-    return dict(clean=clean, adv=(clean + 8/255).clamp(0, 1), before=(images(k, 5)*255).byte(), after=(images(k, 5)*255).byte(), label=label, label_before=label[:, None].repeat(1, 5), label_after=after)
+    return dict(
+        clean=clean, adv=(clean + 8 / 255).clamp(0, 1), before=(images(k, 5) * 255).byte(),
+        after=(images(k, 5) * 255).byte(), label=label, label_before=label[:, None].repeat(1, 5), label_after=after
+    )
 
 
 class Page(HTMLParser):
@@ -54,7 +80,11 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.links += [(name, value) for name, value in attrs if name in ('src', 'href', 'srcset', 'action', 'data') or name.startswith('on')]
+        self.links += [
+            (name, value)
+            for name, value in attrs
+            if name in ('src', 'href', 'srcset', 'action', 'data') or name.startswith('on')
+        ]
         if tag not in self.VOID: self.open.append(tag)
 
     def handle_endtag(self, tag): assert self.open.pop() == tag
@@ -120,7 +150,8 @@ def test_bold_needs_disjoint_intervals(values, spreads, collapsed, best):
 
 def test_order_is_claimed_only_beyond_the_spread():
     results = made_up()
-    for r in results['records']: r['eval']['ers'] = {'natural': 5., 'act': 30., 'colo_tride': 40.}[r['defense']] + r['seed']
+    for r in results['records']:
+        r['eval']['ers'] = {'natural': 5., 'act': 30., 'colo_tride': 40.}[r['defense']] + r['seed']
     assert 'COLO-TRIDE (official) (41.0\xa0±\xa01.0) is ahead of ACT' in report.summary(results)[0]
     for r in results['records']: r['eval']['ers'] = 30. + r['seed'] + (r['defense'] == 'act')
     assert 'no order is claimed' in report.summary(results)[0]
@@ -128,10 +159,19 @@ def test_order_is_claimed_only_beyond_the_spread():
 
 def test_head_line_names_a_leader_only_beyond_the_spread():
     results = made_up()
-    for r in results['records']: r['eval']['ers'] = {'natural': 5., 'act': 30., 'colo_tride': 40.}[r['defense']] + r['seed']
-    assert report.headline(results) == 'At ε = 32/255 COLO-TRIDE (official) leads in ERS with 41.0\xa0±\xa01.0 (without defence 6.0). Leads exceed the spread of the seeds.'
+    for r in results['records']:
+        r['eval']['ers'] = {'natural': 5., 'act': 30., 'colo_tride': 40.}[r['defense']] + r['seed']
+    assert (
+        report.headline(results)
+        == 'At ε = 32/255 COLO-TRIDE (official) leads in ERS with 41.0\xa0±\xa01.0 (without defence 6.0). Leads exceed'
+        ' the spread of the seeds.'
+    )
     for r in results['records']: r['eval']['ers'] = 30. + r['seed'] + (r['defense'] == 'act')
-    assert report.headline(results) == 'At ε = 32/255 the defences have ERS 31.0 to 32.0, none leads by more than the spread of the seeds (without defence 31.0).'
+    assert (
+        report.headline(results)
+        == 'At ε = 32/255 the defences have ERS 31.0 to 32.0, none leads by more than the spread of the seeds (without'
+        ' defence 31.0).'
+    )
     one = made_up(seeds=[0])
     assert 'one seed allows no order' in report.headline(one) and 'leads' not in report.headline(one)
     for r in results['records']: r['eval']['collapsed'] = r['defense'] != 'natural'
@@ -161,16 +201,24 @@ def test_published_numbers_beside_ours():
 
 def test_page_needs_nothing_from_outside(tmp_path):
     hostile = '<img src=http://x onerror=alert(1)>"\'&|'
-    results = made_up(title=hostile, dataset=hostile, parameters={hostile: hostile}, overrides=[hostile], data={hostile: [hostile]},
-                      published=[dict(c, value='<i>1') for c in paper_table(1) if c['dataset'] == 'CUB'])
+    results = made_up(
+        title=hostile, dataset=hostile, parameters={hostile: hostile}, overrides=[hostile], data={hostile: [hostile]},
+        published=[dict(c, value='<i>1') for c in paper_table(1) if c['dataset'] == 'CUB']
+    )
     for r in results['records']: r['label'] += hostile
     original = copy.deepcopy(results)
     path = report.write_report(tmp_path/'deep'/'report', results, {'A ' + results['records'][0]['label']: pictures()})
     page = Page(path.read_text(encoding='utf-8'))
     assert page.open == [] and hostile in page.text and results == original
-    assert set(page.tags) <= {'html', 'head', 'meta', 'title', 'style', 'script', 'body', 'main', 'h1', 'h2', 'h3', 'p', 'a', 'div', 'span', 'i', 'table', 'thead', 'tbody', 'tr', 'th', 'td', 'b', 'br',
-                              'dl', 'dt', 'dd', 'ul', 'li', 'code', 'figure', 'figcaption', 'img'}
-    assert page.tags.count('script') == 1 and all(value.startswith('data:image/png;base64,') if name == 'src' else (name, value) == ('href', '#setup') for name, value in page.links)
+    assert set(page.tags) <= {
+        'html', 'head', 'meta', 'title', 'style', 'script', 'body', 'main', 'h1', 'h2', 'h3', 'p', 'a', 'div', 'span',
+        'i', 'table', 'thead', 'tbody', 'tr', 'th', 'td', 'b', 'br', 'dl', 'dt', 'dd', 'ul', 'li', 'code', 'figure',
+        'figcaption', 'img'
+    }
+    assert page.tags.count('script') == 1 and all(
+        value.startswith('data:image/png;base64,') if name == 'src' else (name, value) == ('href', '#setup')
+        for name, value in page.links
+    )
     assert 'url(' not in page.text and '@import' not in page.text
     images = [base64.b64decode(value.partition(',')[2]) for name, value in page.links if name == 'src']
     charts = sorted(p for p in (path.parent/'figures').iterdir() if not p.name.startswith('queries'))
@@ -180,23 +228,38 @@ def test_page_needs_nothing_from_outside(tmp_path):
 
 def sheet(html):
     "The picture of a viewer, as pixels."
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(html.partition('--sheet:url(data:image/png;base64,')[2].partition(')')[0]))))
+    return np.asarray(
+        Image.open(
+            io.BytesIO(base64.b64decode(html.partition('--sheet:url(data:image/png;base64,')[2].partition(')')[0]))
+        )
+    )
 
 
 def test_viewer_shows_the_pictures_of_the_strip():
     tensors = pictures(3)
     html, page = report.viewer(tensors, 'made up'), Page(report.viewer(tensors, 'made up'))
     shown = sheet(html)
-    assert shown.shape == (3*8, 13*8) and page.open == [] and 'black −8/255, grey 0, white +8/255' in page.text and 'difference × 15.9' in page.text
+    assert (
+        shown.shape == (3 * 8, 13 * 8)
+        and page.open == []
+        and 'black −8/255, grey 0, white +8/255' in page.text
+        and 'difference × 15.9' in page.text
+    )
     for row in range(3):
         def at(place): return shown[8*row:8*row + 8, 8*place:8*place + 8]/255
         change = (tensors['adv'] - tensors['clean'])[row, 0]
-        for place, image in enumerate((tensors['clean'][row, 0], tensors['adv'][row, 0], .5 + change*255/16)): np.testing.assert_allclose(at(place), image, atol=.51/255)
+        for place, image in enumerate((tensors['clean'][row, 0], tensors['adv'][row, 0], .5 + change*255/16)):
+            np.testing.assert_allclose(at(place), image, atol=.51/255)
         for k in range(5):
             np.testing.assert_array_equal(at(3 + k)*255, tensors['before'][row, k, 0])
             np.testing.assert_array_equal(at(8 + k)*255, tensors['after'][row, k, 0])
-    hits = int((tensors['label_after'] == tensors['label'][:, None]).sum() + (tensors['label_before'] == tensors['label'][:, None]).sum())
-    assert (html.count('tile hit'), html.count('tile miss'), html.count('class=moving'), html.count('class="query"')) == (hits, 30 - hits, 6, 3) and 0 < hits < 30
+    hits = int(
+        (tensors['label_after'] == tensors['label'][:, None]).sum()
+        + (tensors['label_before'] == tensors['label'][:, None]).sum()
+    )
+    assert (
+        html.count('tile hit'), html.count('tile miss'), html.count('class=moving'), html.count('class="query"')
+    ) == (hits, 30 - hits, 6, 3) and 0 < hits < 30
 
 
 def test_viewer_of_colours_and_few_results():
@@ -212,10 +275,15 @@ def test_files_of_a_report(tmp_path):
     results['records'][0] |= dict(examples=pictures())
     results['records'][0]['train']['log'][1]['assisted'] = math.nan
     for _ in range(2): report.write_report(tmp_path, results)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['figures', 'index.html', 'results.json', 'table.csv', 'table.md']
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        'figures', 'index.html', 'results.json', 'table.csv', 'table.md'
+    ]
     def refuse(name): raise AssertionError(name)
     read = json.loads((tmp_path/'results.json').read_text(encoding='utf-8'), parse_constant=refuse)
-    assert read['records'][1]['eval']['ers'] == results['records'][1]['eval']['ers'] and 'examples' not in read['records'][0]
+    assert (
+        read['records'][1]['eval']['ers'] == results['records'][1]['eval']['ers']
+        and 'examples' not in read['records'][0]
+    )
     again = report.write_report(tmp_path/'again', read).parent  # a report can be made from its own results
     assert (again/'table.csv').read_bytes() == (tmp_path/'table.csv').read_bytes()
 
@@ -270,10 +338,12 @@ def test_strip_shows_every_picture_in_its_frame():
         np.testing.assert_allclose(clean, tensors['clean'][row, 0], atol=1e-6)
         np.testing.assert_allclose(adv, tensors['adv'][row, 0], atol=1e-6)
         largest = (tensors['adv'] - tensors['clean']).abs().max()
-        np.testing.assert_allclose(change, .5 + .5*(tensors['adv'] - tensors['clean'])[row, 0]/largest, atol=1e-5)  # grey is no change, white the largest
+        # grey is no change, white the largest
+        np.testing.assert_allclose(change, .5 + .5*(tensors['adv'] - tensors['clean'])[row, 0]/largest, atol=1e-5)
     assert (canvas[8] == 1).all()  # white between the rows
     lefts = [f.get_x() for f in frames[:10]]
-    assert len({b - a for a, b in zip(lefts[:5], lefts[1:5])}) == 1 and lefts[5] - lefts[4] > lefts[4] - lefts[3]  # before and after are set apart
+    # before and after are set apart
+    assert len({b - a for a, b in zip(lefts[:5], lefts[1:5])}) == 1 and lefts[5] - lefts[4] > lefts[4] - lefts[3]
 
 
 def test_strip_of_colours_and_few_results():
@@ -283,25 +353,38 @@ def test_strip_of_colours_and_few_results():
     ax, = report.strip(colour).axes
     assert np.asarray(ax.images[0].get_array()).shape[2] == 3 and len(ax.patches) == 8
     whole, few = (Image.open(io.BytesIO(report.png(report.strip(colour), colours=count))) for count in (0, 16))
-    assert (whole.size, len(whole.convert('RGB').getcolors(2**24)) > 16) == (few.size, True) and few.mode == 'P' and len(few.getcolors()) <= 16
+    assert (
+        (whole.size, len(whole.convert('RGB').getcolors(2**24)) > 16) == (few.size, True)
+        and few.mode == 'P'
+        and len(few.getcolors()) <= 16
+    )
 
 
 def timed(results):
     "The same records with seconds of their parts, different for each seed."
     for r in results['records']:
         r['train']['parts'] = dict(data=1., defence=10. + r['seed'], update=4., checkpoint=.5)
-        r['eval']['parts'] = {'gallery': 1., 'LTM fixed': 3., 'QA+': 6. + r['seed'], 'CA+': 5., 'ES': 2., 'GTM fixed': 1., 'LTM': 4., 'metrics': 2., 'indicators': .5, 'my own': 7.}
+        r['eval']['parts'] = {
+            'gallery': 1.0, 'LTM fixed': 3.0, 'QA+': 6.0 + r['seed'], 'CA+': 5.0, 'ES': 2.0, 'GTM fixed': 1.0,
+            'LTM': 4.0, 'metrics': 2.0, 'indicators': 0.5, 'my own': 7.0
+        }
     return results
 
 
 def test_parts_are_means_over_seeds():
     results = timed(made_up(seeds=(0, 1, 5)))
     table, attacks = report.parts(results), report.attack_seconds(results)
-    assert list(table) == ['Setting', 'Defense', 'data', 'defence', 'update', 'checkpoint', 'gallery', 'attacks', 'metrics']
+    assert list(table) == [
+        'Setting', 'Defense', 'data', 'defence', 'update', 'checkpoint', 'gallery', 'attacks', 'metrics'
+    ]
     assert list(table['Defense']) == list(LABELS.values()) and table['defence'].tolist() == [12.]*3
     assert table['attacks'].tolist() == [30.]*3 and table['metrics'].tolist() == [2.5]*3
-    assert list(attacks)[2:] == ['CA+', 'QA+', 'ES', 'LTM', 'LTM fixed', 'GTM fixed', 'my own'] and attacks['QA+'].tolist() == [8.]*3
-    del results['records'][0]['train']['parts'], results['records'][0]['eval']['parts']  # of an older version: the other seeds remain
+    assert (
+        list(attacks)[2:] == ['CA+', 'QA+', 'ES', 'LTM', 'LTM fixed', 'GTM fixed', 'my own']
+        and attacks['QA+'].tolist() == [8.0] * 3
+    )
+    # of an older version: the other seeds remain
+    del results['records'][0]['train']['parts'], results['records'][0]['eval']['parts']
     assert report.parts(results)['defence'].tolist() == [13., 12., 12.]
 
 
@@ -310,17 +393,29 @@ def test_time_bars_are_the_parts(tmp_path):
     results = timed(made_up(seeds=(0, 1)))
     table, ax = report.parts(results), report.time_bars(results)
     names = list(table)[2:]
-    assert [c.get_label() for c in ax.containers] == names and [t.get_text() for t in ax.get_yticklabels()] == list(LABELS.values())
+    assert [c.get_label() for c in ax.containers] == names and [t.get_text() for t in ax.get_yticklabels()] == list(
+        LABELS.values()
+    )
     assert len({to_hex(c.patches[0].get_facecolor()) for c in ax.containers}) == len(names)
     for row in range(3):
         end = 0.
         for bars, name in zip(ax.containers, names):
-            assert bars.patches[row].get_x() == pytest.approx(end) and bars.patches[row].get_width() == pytest.approx(table[name][row])
+            assert bars.patches[row].get_x() == pytest.approx(end) and bars.patches[row].get_width() == pytest.approx(
+                table[name][row]
+            )
             end += table[name][row]
     page = Page(report.write_report(tmp_path, results).read_text(encoding='utf-8'))
-    assert (tmp_path/'figures'/'time.png').is_file() and 'Where the time went' in page.text and 'Seconds of each attack' in page.text
+    assert (
+        (tmp_path / 'figures' / 'time.png').is_file()
+        and 'Where the time went' in page.text
+        and 'Seconds of each attack' in page.text
+    )
     total = sum(table[names].sum())
-    assert f'The largest part: attacks of the evaluation, {table["attacks"].sum():.0f} s of {total:.0f} s ({100*table["attacks"].sum()/total:.0f} %).' in page.text
+    assert (
+        f'The largest part: attacks of the evaluation, {table["attacks"].sum():.0f} s of {total:.0f} s'
+        f' ({100*table["attacks"].sum()/total:.0f} %).'
+        in page.text
+    )
 
 
 def test_the_largest_part_is_named():
@@ -331,7 +426,10 @@ def test_the_largest_part_is_named():
 
 def test_times_are_in_no_table_and_older_records_have_none(tmp_path):
     results = made_up()
-    plain, full = (report.write_report(tmp_path/name, r).parent for name, r in (('plain', results), ('full', timed(copy.deepcopy(results)))))
+    plain, full = (
+        report.write_report(tmp_path / name, r).parent
+        for name, r in (('plain', results), ('full', timed(copy.deepcopy(results))))
+    )
     for name in ('table.csv', 'table.md'): assert (plain/name).read_bytes() == (full/name).read_bytes()
     assert 'Where the time went' not in (plain/'index.html').read_text() and not (plain/'figures'/'time.png').exists()
     assert len(report.parts(results)) == len(report.attack_seconds(results)) == 0
@@ -358,18 +456,30 @@ def test_cost_counts_all_seeds():
 def test_show_prints_the_table(capsys):
     report.show(made_up())
     text = capsys.readouterr().out
-    assert text.startswith('Setting A, ε = 32/255') and all(name in text for name in (*LABELS.values(), 'ES:R ↑', 'CA- ↓', 'ERS ↑'))
+    assert text.startswith('Setting A, ε = 32/255') and all(
+        name in text for name in (*LABELS.values(), 'ES:R ↑', 'CA- ↓', 'ERS ↑')
+    )
 
 
 def test_bad_input():
     with pytest.raises(ValueError, match='at least one record'): report.table1(made_up(records=[]))
-    with pytest.raises(ValueError, match="experiment must be one of 'table1', .* found 'table9'"): report.table1(made_up('table9'))
+    with pytest.raises(ValueError, match="experiment must be one of 'table1', .* found 'table9'"):
+        report.table1(made_up('table9'))
     with pytest.raises(ValueError, match='every seed once, found seeds'): report.table1(made_up(seeds=(0, 0)))
     broken = made_up()
     del broken['records'][0]['eval']['after']['LTM fixed']
-    with pytest.raises(ValueError, match="expected eval/after/LTM fixed in the record of Natural, found no 'LTM fixed'"): report.table1(broken)
+    with pytest.raises(
+        ValueError, match="expected eval/after/LTM fixed in the record of Natural, found no 'LTM fixed'"
+    ):
+        report.table1(broken)
 
 
 def test_import_is_light():
-    code = "import sys, robust_dml.report.tables; print([m for m in ('pandas', 'matplotlib', 'seaborn', 'robust_dml.metrics.evaluate', 'robust_dml.defenses.train', 'robust_dml.models.networks') if m in sys.modules])"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    code = (
+        "import sys, robust_dml.report.tables; print([m for m in ('pandas', 'matplotlib', 'seaborn',"
+        " 'robust_dml.metrics.evaluate', 'robust_dml.defenses.train', 'robust_dml.models.networks') if m in"
+        " sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    )

@@ -30,10 +30,14 @@ print(report.write_report(plan.folder, results, experiments.example_images(plan,
 
 def papermill(folder, notebook, *arguments):
     "Run a notebook from `folder`, as a user would, without an output path."
-    return subprocess.run([Path(sys.executable).parent/'papermill', ROOT/'nbs'/notebook, *arguments], cwd=folder, env=ENV, capture_output=True, text=True)
+    return subprocess.run(
+        [Path(sys.executable).parent / 'papermill', ROOT / 'nbs' / notebook, *arguments], cwd=folder, env=ENV,
+        capture_output=True, text=True
+    )
 
 
-def script(out, **options): return subprocess.run([sys.executable, '-c', SCRIPT, out], env=ENV, capture_output=True, text=True, **options)
+def script(out, **options):
+    return subprocess.run([sys.executable, '-c', SCRIPT, out], env=ENV, capture_output=True, text=True, **options)
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
@@ -46,7 +50,8 @@ def test_form(path):
     names = {}
     exec(tagged[0].source, {}, names)
     from robust_dml.study.experiments import EXPERIMENTS, PARAMETERS
-    own = dict(reference=dict(dataset='fashion', preset='paper', seeds='0,1,2')) # the others begin with the parameters' defaults
+    # the others begin with the parameters' defaults
+    own = dict(reference=dict(dataset='fashion', preset='paper', seeds='0,1,2'))
     name = path.stem.removeprefix('run_')
     if name in EXPERIMENTS: assert names == PARAMETERS | own.get(name, {})
     assert not any('def ' in c.source or c.outputs for c in cells if c.cell_type == 'code')
@@ -56,7 +61,9 @@ def test_form(path):
 def undisturbed(tmp_path_factory):
     "Table 1 by papermill, in a folder that is no checkout."
     folder = tmp_path_factory.mktemp('undisturbed')
-    done = papermill(folder, 'run_table1.ipynb', '-p', 'dataset', 'glyphs', '-p', 'preset', 'smoke', '-p', 'defenses', 'natural,hm')
+    done = papermill(
+        folder, 'run_table1.ipynb', '-p', 'dataset', 'glyphs', '-p', 'preset', 'smoke', '-p', 'defenses', 'natural,hm'
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
@@ -74,10 +81,14 @@ def test_report_without_output_path(undisturbed):
 def test_table2_trains_nothing(undisturbed):
     store = undisturbed/'reports'/'store'
     before = {p: p.stat().st_mtime_ns for p in store.rglob('*')}
-    done = papermill(undisturbed, 'run_table2.ipynb', 'executed.ipynb', '-p', 'preset', 'smoke', '-p', 'defenses', 'natural,hm')
+    done = papermill(
+        undisturbed, 'run_table2.ipynb', 'executed.ipynb', '-p', 'preset', 'smoke', '-p', 'defenses', 'natural,hm'
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert before == {p: p.stat().st_mtime_ns for p in store.rglob('*')}
-    assert (undisturbed/'reports'/'table2-glyphs-smoke'/'table.csv').is_file() and (undisturbed/'executed.ipynb').is_file()
+    assert (undisturbed / 'reports' / 'table2-glyphs-smoke' / 'table.csv').is_file() and (
+        undisturbed / 'executed.ipynb'
+    ).is_file()
 
 
 @pytest.mark.parametrize('arguments, message', [
@@ -91,7 +102,9 @@ def test_wrong_parameters_fail(tmp_path, arguments, message):
 
 def kill_when(out, ready, limit=60):
     "Start the run and kill it with SIGKILL as soon as `ready()`; False when it was over before."
-    process = subprocess.Popen([sys.executable, '-c', SCRIPT, out], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, '-c', SCRIPT, out], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     end = time.monotonic() + limit
     while process.poll() is None and not ready() and time.monotonic() < end: time.sleep(.002)
     process.send_signal(signal.SIGKILL)
@@ -100,13 +113,16 @@ def kill_when(out, ready, limit=60):
 
 def test_killed_runs_end_in_the_same_bytes(undisturbed, tmp_path):
     "Killed in training, in the attacks of the first model and in those of the second; the table does not tell."
-    def lines(n): return lambda: sum(len(p.read_bytes().splitlines()) for p in tmp_path.glob('store/*/queries.jsonl')) >= n
+    def lines(n):
+        return lambda: sum(len(p.read_bytes().splitlines()) for p in tmp_path.glob('store/*/queries.jsonl')) >= n
     moments = [lambda: any(tmp_path.glob('store/*/checkpoint.json')), lines(3), lines(14)]
     assert [kill_when(tmp_path, ready) for ready in moments] == [True]*3
     assert not (tmp_path/'table1-glyphs-smoke').exists()
     assert script(tmp_path).returncode == 0
     for name in ('table.csv', 'table.md'):
-        assert (tmp_path/'table1-glyphs-smoke'/name).read_bytes() == (undisturbed/'reports'/'table1-glyphs-smoke'/name).read_bytes()
+        assert (tmp_path / 'table1-glyphs-smoke' / name).read_bytes() == (
+            undisturbed / 'reports' / 'table1-glyphs-smoke' / name
+        ).read_bytes()
     assert not list(tmp_path.rglob('*.part')) + list(tmp_path.rglob('checkpoint*'))
 
 
@@ -135,7 +151,10 @@ def test_full_disk_is_one_sentence(tmp_path):
     "A limit of 20 kB per file stands for a full disk: the first weights do not fit, and nothing half-written stays."
     done = script(tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith('robust_dml.runs.store.StoreError: expected to write') and 'what was finished before is kept' in done.stderr
+    assert (
+        done.stderr.splitlines()[-1].startswith('robust_dml.runs.store.StoreError: expected to write')
+        and 'what was finished before is kept' in done.stderr
+    )
     assert not list(tmp_path.rglob('*.part')) and not list(tmp_path.rglob('*.safetensors'))
 
 
@@ -176,7 +195,10 @@ def test_folder_beside_printed_numbers(tmp_path):
 
 def test_omniglot(tmp_path):
     if not OMNIGLOT.is_dir(): pytest.skip('the Omniglot archives are not beside the checkout (../shared/data/omniglot)')
-    done = papermill(tmp_path, 'run_table1.ipynb', '-p', 'dataset', 'omniglot', '-p', 'root', str(OMNIGLOT), '-p', 'preset', 'smoke', '-p', 'defenses', 'natural')
+    done = papermill(
+        tmp_path, 'run_table1.ipynb', '-p', 'dataset', 'omniglot', '-p', 'root', str(OMNIGLOT), '-p', 'preset', 'smoke',
+        '-p', 'defenses', 'natural'
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path/'reports'/'table1-omniglot-smoke'/'index.html').is_file()
 
@@ -210,4 +232,6 @@ def test_bare_machine():
     "torch, torchvision, numpy, safetensors and tqdm suffice to train, attack and score; what is missing is named."
     done = subprocess.run([sys.executable, '-c', BARE], env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ['torch True', 'the data set glyphs needs matplotlib; install it with: pip install matplotlib']
+    assert done.stdout.splitlines() == [
+        'torch True', 'the data set glyphs needs matplotlib; install it with: pip install matplotlib'
+    ]

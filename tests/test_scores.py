@@ -21,13 +21,32 @@ CELLS = {  # cells of Table 2 that Table 1 does not give with constants and its 
     ('SOP', 'Ours'): {'CA+': (66.8, 64.6), 'QA+': (73.8, 73.2), 'QA-': (98.6, 98.0), 'ES:R': (90.5, 90.2),
                       'LTM': (93.2, 92.9), 'GTM': (82.0, 83.3), 'GTT': (53.3, 53.6)}}
 MEANS = {  # mean of the eight printed cells of Table 2, and whether it is the printed average
-    ('CUB', 'N/A'): (3.41, False), ('CUB', 'ACT'): (40.29, True), ('CUB', 'HM'): (47.15, True), ('CUB', 'Ours'): (51.60, True),
-    ('CARS', 'N/A'): (3.15, False), ('CARS', 'ACT'): (41.48, True), ('CARS', 'HM'): (53.03, False), ('CARS', 'Ours'): (57.01, False),
-    ('SOP', 'N/A'): (1.50, True), ('SOP', 'ACT'): (54.93, True), ('SOP', 'HM'): (77.66, True), ('SOP', 'Ours'): (81.63, True)}
+    ('CUB', 'N/A'): (3.41, False),
+    ('CUB', 'ACT'): (40.29, True),
+    ('CUB', 'HM'): (47.15, True),
+    ('CUB', 'Ours'): (51.60, True),
+    ('CARS', 'N/A'): (3.15, False),
+    ('CARS', 'ACT'): (41.48, True),
+    ('CARS', 'HM'): (53.03, False),
+    ('CARS', 'Ours'): (57.01, False),
+    ('SOP', 'N/A'): (1.50, True),
+    ('SOP', 'ACT'): (54.93, True),
+    ('SOP', 'HM'): (77.66, True),
+    ('SOP', 'Ours'): (81.63, True),
+}
 AVERAGES = {  # ARS from Table 1 with constants
-    ('CUB', 'N/A'): 3.00, ('CUB', 'ACT'): 40.29, ('CUB', 'HM'): 47.15, ('CARS', 'N/A'): 3.07, ('CARS', 'ACT'): 41.46, ('CARS', 'HM'): 53.03,
-    ('SOP', 'N/A'): 1.53, ('SOP', 'ACT'): 54.93, ('SOP', 'HM'): 77.67}
-IMPLIED = {'CUB': (50.0, 2.17, 51.2, .38), 'CARS': (50.6, 3.11, 50.2, .46), 'SOP': (51.7, 1.03, 50.4, .41)}  # initial ranks of "Ours"
+    ('CUB', 'N/A'): 3.00,
+    ('CUB', 'ACT'): 40.29,
+    ('CUB', 'HM'): 47.15,
+    ('CARS', 'N/A'): 3.07,
+    ('CARS', 'ACT'): 41.46,
+    ('CARS', 'HM'): 53.03,
+    ('SOP', 'N/A'): 1.53,
+    ('SOP', 'ACT'): 54.93,
+    ('SOP', 'HM'): 77.67,
+}
+# initial ranks of "Ours"
+IMPLIED = {'CUB': (50.0, 2.17, 51.2, .38), 'CARS': (50.6, 3.11, 50.2, .46), 'SOP': (51.7, 1.03, 50.4, .41)}
 ROWS = list(ERS)
 
 
@@ -97,7 +116,8 @@ def test_measured_initial_ranks_explain_ours(dataset):
     printed, raw = paper_values(2, *row), paper_values(1, *row)
     before = constant_before(raw['R@1']) | dict(zip(('CA+', 'CA-', 'QA+', 'QA-'), IMPLIED[dataset]))
     cells = ars_cells(before, raw)
-    for heading in ('CA+', 'CA-', 'QA+', 'QA-'): assert cells[heading] == pytest.approx(printed[heading], abs=.07), heading
+    for heading in ('CA+', 'CA-', 'QA+', 'QA-'):
+        assert cells[heading] == pytest.approx(printed[heading], abs=.07), heading
 
 
 def test_no_r_at_1_fits_all_of_sop_ours():
@@ -144,7 +164,10 @@ def test_table_3_repeats_table_2_and_marks_the_collapse():
 def test_table_4_repeats_tables_1_and_2():
     row = paper_values(4, 'CUB', 'Ours (“assist”+“attack”)')
     assert row == {'R@1': 34.9, 'ERS': 38.7, 'ARS': 51.6}
-    assert row['ERS'] == paper_values(1, 'CUB', 'Ours')['ERS'] and row['ARS'] == paper_values(2, 'CUB', 'Ours')['Averaged ARS']
+    assert (
+        row['ERS'] == paper_values(1, 'CUB', 'Ours')['ERS']
+        and row['ARS'] == paper_values(2, 'CUB', 'Ours')['Averaged ARS']
+    )
     assert paper_values(4, 'CUB', 'w/o') == {'R@1': 53.9, 'ERS': 3.8, 'ARS': 3.3}
     assert [paper_values(4, *r)['ERS'] for r in paper_rows(4)] == [3.8, 14.4, 14.5, 36.2, 38.7]
     assert [paper_values(4, *r)['ARS'] for r in paper_rows(4)] == [3.3, 3.6, 4.7, 45.0, 51.6]
@@ -161,7 +184,9 @@ def test_ars_bounds_and_undefined_cells():
 def test_ars_of_an_attack_that_backfires():
     before, after = constant_before(40.), constant_before(40.) | {'CA+': 60., 'QA-': .5, 'LTM': 44.}
     assert [ars_cells(before, after)[h] for h in ('CA+', 'QA-', 'LTM')] == pytest.approx([80, 100 - 50/99, 90])
-    assert [ars_cells(before, after, signed=True)[h] for h in ('CA+', 'QA-', 'LTM')] == pytest.approx([120, 100*99.5/99, 110])
+    assert [ars_cells(before, after, signed=True)[h] for h in ('CA+', 'QA-', 'LTM')] == pytest.approx(
+        [120, 100 * 99.5 / 99, 110]
+    )
 
 
 def test_inputs_are_neither_changed_nor_trusted():
@@ -169,7 +194,8 @@ def test_inputs_are_neither_changed_nor_trusted():
     copy = dict(raw)
     scorecard(constant_before(34.9), raw, r_at_1=34.9, separability=.3)
     assert raw == copy
-    with pytest.raises(ValueError, match='found none for CA.*, TMA'): ers({h: v for h, v in raw.items() if h not in ('CA+', 'TMA')})
+    with pytest.raises(ValueError, match='found none for CA.*, TMA'):
+        ers({h: v for h, v in raw.items() if h not in ('CA+', 'TMA')})
     for heading, value in (('TMA', 75.), ('ES:D', 2.1), ('CA+', -1.), ('LTM', 101.)):
         with pytest.raises(ValueError, match=heading.replace('+', r'\+')): ers(raw | {heading: value})
     with pytest.raises(ValueError, match='row of table 1'): paper_values(1, 'CUB', 'hm')
@@ -184,12 +210,13 @@ def test_scorecard_of_a_collapsed_model():
 
 def test_bare_machine():
     "scores, search and metrics work with torch, numpy and tqdm alone, and 'auto' then takes torch."
-    code = ('import sys\n'
-            'for name in ("faiss", "sklearn", "pandas", "matplotlib", "seaborn", "fastcore", "scipy"): sys.modules[name] = None\n'
-            'import torch\nfrom robust_dml import neighbors\nfrom robust_dml.metrics import retrieval, scores\n'
-            'row = retrieval.benign(torch.eye(4), torch.tensor([0, 0, 1, 1]))\n'
-            'print(row["backend"], scores.paper_values(1, "CUB", "HM")["ERS"])\n'
-            'try: neighbors.knn(torch.eye(4), torch.eye(4), k=1, backend="faiss")\nexcept ImportError as err: print(err)\n')
+    code = (
+        'import sys\nfor name in ("faiss", "sklearn", "pandas", "matplotlib", "seaborn", "fastcore", "scipy"):'
+        ' sys.modules[name] = None\nimport torch\nfrom robust_dml import neighbors\nfrom robust_dml.metrics import'
+        ' retrieval, scores\nrow = retrieval.benign(torch.eye(4), torch.tensor([0, 0, 1, 1]))\nprint(row["backend"],'
+        ' scores.paper_values(1, "CUB", "HM")["ERS"])\ntry: neighbors.knn(torch.eye(4), torch.eye(4), k=1,'
+        ' backend="faiss")\nexcept ImportError as err: print(err)\n'
+    )
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines() == ['torch 36.0', "backend='faiss' needs faiss; install it with: pip install faiss-cpu"]
 
@@ -203,6 +230,8 @@ def test_printed_reference_numbers_are_in_table_units():
 
 def test_a_printed_number_is_judged_from_three_seeds_on():
     seeds = [{'R@1': 86.}, {'R@1': 87.}, {'R@1': 88.}]
-    assert [beside_printed({'R@1': v}, seeds)[0]['within'] for v in (85., 89., 89.1, 84.9)] == [True, True, False, False]
+    assert [beside_printed({'R@1': v}, seeds)[0]['within'] for v in (85.0, 89.0, 89.1, 84.9)] == [
+        True, True, False, False
+    ]
     assert beside_printed({'R@1': 50.}, seeds[:2])[0]['within'] is None
     with pytest.raises(ValueError, match='at least one seed'): beside_printed({'R@1': 50.}, [])

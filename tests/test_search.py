@@ -6,9 +6,15 @@ import torch
 
 from robust_dml import neighbors as search
 from robust_dml.triplets.distances import pairwise_distance, prepare
-from robust_dml.neighbors import block_rows, cache_rows, distances, faiss_gpus, kmeans, knn, mask_rows_, resolve_backend, smallest, tally
+from robust_dml.neighbors import block_rows, cache_rows, distances, faiss_gpus, kmeans, knn, mask_rows_
+from robust_dml.neighbors import resolve_backend, smallest, tally
 
-BACKENDS = ['torch', pytest.param('faiss', marks=pytest.mark.skipif(resolve_backend('auto') == 'torch', reason='faiss is not installed'))]
+BACKENDS = [
+    'torch',
+    pytest.param(
+        'faiss', marks=pytest.mark.skipif(resolve_backend('auto') == 'torch', reason='faiss is not installed')
+    ),
+]
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -51,7 +57,9 @@ def test_own_row_is_left_out_by_id(backend):
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_all_but_the_own_row_can_be_asked_for(backend):
     emb = unit(12, 4)
-    assert knn(emb, emb, k=11, rows=torch.arange(12), backend=backend)[1].sort(1).values.tolist() == [[j for j in range(12) if j != i] for i in range(12)]
+    assert knn(emb, emb, k=11, rows=torch.arange(12), backend=backend)[1].sort(1).values.tolist() == [
+        [j for j in range(12) if j != i] for i in range(12)
+    ]
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
@@ -70,7 +78,10 @@ def test_equal_neighbours_come_in_gallery_order(backend):
     "Eight corners of a cube around the query among far items: equal distances, but not to the last bit in faiss."
     corners = torch.cartesian_prod(*[torch.tensor([1., -1])]*3)
     gallery = torch.cat([corners, 9 + unit(40, 3)])[torch.randperm(48, generator=gen())]
-    assert knn(torch.zeros(1, 3), gallery, k=8, backend=backend)[1][0].tolist() == (gallery.abs() == 1).all(1).nonzero()[:,0].tolist()
+    assert (
+        knn(torch.zeros(1, 3), gallery, k=8, backend=backend)[1][0].tolist()
+        == (gallery.abs() == 1).all(1).nonzero()[:, 0].tolist()
+    )
 
 
 def test_ties_go_to_the_lower_row():
@@ -128,26 +139,39 @@ def test_blocks_are_small(monkeypatch):
     sizes, inner = [], search.pairwise_distance
     monkeypatch.setattr(search, 'pairwise_distance', lambda u, v: sizes.append((len(u), len(v.emb))) or inner(u, v))
     knn(unit(12_000, 2), unit(3000, 2), k=1)
-    assert sum(u*v for u, v in sizes) == 36_000_000 and {v for _, v in sizes} == {2048, 952} and {u for u, _ in sizes} == {512, 12_000 % 512}
+    assert (
+        sum(u * v for u, v in sizes) == 36_000_000
+        and {v for _, v in sizes} == {2048, 952}
+        and {u for u, _ in sizes} == {512, 12_000 % 512}
+    )
     assert [block_rows(n) for n in (100, 2048, 3000, 10**5, 10**9)] == [2**20//100, 512, 512, 2**25//10**5, 1]
-    assert cache_rows(torch.empty(50, 60_000)) == 2**21//60_000 and cache_rows(torch.empty(5, 3000)) == 5 and cache_rows(torch.empty(5, 2**22)) == 1
+    assert (
+        cache_rows(torch.empty(50, 60_000)) == 2**21 // 60_000
+        and cache_rows(torch.empty(5, 3000)) == 5
+        and cache_rows(torch.empty(5, 2**22)) == 1
+    )
 
 
 def test_small_parts_give_the_same_neighbours(monkeypatch):
     emb = unit(60, 5).round(decimals=1)                            # ties
     whole = knn(emb, emb, k=7, rows=torch.arange(60))
     monkeypatch.setattr(search, 'cache_rows', lambda dist: 3)
-    for mine, theirs in zip(knn(emb, emb, k=7, rows=torch.arange(60), block=20), whole): assert torch.equal(mine, theirs)
+    for mine, theirs in zip(knn(emb, emb, k=7, rows=torch.arange(60), block=20), whole):
+        assert torch.equal(mine, theirs)
 
 
 def test_auto_takes_faiss_only_where_it_works(monkeypatch):
-    "On a GPU faiss has to have been built for it; the one number that says so is replaced, as there may be no GPU here."
+    """On a GPU faiss has to have been built for it; the one number that says so is replaced, as there may be no GPU
+    here."""
     faiss = pytest.importorskip('faiss')
     assert faiss_gpus('cpu') == 0
     for gpus, backend in ((0, 'torch'), (2, 'faiss')):
         monkeypatch.setattr(faiss, 'get_num_gpus', lambda: gpus)
         assert faiss_gpus('cuda:1') == gpus and faiss_gpus('cpu') == 0
-        assert resolve_backend('auto', 'cuda') == backend and resolve_backend('auto', torch.device('cpu')) == resolve_backend('auto') == 'faiss'
+        assert (
+            resolve_backend('auto', 'cuda') == backend
+            and resolve_backend('auto', torch.device('cpu')) == resolve_backend('auto') == 'faiss'
+        )
         assert resolve_backend('faiss', 'cuda') == 'faiss' and resolve_backend('torch', 'cuda') == 'torch'
 
 
@@ -195,7 +219,8 @@ def test_kmeans_is_deterministic_and_seeded(backend):
     assert any(not torch.equal(first, kmeans(emb, k=12, seed=s, backend=backend)) for s in range(3))
 
 
-def error(emb, cluster): return sum(((emb[cluster == c] - emb[cluster == c].mean(0))**2).sum().item() for c in cluster.unique())
+def error(emb, cluster):
+    return sum(((emb[cluster == c] - emb[cluster == c].mean(0))**2).sum().item() for c in cluster.unique())
 
 
 def test_kmeans_is_a_fixed_point():

@@ -37,7 +37,10 @@ with locked(Run(Path(sys.argv[1])), beat=float(sys.argv[2])):
 '''
 
 
-def start(code, *arguments): return subprocess.Popen([sys.executable, '-c', code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(code, *arguments):
+    return subprocess.Popen(
+        [sys.executable, '-c', code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def hold(folder, beat=10.):
@@ -82,7 +85,8 @@ def test_a_killed_holder_on_this_machine_is_no_obstacle(tmp_path, capsys):
 
 
 def test_leftovers_of_killed_processes_are_swept(tmp_path):
-    "A lock, and the file that was to become one, of a process that is no more; those of a living one and of other machines stay."
+    """A lock, and the file that was to become one, of a process that is no more; those of a living one and of other
+    machines stay."""
     run = Run(tmp_path/'train-0')
     kill(hold(run.folder))
     (run.folder/'lock.0123456789ab').write_bytes((run.folder/'lock').read_bytes())
@@ -100,7 +104,9 @@ def test_leftovers_of_killed_processes_are_swept(tmp_path):
 def elsewhere(run, silent, **changes):
     "The lock of another machine, last touched `silent` seconds ago."
     run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder/'lock').write_bytes(store.to_json(dict(pid=os.getpid(), host='far', machine='far//', job='', since='then', token='x') | changes))
+    (run.folder / 'lock').write_bytes(
+        store.to_json(dict(pid=os.getpid(), host='far', machine='far//', job='', since='then', token='x') | changes)
+    )
     os.utime(run.folder/'lock', (time.time() - silent,)*2)
 
 
@@ -133,7 +139,10 @@ def test_signs_of_life(tmp_path):
         probe = run.folder/'now'
         probe.touch()
         assert probe.stat().st_mtime - (run.folder/'lock').stat().st_mtime < .5
-    assert store._dead(run.folder/'lock', dict(owner, machine='far//'), (run.folder/'lock').stat().st_mtime, .5) is False
+    assert (
+        store._dead(run.folder / 'lock', dict(owner, machine='far//'), (run.folder / 'lock').stat().st_mtime, 0.5)
+        is False
+    )
     kill(process)
 
 
@@ -242,14 +251,23 @@ def test_tensors_of_another_version_are_named(tmp_path):
     run = open_run(tmp_path, 'eval', dict(a=1))
     digest = save_tensors(run, 'examples.safetensors', {'clean.2': torch.zeros(2)})
     assert load_tensors(run, 'examples.safetensors', digest)['clean.2'].tolist() == [0., 0.]
-    with pytest.raises(StoreError, match=f'expected clean, adv in .*examples.safetensors, found none; another version wrote it: delete the folder {run.address} and run again'): load_tensors(run, 'examples.safetensors', digest, 'clean', 'adv')
+    with pytest.raises(
+        StoreError,
+        match=(
+            'expected clean, adv in .*examples.safetensors, found none; another version wrote it: delete the folder'
+            f' {run.address} and run again'
+        ),
+    ):
+        load_tensors(run, 'examples.safetensors', digest, 'clean', 'adv')
 
 
 def test_a_new_holder_clears_what_was_half_written(tmp_path):
-    "A pre-empted job gives its lock back and may be killed in the middle of a write; a card may be written by another process just now."
+    """A pre-empted job gives its lock back and may be killed in the middle of a write; a card may be written by
+    another process just now."""
     run = Run(tmp_path/'train-x')
     run.folder.mkdir()
-    for name in ('checkpoint-3.safetensors.0a.part', 'result.json.0b.part', 'card.json.0c.part'): (run.folder/name).write_bytes(b'half')
+    for name in ('checkpoint-3.safetensors.0a.part', 'result.json.0b.part', 'card.json.0c.part'):
+        (run.folder/name).write_bytes(b'half')
     with locked(run): assert [p.name for p in run.folder.glob('*.part')] == ['card.json.0c.part']
 
 
@@ -267,12 +285,20 @@ def test_a_ledger_holds_what_the_folders_held(tmp_path):
     data = store.ledger_of(tmp_path).read_bytes()
     assert store.collect(tmp_path) == [] and store.ledger_of(tmp_path).read_bytes() == data
     for run in runs: shutil.rmtree(run.folder)
-    assert [store.described(run) for run in runs] == before and [run.address for run in store.finished_runs(tmp_path)] == sorted(run.address for run in runs)
+    assert [store.described(run) for run in runs] == before and [
+        run.address for run in store.finished_runs(tmp_path)
+    ] == sorted(run.address for run in runs)
     assert store.collect(tmp_path) == [] and data.splitlines() == sorted(data.splitlines())
 
 
-@pytest.mark.parametrize('edit', [lambda line: line.replace(b'"sha256":"ab"', b'"sha256":"ac"'), lambda line: line.replace(b'0.30000000000000004', b'0.30000000000000005'),
-                                  lambda line: line[:line.rindex(b',"content"')] + b'}\n', lambda line: line.replace(b'"kind"', b' "kind"')])
+@pytest.mark.parametrize(
+    'edit',
+    [
+        lambda line: line.replace(b'"sha256":"ab"', b'"sha256":"ac"'),
+        lambda line: line.replace(b'0.30000000000000004', b'0.30000000000000005'),
+        lambda line: line[: line.rindex(b',"content"')] + b'}\n', lambda line: line.replace(b'"kind"', b' "kind"')
+    ],
+)
 def test_an_edited_line_is_noticed(tmp_path, edit):
     "A digit, the hash taken away, a blank: one sentence, wherever the line is read."
     run = finished(tmp_path)
@@ -285,7 +311,14 @@ def test_an_edited_line_is_noticed(tmp_path, edit):
         with pytest.raises(StoreError, match='own hash.*runs.jsonl.*from git again'): read()
 
 
-@pytest.mark.parametrize('edit, words', [(lambda data: data[:len(data)//2], 'cut off'), (lambda data: data + data[:data.index(b'\n') + 1], 'found two'), (lambda data: b'<<<<<<< ours\n' + data, 'line 1')])
+@pytest.mark.parametrize(
+    'edit, words',
+    [
+        (lambda data: data[: len(data) // 2], 'cut off'),
+        (lambda data: data + data[: data.index(b'\n') + 1], 'found two'),
+        (lambda data: b'<<<<<<< ours\n' + data, 'line 1')
+    ],
+)
 def test_a_damaged_ledger_is_one_sentence(tmp_path, edit, words):
     runs = [finished(tmp_path, seed) for seed in range(3)]
     store.collect(tmp_path)
@@ -313,7 +346,8 @@ def test_two_results_for_one_address_are_refused(tmp_path):
     run.write('result.json', dict(run.read('result.json'), seconds=9.))
     assert store.collect(tmp_path) == []
     run.write('result.json', dict(run.read('result.json'), sha256='cd'))
-    with pytest.raises(StoreError, match=f'one result for {run.address}.*differ in sha256; delete'): store.collect(tmp_path)
+    with pytest.raises(StoreError, match=f'one result for {run.address}.*differ in sha256; delete'):
+        store.collect(tmp_path)
 
 
 def test_other_stores_and_unfinished_runs(tmp_path):

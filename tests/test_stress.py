@@ -11,7 +11,12 @@ EFFORT = stress.EFFORTS['smoke']
 
 @pytest.fixture(scope='module')
 def asked(tmp_path_factory):
-    return experiments.plan('stress', experiments.parameters(dict(preset='smoke', defenses='natural,act', out=str(tmp_path_factory.mktemp('reports')))))
+    return experiments.plan(
+        'stress',
+        experiments.parameters(
+            dict(preset='smoke', defenses='natural,act', out=str(tmp_path_factory.mktemp('reports')))
+        ),
+    )
 
 
 @pytest.fixture(scope='module')
@@ -32,7 +37,9 @@ def test_images_made_on_the_same_model_are_white_box(asked):
     cell = next(experiments.cells(asked))
     subject = stress._subject(asked, cell)
     (_, scene), = stress._scenes(asked, cell, EFFORT, subject)
-    direct, moved = (stress._tried(method, scene)['after'] for method in (stress.METHODS['ES'], stress.made_on('itself', subject)))
+    direct, moved = (
+        stress._tried(method, scene)['after'] for method in (stress.METHODS['ES'], stress.made_on('itself', subject))
+    )
     assert moved == direct
 
 
@@ -58,5 +65,7 @@ def test_the_whole_is_redone_with_more_effort(asked, found):
 
 def test_collapsed_models_make_no_statement(found):
     record = dict(label='HM', setting='A', seed=0, eval=dict(collapsed=True), stress=found)
-    assert stress.words(dict(records=[record])) == ['All models are flagged as collapsed; nothing here measures robustness.']
+    assert stress.words(dict(records=[record])) == [
+        'All models are flagged as collapsed; nothing here measures robustness.'
+    ]
     assert stress.exceptions([record]) == []

@@ -52,13 +52,16 @@ def trained():
     return net, images.test, images.test.batch(rows), members(gallery, rows), gallery
 
 
-# --- balls ------------------------------------------------------------------------------------------------------------------
+# --- balls
+# ------------------------------------------------------------------------------------------------------------------
 
 def cloud(seed=0, count=40):
     gen = torch.Generator().manual_seed(seed)
     clean = torch.rand(count, 3, 5, 4, generator=gen, dtype=torch.float64)
     clean[:, 0] = (clean[:, 0] > .5).double()  # a channel at the ends of the range
-    return clean, clean + torch.randn(clean.shape, generator=gen, dtype=torch.float64)*torch.logspace(-3, 1, count).view(-1, 1, 1, 1)
+    return clean, clean + torch.randn(clean.shape, generator=gen, dtype=torch.float64) * torch.logspace(
+        -3, 1, count
+    ).view(-1, 1, 1, 1)
 
 
 @pytest.mark.parametrize('eps', [0., .03, .7, 3.])
@@ -88,12 +91,15 @@ def test_directions_have_unit_length_and_zero_stays_zero():
 def test_random_points_fill_the_unit_ball(norm):
     gen, p = generator(0, 'test'), math.inf if norm == 'linf' else 2
     points = torch.stack([BALLS[norm].sample((1, 2, 2), gen) for _ in range(4000)]).flatten(1)
-    share = points.norm(p=p, dim=1)**4       # uniform in a ball of four dimensions: the volume inside the radius is uniform
-    assert share.max() <= 1 and abs(share.mean() - .5) < .02 and abs((share < .25).double().mean() - .25) < .03  # four standard errors
+    # uniform in a ball of four dimensions: the volume inside the radius is uniform
+    share = points.norm(p=p, dim=1)**4
+    # four standard errors
+    assert share.max() <= 1 and abs(share.mean() - .5) < .02 and abs((share < .25).double().mean() - .25) < .03
     assert points.mean(0).abs().max() < .05
 
 
-# --- the move ---------------------------------------------------------------------------------------------------------------
+# --- the move
+# ---------------------------------------------------------------------------------------------------------------
 
 def test_checkpoints_follow_the_published_recursion():
     for steps in (1, 7, 100, 333):
@@ -105,7 +111,8 @@ def test_checkpoints_follow_the_published_recursion():
 
 
 def literal(x0, value_and_grad, *, eps, step, steps, momentum, halve):
-    "One image, one number at a time: Auto-PGD as its authors write it, with a fresh start of the momentum after a return."
+    """One image, one number at a time: Auto-PGD as its authors write it, with a fresh start of the momentum after a
+    return."""
     def clip(z): return [min(max(v, c - eps, 0.), c + eps, 1.) for v, c in zip(z, x0)]
     checks = sorted(checkpoints(steps)) if halve else []
     x, before, path = list(x0), None, []
@@ -121,7 +128,11 @@ def literal(x0, value_and_grad, *, eps, step, steps, momentum, halve):
             else: halved = False
             gains, since, level = 0, k, best[0]
         z = clip([v + step*((g > 0) - (g < 0)) for v, g in zip(x, grad)])
-        new = z if before is None or not momentum else clip([v + (1 - momentum)*(n - v) + momentum*(v - b) for v, n, b in zip(x, z, before)])
+        new = (
+            z
+            if before is None or not momentum
+            else clip([v + (1 - momentum) * (n - v) + momentum * (v - b) for v, n, b in zip(x, z, before)])
+        )
         before, x = x, new
         path.append(step)
     return x, path
@@ -137,9 +148,14 @@ def test_ascent_matches_a_literal_loop(momentum, halve):
     for i, image in enumerate(x):
         def value_and_grad(flat):
             z = tensor(flat, dtype=torch.float64).view(1, 1, 12, 12).requires_grad_()
-            value = attack.objective(embed(net, z), Queries(*(v[i:i+1] for v in (queries.emb, queries.label, queries.row, queries.id))), None, shelf)
+            value = attack.objective(
+                embed(net, z), Queries(*(v[i : i + 1] for v in (queries.emb, queries.label, queries.row, queries.id))),
+                None, shelf
+            )
             return value.item(), torch.autograd.grad(value.sum(), z)[0].flatten().tolist()
-        expected, path = literal(image.flatten().tolist(), value_and_grad, eps=.1, step=.2, steps=25, momentum=momentum, halve=halve)
+        expected, path = literal(
+            image.flatten().tolist(), value_and_grad, eps=0.1, step=0.2, steps=25, momentum=momentum, halve=halve
+        )
         torch.testing.assert_close(found[i].flatten(), tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9)
         assert (path[-1] < .2) == halve  # the branch that halves was taken
         assert move.step[i].item() == path[-1]
@@ -166,32 +182,44 @@ def test_halving_when_the_search_climbs_without_reaching_its_best():
     assert halved == [41, 70]  # not at 22, where nothing is known of the level before; not right after a halving, at 57
 
 
-# --- equality with the plain attack -----------------------------------------------------------------------------------------
+# --- equality with the plain attack
+# -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name', ALL)
-@pytest.mark.parametrize('options', [dict(), dict(steps=1), dict(steps=2, keep='best'), dict(steps=0), dict(eps=0.)], ids=str)
+@pytest.mark.parametrize(
+    'options', [dict(), dict(steps=1), dict(steps=2, keep='best'), dict(steps=0), dict(eps=0.0)], ids=str
+)
 def test_without_options_it_is_run_attack_to_the_last_bit(name, options):
     for dtype in (torch.float32, torch.float64):
         scene = toy(dtype)
         kw = {**BUDGET, 'steps': 6, **options}
         plain, same = (run(scene[0], ALL[name], *scene[1:], **kw) for run in (run_attack, run_strong))
         assert torch.equal(plain.images, same.images)
-        for k in ALL[name].outcomes: assert torch.equal(plain.after[k], same.after[k]) and torch.equal(plain.before[k], same.before[k])
+        for k in ALL[name].outcomes:
+            assert torch.equal(plain.after[k], same.after[k]) and torch.equal(plain.before[k], same.before[k])
     if kw['steps'] and kw['eps']: assert not torch.equal(same.images, scene[1])
 
 
-@pytest.mark.parametrize('change, message', [
-    (dict(restarts=0), 'restarts must be a whole number'), (dict(restarts=1.5), 'restarts must be a whole number'), (dict(norm='l1'), "'linf', 'l2'"), (dict(keep='first'), "'last', 'best'"),
-    (dict(momentum=-.1), 'momentum must lie in'), (dict(eps=8.), 'eps must lie in'), (dict(step_size=0.), 'above 0'), (dict(norm='l2', eps=-1.), 'eps must lie in'),
-    (dict(norm='l2', step_size=0.), 'above 0'), (dict(by='R@1'), "by must be one of 'LTM'")])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(restarts=0), 'restarts must be a whole number'), (dict(restarts=1.5), 'restarts must be a whole number'),
+        (dict(norm='l1'), "'linf', 'l2'"), (dict(keep='first'), "'last', 'best'"),
+        (dict(momentum=-0.1), 'momentum must lie in'), (dict(eps=8.0), 'eps must lie in'),
+        (dict(step_size=0.0), 'above 0'), (dict(norm='l2', eps=-1.0), 'eps must lie in'),
+        (dict(norm='l2', step_size=0.0), 'above 0'), (dict(by='R@1'), "by must be one of 'LTM'")
+    ],
+)
 def test_bad_arguments_are_named(change, message):
     net, x, queries, shelf = toy()
-    with pytest.raises(ValueError, match=message): run_strong(net, SUITE['LTM'], x, queries, shelf, **{**BUDGET, **change})
+    with pytest.raises(ValueError, match=message):
+        run_strong(net, SUITE['LTM'], x, queries, shelf, **{**BUDGET, **change})
 
 
 def test_images_and_queries_must_match():
     net, x, queries, shelf = toy()
-    with pytest.raises(ValueError, match='image by image, found 3 and 12'): run_strong(net, SUITE['ES'], x[:3], queries, shelf, **BUDGET)
+    with pytest.raises(ValueError, match='image by image, found 3 and 12'):
+        run_strong(net, SUITE['ES'], x[:3], queries, shelf, **BUDGET)
 
 
 @pytest.mark.parametrize('norm', BALLS)
@@ -200,15 +228,20 @@ def test_the_model_is_left_as_it_was_and_the_images_stay_allowed(norm):
     net.train()
     before = copy.deepcopy(net.state_dict())
     eps = .1 if norm == 'linf' else 1.2
-    o = run_strong(net, SUITE['TMA'], x, queries, shelf, eps=eps, step_size=2*eps, steps=8, seed=0, restarts=3, norm=norm, **APGD)
+    o = run_strong(
+        net, SUITE['TMA'], x, queries, shelf, eps=eps, step_size=2 * eps, steps=8, seed=0, restarts=3, norm=norm, **APGD
+    )
     delta = (o.images - x).flatten(1)
-    assert (delta.abs().amax(1) if norm == 'linf' else delta.norm(dim=1)).max() <= eps*(1 + 1e-12) and delta.abs().max() > .05
+    assert (delta.abs().amax(1) if norm == 'linf' else delta.norm(dim=1)).max() <= eps * (
+        1 + 1e-12
+    ) and delta.abs().max() > 0.05
     assert o.images.min() >= 0 and o.images.max() <= 1 and not o.images.requires_grad
     assert net.training and all(torch.equal(before[k], v) for k, v in net.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in net.parameters())
 
 
-# --- restarts ---------------------------------------------------------------------------------------------------------------
+# --- restarts
+# ---------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('norm', BALLS)
 def test_starts_depend_on_seed_attack_restart_and_query_only(norm):
@@ -218,7 +251,9 @@ def test_starts_depend_on_seed_attack_restart_and_query_only(norm):
     assert torch.equal(draw(seed=0, name='ES', restart=1), base)
     grey = random_start(torch.full_like(x, .5), queries, ball=BALLS[norm], eps=.3, seed=0, name='ES', restart=1)
     assert len({tuple(g.tolist()) for g in grey.flatten(1)}) == len(x)  # no two queries start alike
-    for other in (draw(seed=1, name='ES', restart=1), draw(seed=0, name='TMA', restart=1), draw(seed=0, name='ES', restart=2)):
+    for other in (
+        draw(seed=1, name='ES', restart=1), draw(seed=0, name='TMA', restart=1), draw(seed=0, name='ES', restart=2)
+    ):
         assert ((other - base).flatten(1).abs().amax(1) > .01).all()
     pick = tensor([7, 2])
     some = Queries(*(v[pick] for v in (queries.emb, queries.label, queries.row, queries.id)))
@@ -233,7 +268,9 @@ def test_batches_change_nothing(name):
     run = partial(run_strong, net, ALL[name], gallery=shelf, **BUDGET | dict(steps=8, step_size=.2), restarts=3, **APGD)
     whole = run(x=x, queries=queries)
     for pick in torch.arange(12).split(5):
-        part = run(x=x[pick], queries=Queries(*(v[pick] for v in (queries.emb, queries.label, queries.row, queries.id))))
+        part = run(
+            x=x[pick], queries=Queries(*(v[pick] for v in (queries.emb, queries.label, queries.row, queries.id)))
+        )
         torch.testing.assert_close(part.images, whole.images[pick], rtol=0, atol=1e-9)
         for k in part.after: torch.testing.assert_close(part.after[k], whole.after[k][pick], rtol=0, atol=1e-6)
 
@@ -242,7 +279,10 @@ def test_batches_change_nothing(name):
 def test_more_restarts_are_never_worse_for_any_query(name):
     scene = toy()
     outcome, sign = decisive(ALL[name])
-    runs = [sign*run_strong(scene[0], ALL[name], *scene[1:], **BUDGET | dict(steps=5), restarts=r).after[outcome] for r in (1, 2, 6)]
+    runs = [
+        sign * run_strong(scene[0], ALL[name], *scene[1:], **BUDGET | dict(steps=5), restarts=r).after[outcome]
+        for r in (1, 2, 6)
+    ]
     assert (runs[1] >= runs[0]).all() and (runs[2] >= runs[1]).all()
 
 
@@ -250,7 +290,10 @@ def test_restarts_find_what_one_search_misses():
     scene = toy()
     for by in ('ES:D', 'ES:R'):
         sign = GOALS[by]
-        one, six = (sign*run_strong(scene[0], SUITE['ES'], *scene[1:], **BUDGET, restarts=r, by=by).after[by].mean() for r in (1, 6))
+        one, six = (
+            sign * run_strong(scene[0], SUITE['ES'], *scene[1:], **BUDGET, restarts=r, by=by).after[by].mean()
+            for r in (1, 6)
+        )
         assert six > one
 
 
@@ -259,22 +302,38 @@ def test_the_measured_outcome_decides_and_the_objective_breaks_ties():
     class Mean(nn.Module):
         def forward(self, x): return torch.stack([x.mean((1, 2, 3)), torch.ones(len(x), dtype=x.dtype)], 1)
     def bright(emb): return emb[:, 0]/emb[:, 1]
-    def attack(measure): return Attack('TMA', lambda *a: {}, lambda emb, *a: -bright(emb), lambda emb, *a: {'TMA': measure(bright(emb))}, ('TMA',))
-    x, shelf = torch.full((4, 1, 3, 3), .5, dtype=torch.float64), Gallery(torch.eye(2, dtype=torch.float64), tensor([0, 1]))
+    def attack(measure):
+        return Attack(
+            'TMA', lambda *a: {}, lambda emb, *a: -bright(emb), lambda emb, *a: {'TMA': measure(bright(emb))}, ('TMA',)
+        )
+    x, shelf = torch.full((4, 1, 3, 3), 0.5, dtype=torch.float64), Gallery(
+        torch.eye(2, dtype=torch.float64), tensor([0, 1])
+    )
     queries = Queries(embed(Mean(), x), torch.zeros(4).long(), torch.full((4,), -1), torch.arange(4))
-    def run(measure): return run_strong(Mean(), attack(measure), x, queries, shelf, eps=.2, step_size=1e-9, steps=2, seed=0, restarts=8)
-    starts = torch.stack([x] + [random_start(x, queries, ball=BALLS['linf'], eps=.2, seed=0, name='TMA', restart=r) for r in range(1, 8)]).mean((2, 3, 4))
+    def run(measure):
+        return run_strong(
+            Mean(), attack(measure), x, queries, shelf, eps=0.2, step_size=1e-9, steps=2, seed=0, restarts=8
+        )
+    starts = torch.stack(
+        [x]
+        + [random_start(x, queries, ball=BALLS['linf'], eps=0.2, seed=0, name='TMA', restart=r) for r in range(1, 8)]
+    ).mean((2, 3, 4))
     torch.testing.assert_close(run(lambda b: b).images.mean((1, 2, 3)), starts.amax(0), rtol=0, atol=1e-8)
-    for tie in (torch.zeros_like, lambda b: b*math.nan): torch.testing.assert_close(run(tie).images.mean((1, 2, 3)), starts.amin(0), rtol=0, atol=1e-8)
+    for tie in (torch.zeros_like, lambda b: b*math.nan):
+        torch.testing.assert_close(run(tie).images.mean((1, 2, 3)), starts.amin(0), rtol=0, atol=1e-8)
 
 
-# --- strength ---------------------------------------------------------------------------------------------------------------
+# --- strength
+# ---------------------------------------------------------------------------------------------------------------
 
 def reached(net, attack, x, queries, gallery, **kw):
     "Mean objective at the end of an attack, and its decisive outcome with the attacker's sign."
     run = run_strong if kw.keys() & {'restarts', 'momentum', 'halve'} else run_attack
     o, (outcome, sign) = run(net, attack, x, queries, gallery, **kw), decisive(attack)
-    with torch.no_grad(): value = attack.objective(embed(net.eval(), o.images), queries, attack.targets(queries, gallery, kw['seed']), gallery)
+    with torch.no_grad():
+        value = attack.objective(
+            embed(net.eval(), o.images), queries, attack.targets(queries, gallery, kw['seed']), gallery
+        )
     return value.nan_to_num(0.).mean().item(), sign*o.after[outcome].nanmean().item()
 
 
@@ -300,18 +359,27 @@ def test_harder_search_is_at_least_as_strong_on_a_trained_model(name, trained):
 def test_the_nearest_stranger_is_a_stronger_aim_than_the_farthest(trained):
     net, _, *scene = trained
     budget = dict(eps=8/255, step_size=2/255, steps=10, seed=0)
-    lost = {name: 100 - run_attack(net, ALL[name], *scene, **budget).after[name].nanmean().item() for name in ('LTM', 'LTM fixed', 'LTM nearest')}
+    lost = {
+        name: 100 - run_attack(net, ALL[name], *scene, **budget).after[name].nanmean().item()
+        for name in ('LTM', 'LTM fixed', 'LTM nearest')
+    }
     assert lost['LTM nearest'] > max(lost['LTM'], lost['LTM fixed']) + 10, lost
 
 
 def test_a_larger_l2_ball_and_the_same_radius_in_linf_are_ordered(trained):
     net, _, *scene = trained
-    def shift(eps, norm): return run_strong(net, SUITE['ES'], *scene, eps=eps, step_size=eps/4, steps=10, seed=0, norm=norm).after['ES:D'].mean()
+    def shift(eps, norm):
+        return (
+            run_strong(net, SUITE['ES'], *scene, eps=eps, step_size=eps / 4, steps=10, seed=0, norm=norm)
+            .after['ES:D']
+            .mean()
+        )
     assert shift(.1, 'l2') < shift(1., 'l2') < shift(4., 'l2')
     assert shift(.05, 'l2') < shift(.05, 'linf')  # the L2 ball of the same radius lies inside
 
 
-# --- attacks beyond the ten -------------------------------------------------------------------------------------------------
+# --- attacks beyond the ten
+# -------------------------------------------------------------------------------------------------
 
 def scene(n=60, batch=7, dim=5, classes=6, seed=0):
     gen = torch.Generator().manual_seed(seed)
@@ -335,15 +403,23 @@ def by_definition(name, d, i, queries, t, gallery):
     "(objective, {outcome: value}) of query i, whose distances are d."
     y, own, label = gallery.label.tolist(), queries.row[i].item(), queries.label[i].item()
     if name == 'LTM nearest':
-        mates, strangers = [d[k] for k in range(len(d)) if y[k] == label and k != own], [d[k] for k in range(len(d)) if y[k] != label]
-        return (min(mates) - min(strangers), {name: 100.*(min(mates) < min(strangers))}) if mates else (0., {name: math.nan})
+        mates, strangers = [d[k] for k in range(len(d)) if y[k] == label and k != own], [
+            d[k] for k in range(len(d)) if y[k] != label
+        ]
+        return (
+            (min(mates) - min(strangers), {name: 100.0 * (min(mates) < min(strangers))})
+            if mates
+            else (0.0, {name: math.nan})
+        )
     rows = t['row'][i].tolist()
     if name == 'OA':
         lacking = [plus(d[a] - d[b]) for a, b in combinations(rows, 2)]
         tau = kendalltau(range(len(rows)), [d[r] for r in rows]).statistic
         return -mean(lacking) + qa(d, rows, 1), {'OA': tau, 'OA:top': place(d, rows)}
     kept = t['keep'][i].tolist()
-    return qa(d, rows, 1 if name == 'SPQA+' else -1) + (1 if name == 'SPQA+' else 100)*qa(d, kept, 1), {name: place(d, rows), f'{name}:top': place(d, kept)}
+    return qa(d, rows, 1 if name == 'SPQA+' else -1) + (1 if name == 'SPQA+' else 100) * qa(d, kept, 1), {
+        name: place(d, rows), f'{name}:top': place(d, kept)
+    }
 
 
 @pytest.mark.parametrize('name', BEYOND)
@@ -371,7 +447,11 @@ def test_gradients(name):
     collapsed = Gallery(gallery.emb[:1].repeat(60, 1), gallery.label)
     asked = members(collapsed, queries.row)
     z = asked.emb.clone().requires_grad_()
-    assert torch.autograd.grad(attack.objective(z, asked, attack.targets(asked, collapsed, 3), collapsed).sum(), z)[0].isfinite().all()
+    assert (
+        torch.autograd.grad(attack.objective(z, asked, attack.targets(asked, collapsed, 3), collapsed).sum(), z)[0]
+        .isfinite()
+        .all()
+    )
 
 
 @pytest.mark.parametrize('name', BEYOND)
@@ -399,7 +479,9 @@ def test_the_wanted_orders_are_orders_of_the_nearest_items():
     rows = order(weight=1., k=3).targets(queries, gallery, 0)['row']
     for i in range(40):
         d = [dist(queries.emb[i], x) for x in gallery.emb]
-        assert set(rows[i].tolist()) == set(sorted((k for k in range(60) if k != queries.row[i]), key=lambda k: d[k])[:3])
+        assert set(rows[i].tolist()) == set(
+            sorted((k for k in range(60) if k != queries.row[i]), key=lambda k: d[k])[:3]
+        )
     tau = BEYOND['OA'].measure(queries.emb, queries, BEYOND['OA'].targets(queries, gallery, 0), gallery)['OA']
     assert abs(tau.mean()) < .2 and tau.std() > .2  # random orders; four standard errors
 
@@ -414,17 +496,26 @@ def test_the_price_of_disorder_buys_order(trained):
     assert o.after['OA'].mean() > o.before['OA'].mean() + .3
 
 
-@pytest.mark.parametrize('make_one, message', [
-    (lambda g, q: spqa('QA+', weight=1.), "'SPQA\\+', 'SPQA-'"), (lambda g, q: spqa('SPQA+', weight=-1.), 'weight must lie in'), (lambda g, q: order(weight=-1.), 'weight must lie in'),
-    (lambda g, q: spqa('SPQA+', weight=1., keep=60).targets(q, g, 0), 'keep must lie in \\[1, 58\\]'), (lambda g, q: order(weight=1., k=60).targets(q, g, 0), 'k must lie in \\[2, 59\\]'),
-    (lambda g, q: order(weight=1., k=1).targets(q, g, 0), 'k must lie in'), (lambda g, q: adaptive(three, name='x', strangers=0), 'mates and strangers'),
-    (lambda g, q: decisive(Attack('mine', None, None, None, ('mine',))), 'mine must have an outcome')])
+@pytest.mark.parametrize(
+    'make_one, message',
+    [
+        (lambda g, q: spqa('QA+', weight=1.0), "'SPQA\\+', 'SPQA-'"),
+        (lambda g, q: spqa('SPQA+', weight=-1.0), 'weight must lie in'),
+        (lambda g, q: order(weight=-1.0), 'weight must lie in'),
+        (lambda g, q: spqa('SPQA+', weight=1.0, keep=60).targets(q, g, 0), 'keep must lie in \\[1, 58\\]'),
+        (lambda g, q: order(weight=1.0, k=60).targets(q, g, 0), 'k must lie in \\[2, 59\\]'),
+        (lambda g, q: order(weight=1.0, k=1).targets(q, g, 0), 'k must lie in'),
+        (lambda g, q: adaptive(three, name='x', strangers=0), 'mates and strangers'),
+        (lambda g, q: decisive(Attack('mine', None, None, None, ('mine',))), 'mine must have an outcome')
+    ],
+)
 def test_bad_switches_are_named(make_one, message):
     gallery, queries, _ = scene()
     with pytest.raises(ValueError, match=message): make_one(gallery, queries)
 
 
-# --- adaptive ---------------------------------------------------------------------------------------------------------------
+# --- adaptive
+# ---------------------------------------------------------------------------------------------------------------
 
 def small_batches(gallery, queries, emb, mates, strangers):
     "For each query: the embeddings and labels of its own small batch, or None without a mate."
@@ -434,10 +525,17 @@ def small_batches(gallery, queries, emb, mates, strangers):
         other = [k for k in range(len(d)) if gallery.label[k] != queries.label[i]]
         near = (sorted(same, key=lambda k: d[k]) + [min(same, key=lambda k: d[k])]*mates)[:mates] if same else []
         rows = near + sorted(other, key=lambda k: d[k])[:strangers]
-        yield (torch.cat([q[None], gallery.emb[rows]]), torch.cat([queries.label[i:i+1], gallery.label[rows]])) if same else None
+        yield (
+            (torch.cat([q[None], gallery.emb[rows]]), torch.cat([queries.label[i : i + 1], gallery.label[rows]]))
+            if same
+            else None
+        )
 
 
-@pytest.mark.parametrize('loss, mates, strangers', [(three, 1, 1), (partial(three, margin=.3), 1, 1), (multi_similarity_loss, 4, 10), (multi_similarity_loss, 25, 3)])
+@pytest.mark.parametrize(
+    'loss, mates, strangers',
+    [(three, 1, 1), (partial(three, margin=0.3), 1, 1), (multi_similarity_loss, 4, 10), (multi_similarity_loss, 25, 3)]
+)
 def test_any_loss_sees_the_query_with_its_nearest_items(loss, mates, strangers):
     gallery, queries, emb = scene()
     attack = adaptive(loss, name='any', mates=mates, strangers=strangers)
@@ -467,14 +565,20 @@ def test_the_inside_of_the_triplet_loss_is_ltm_towards_the_nearest():
 def test_a_silent_hinge_hides_what_the_inside_finds(trained):
     net, _, *scene = trained
     budget = dict(eps=16/255, step_size=4/255, steps=10, seed=0)
-    hinged, inside, ms = (run_attack(net, a, *scene, **budget) for a in (
-        adaptive(partial(three, margin=.02), name='hinge'), adaptive(three, name='inside'), adaptive(multi_similarity_loss, name='ms', mates=4, strangers=16)))
+    hinged, inside, ms = (
+        run_attack(net, a, *scene, **budget)
+        for a in (
+            adaptive(partial(three, margin=0.02), name='hinge'), adaptive(three, name='inside'),
+            adaptive(multi_similarity_loss, name='ms', mates=4, strangers=16)
+        )
+    )
     still = (hinged.images == scene[0]).flatten(1).all(1)
     assert still.any() and hinged.after['adaptive hinge'].nanmean() > inside.after['adaptive inside'].nanmean() + 10
     assert ms.after['adaptive ms'].nanmean() < ms.before['adaptive ms'].nanmean() - 30
 
 
-# --- worst case -------------------------------------------------------------------------------------------------------------
+# --- worst case
+# -------------------------------------------------------------------------------------------------------------
 
 def test_union_of_an_evaluation_without_attacking_again(trained, tmp_path):
     net, images, *_ = trained
@@ -486,16 +590,30 @@ def test_union_of_an_evaluation_without_attacking_again(trained, tmp_path):
     for h in R_AT_1: assert worst.each[h] == pytest.approx(result.after[h])
     assert worst.before == pytest.approx(result.benign['R@1'])
     queries, gallery = queries_and_gallery(embed_all(net, images, batch_size=96), images.labels)
-    again = [run_attack(net, attacks[k], images.batch(queries.id), queries, gallery, eps=4/255, step_size=1/255, steps=6, seed=0) for k in attacks if k != 'CA+']
+    again = [
+        run_attack(
+            net, attacks[k], images.batch(queries.id), queries, gallery, eps=4 / 255, step_size=1 / 255, steps=6, seed=0
+        )
+        for k in attacks
+        if k != 'CA+'
+    ]
     hits = torch.stack([o.after[list(o.after)[-1]] for o in again])
-    assert worst.after == pytest.approx(hits.amin(0).mean().item(), abs=100/96)  # one query may tip between batches of float32
+    # one query may tip between batches of float32
+    assert worst.after == pytest.approx(hits.amin(0).mean().item(), abs=100/96)
     assert worst.after < min(worst.each.values()) + 1e-9 and worst.after < worst.before
 
 
 def test_union_by_brute_force():
     gen = torch.Generator().manual_seed(0)
-    hits = {h: [None if i % 7 == 0 else 100.*v for i, v in enumerate(torch.randint(2, (30,), generator=gen).tolist())] for h in ('ES:R', 'LTM', 'GTM')}
-    records = [dict(start=i, before={h: [100.]*6}, after={h: v[i:i+6]}) for h, v in hits.items() for i in (12, 0, 24, 6, 18)]
+    hits = {
+        h: [None if i % 7 == 0 else 100.0 * v for i, v in enumerate(torch.randint(2, (30,), generator=gen).tolist())]
+        for h in ('ES:R', 'LTM', 'GTM')
+    }
+    records = [
+        dict(start=i, before={h: [100.0] * 6}, after={h: v[i : i + 6]})
+        for h, v in hits.items()
+        for i in (12, 0, 24, 6, 18)
+    ]
     worst = worst_case(records)
     known = [i for i in range(30) if i % 7]
     rows = {i: {h for h in hits if hits[h][i] == 0} for i in known}
@@ -507,10 +625,12 @@ def test_union_by_brute_force():
 
 @pytest.mark.parametrize('headings, message', [(['LTM', 'CA+'], "found {'LTM': 2, 'CA\\+': 0}"), ([], 'that are R@1')])
 def test_union_needs_all_parts(headings, message):
-    with pytest.raises(ValueError, match=message): worst_case([dict(start=0, before={'LTM': [100., 0.]}, after={'LTM': [100., 0.]})], headings)
+    with pytest.raises(ValueError, match=message):
+        worst_case([dict(start=0, before={'LTM': [100., 0.]}, after={'LTM': [100., 0.]})], headings)
 
 
-# --- curves -----------------------------------------------------------------------------------------------------------------
+# --- curves
+# -----------------------------------------------------------------------------------------------------------------
 
 def test_one_search_passes_through_the_shorter_ones(trained):
     net, _, *scene = trained
@@ -519,15 +639,21 @@ def test_one_search_passes_through_the_shorter_ones(trained):
         points = over_steps(net, ALL[name], *scene, steps=[0, 2, 3, 9], **ways)
         assert [p['steps'] for p in points] == [0, 2, 3, 9]
         for p in points:
-            for k, v in run_attack(net, ALL[name], *scene, steps=p['steps'], **ways).after.items(): assert p['after'][k] == v.tolist()
+            for k, v in run_attack(net, ALL[name], *scene, steps=p['steps'], **ways).after.items():
+                assert p['after'][k] == v.tolist()
         assert points[0]['after'] != points[-1]['after']
 
 
 def test_radii_are_separate_attacks_and_options_reach_the_search():
     net, x, queries, shelf = toy()
-    points = over_eps(net, SUITE['ES'], x, queries, shelf, eps=[0., .05, .1], step_ratio=.1, steps=6, seed=0, restarts=2, by='ES:D')
+    points = over_eps(
+        net, SUITE['ES'], x, queries, shelf, eps=[0.0, 0.05, 0.1], step_ratio=0.1, steps=6, seed=0, restarts=2,
+        by='ES:D'
+    )
     assert [p['eps'] for p in points] == [0., .05, .1] and points[0]['after'] == points[0]['before']
-    o = run_strong(net, SUITE['ES'], x, queries, shelf, eps=.05, step_size=.1*.05, steps=6, seed=0, restarts=2, by='ES:D')
+    o = run_strong(
+        net, SUITE['ES'], x, queries, shelf, eps=0.05, step_size=0.1 * 0.05, steps=6, seed=0, restarts=2, by='ES:D'
+    )
     assert points[1]['after'] == {k: v.tolist() for k, v in o.after.items()} != points[2]['after']
 
 
@@ -541,30 +667,46 @@ def test_an_interrupted_curve_goes_on_and_mixes_no_models(trained, tmp_path):
         if len(seen) == 2: raise KeyboardInterrupt
         return grid(model, attack, x, *rest)
     options = dict(attack=LTM_NEAREST, dataset=images, queries=queries, gallery=gallery, batch_size=40)
-    def go(points, model): return curve(points, model, **options, known=read_lines(run, 'curve.jsonl'), keep=partial(append_line, run, 'curve.jsonl'))
+    def go(points, model):
+        return curve(
+            points, model, **options, known=read_lines(run, 'curve.jsonl'),
+            keep=partial(append_line, run, 'curve.jsonl')
+        )
     with pytest.raises(KeyboardInterrupt): go(counting, net)
     again = go(counting, net)
-    assert seen == [40, 40, 40, 16] and again == curve(grid, net, **options) and len(read_lines(run, 'curve.jsonl')) == 3
+    assert (
+        seen == [40, 40, 40, 16] and again == curve(grid, net, **options) and len(read_lines(run, 'curve.jsonl')) == 3
+    )
     assert go(counting, net) == again and len(seen) == 4
     line = curve_line(again, 'LTM nearest')
     assert [p['eps'] for p in line] == [0., 8/255] and line[0]['value'] > line[1]['value'] and line[0]['queries'] == 96
-    assert line[0]['value'] == pytest.approx(evaluate(net, images, attacks={'ES': SUITE['ES']}, eps=0., step_size=.1, steps=1, backend='torch', show=False).benign['R@1'])
+    assert line[0]['value'] == pytest.approx(
+        evaluate(
+            net, images, attacks={'ES': SUITE['ES']}, eps=0.0, step_size=0.1, steps=1, backend='torch', show=False
+        ).benign['R@1']
+    )
     other = build('small', dim=16, size=28, channels=1, seed=1)
     assert go(counting, other) == curve(grid, other, **options)
-    assert go(partial(over_eps, eps=[.1], step_ratio=.25, steps=3, seed=0), net) == again  # known records are taken as they are
+    # known records are taken as they are
+    assert go(partial(over_eps, eps=[.1], step_ratio=.25, steps=3, seed=0), net) == again
 
 
 def test_a_line_leaves_out_what_is_undefined_and_refuses_other_points():
-    def record(start, eps, values): return dict(start=start, points=[dict(eps=eps, steps=3, before={}, after={'LTM': values})])
-    assert curve_line([record(0, .1, [100., None]), record(2, .1, [0., 0.])], 'LTM') == [dict(eps=.1, steps=3, value=pytest.approx(100/3), queries=3)]
+    def record(start, eps, values):
+        return dict(start=start, points=[dict(eps=eps, steps=3, before={}, after={'LTM': values})])
+    assert curve_line([record(0, 0.1, [100.0, None]), record(2, 0.1, [0.0, 0.0])], 'LTM') == [
+        dict(eps=0.1, steps=3, value=pytest.approx(100 / 3), queries=3)
+    ]
     assert math.isnan(curve_line([record(0, .1, [None])], 'LTM')[0]['value'])
     shorter = dict(record(1, .1, [0.]), points=[])
     for other in (record(1, .2, [0.]), shorter):
-        with pytest.raises(ValueError, match='same points in every batch, found 2'): curve_line([record(0, .1, [0.]), other], 'LTM')
+        with pytest.raises(ValueError, match='same points in every batch, found 2'):
+            curve_line([record(0, .1, [0.]), other], 'LTM')
     with pytest.raises(ValueError, match='found 0'): curve_line([], 'LTM')
 
 
 @pytest.mark.parametrize('steps', [[], [-1, 3]])
 def test_bad_steps_are_named(steps):
     net, x, queries, shelf = toy()
-    with pytest.raises(ValueError, match='steps must be numbers'): over_steps(net, SUITE['ES'], x, queries, shelf, eps=.1, step_size=.01, steps=steps, seed=0)
+    with pytest.raises(ValueError, match='steps must be numbers'):
+        over_steps(net, SUITE['ES'], x, queries, shelf, eps=.1, step_size=.01, steps=steps, seed=0)

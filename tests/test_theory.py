@@ -9,9 +9,15 @@ from robust_dml.papers.colo_tride import theory
 from robust_dml.core import generator
 from robust_dml.triplets.distances import normalise
 
-TABLE = [ # degrees, shifts of ANP, CAP, SIP over h, exact R
-    (180, .5, .5, .25, 2.), (150, .5176, .5, .2543, 2.0006), (120, .5774, .5, .2679, 2.0104), (90, .7071, .5, .2929, 2.0607),
-    (60, 1., .5, .3333, 2.25), (30, 1.9319, .5, .3972, 3.0613), (10, 5.7369, .5, .4599, 6.7804)]
+TABLE = [  # degrees, shifts of ANP, CAP, SIP over h, exact R
+    (180, 0.5, 0.5, 0.25, 2.0),
+    (150, 0.5176, 0.5, 0.2543, 2.0006),
+    (120, 0.5774, 0.5, 0.2679, 2.0104),
+    (90, 0.7071, 0.5, 0.2929, 2.0607),
+    (60, 1.0, 0.5, 0.3333, 2.25),
+    (30, 1.9319, 0.5, 0.3972, 3.0613),
+    (10, 5.7369, 0.5, 0.4599, 6.7804),
+]
 
 
 def triplets(space, count=40, dim=64, seed=0):
@@ -28,7 +34,9 @@ def test_reference_table(row, reference):
 
 
 def test_special_angle():
-    assert [float(f) for f in (theory.anp_shift(1., math.pi), theory.cap_shift(1.), theory.sip_shift(1., math.pi))] == pytest.approx([.5, .5, .25])
+    assert [
+        float(f) for f in (theory.anp_shift(1.0, math.pi), theory.cap_shift(1.0), theory.sip_shift(1.0, math.pi))
+    ] == pytest.approx([0.5, 0.5, 0.25])
 
 
 @settings(deadline=None, max_examples=200)
@@ -62,7 +70,11 @@ def test_no_random_direction_gains_more(space, scheme):
             way = torch.randn(x.shape, generator=gen).double()
             if space == 'sphere': way = way - (way*x).sum(1, keepdim=True)*x
             way = normalise(way)
-            moved[name] = (x + s*way if space == 'plane' else x*math.cos(s) + way*math.sin(s)) if name in theory.MOVED[scheme] else x
+            moved[name] = (
+                (x + s * way if space == 'plane' else x * math.cos(s) + way * math.sin(s))
+                if name in theory.MOVED[scheme]
+                else x
+            )
         gain = theory.triplet_hardness(theory.Points(**moved)) - theory.triplet_hardness(t)
         assert (gain <= best + 1e-7).all()                # second order: s**2
 
@@ -82,7 +94,8 @@ def test_invariance_to_rotation(space):
     t = triplets(space, dim=8)
     turn = torch.linalg.qr(torch.randn(8, 8, generator=generator(0, 'turn')).double())[0]
     turned = theory.Points(*(x @ turn for x in t))
-    for k, again in zip(theory.gains(t, space=space), theory.gains(turned, space=space)): assert torch.allclose(k, again, atol=1e-12)
+    for k, again in zip(theory.gains(t, space=space), theory.gains(turned, space=space)):
+        assert torch.allclose(k, again, atol=1e-12)
     assert torch.allclose(theory.angle(t, space=space), theory.angle(turned, space=space), atol=1e-10)
 
 
@@ -98,10 +111,16 @@ def test_out_of_reach_is_nan():
     assert theory.exact_shift(t, 'anp', 1.2, space='plane', furthest=50.).isnan().tolist() == [True, False]
 
 
-@pytest.mark.parametrize('change, error, words', [
-    (lambda t: t._replace(p=t.a), ValueError, 'different points'), (lambda t: t._replace(n=2*t.n), ValueError, 'unit length'),
-    (lambda t: theory.Points(*(x.float() for x in t)), TypeError, 'double'), (lambda t: t._replace(a=t.a[:3]), ValueError, 'match'),
-    (lambda t: t._replace(a=t.a*math.nan), ValueError, 'NaN')])
+@pytest.mark.parametrize(
+    'change, error, words',
+    [
+        (lambda t: t._replace(p=t.a), ValueError, 'different points'),
+        (lambda t: t._replace(n=2 * t.n), ValueError, 'unit length'),
+        (lambda t: theory.Points(*(x.float() for x in t)), TypeError, 'double'),
+        (lambda t: t._replace(a=t.a[:3]), ValueError, 'match'),
+        (lambda t: t._replace(a=t.a * math.nan), ValueError, 'NaN')
+    ],
+)
 def test_bad_triplets_are_refused(change, error, words):
     with pytest.raises(error, match=words): theory.gains(change(triplets('sphere')), space='sphere')
 

@@ -26,7 +26,10 @@ def images(): return data.glyphs(train_classes=6, test_classes=2, per_class=6).t
 def ticking(monkeypatch):
     "A clock that goes on by a second whenever it is read: seconds count readings, on every machine alike."
     now = itertools.count()
-    monkeypatch.setattr(module, 'Stopwatch', lambda device, seconds: core.Stopwatch(device, seconds=seconds, clock=lambda: float(next(now))))
+    monkeypatch.setattr(
+        module, 'Stopwatch',
+        lambda device, seconds: core.Stopwatch(device, seconds=seconds, clock=lambda: float(next(now)))
+    )
 
 
 def fresh(): return build('small', dim=8, size=28, channels=1, seed=0)
@@ -53,12 +56,14 @@ def test_parts_of_a_run(images, ticking, tmp_path):
     done = train(fresh(), images, robust(), run=Run(tmp_path), **OPTIONS)
     assert done['parts'] == {'data': 12., 'defence': 9., 'update': 9., 'checkpoint': 3. + 1.}
     assert Run(tmp_path).read('result.json')['parts'] == done['parts']
-    assert train(fresh(), images, robust(), run=Run(tmp_path), **OPTIONS)['parts'] == done['parts']  # finished: nothing is added
+    # finished: nothing is added
+    assert train(fresh(), images, robust(), run=Run(tmp_path), **OPTIONS)['parts'] == done['parts']
     assert sum(done['parts'].values()) < done['seconds'] < 2.2*sum(done['parts'].values()) + 2
 
 
 def test_a_resumed_training_adds_up(images, ticking, tmp_path):
-    "Killed in the third epoch: two epochs from the checkpoint and one new one; the second checkpoint's own lap is not in its file."
+    """Killed in the third epoch: two epochs from the checkpoint and one new one; the second checkpoint's own lap is
+    not in its file."""
     run = Run(tmp_path)
     with pytest.raises(KeyboardInterrupt): train(fresh(), images, failing(robust(), 7), run=run, **OPTIONS)
     kept = run.read('checkpoint.json')
@@ -82,7 +87,8 @@ def test_a_checkpoint_of_an_older_version_goes_on(images, tmp_path):
 
 
 def test_fused_adam_is_adam(images):
-    "Against the textbook update in float64 (L2 in the gradient, bias-corrected moments); 1e-9 is rounding of nine updates."
+    """Against the textbook update in float64 (L2 in the gradient, bias-corrected moments); 1e-9 is rounding of nine
+    updates."""
     net, slow = fresh().double(), fresh().double()
     natural = make('natural', margin=.2, miner='semihard')
     train(net, images, natural, **OPTIONS, weight_decay=1e-2)
@@ -90,7 +96,9 @@ def test_fused_adam_is_adam(images):
     for epoch in range(3):
         draws = generator(0, 'defense', epoch)
         for rows in data.pair_batches(images.labels, pairs=12, gen=generator(0, 'pairs', epoch)):
-            step = natural.step(slow, images.batch(rows, dtype=torch.float64), images.labels[rows], state={}, clock=None, gen=draws)
+            step = natural.step(
+                slow, images.batch(rows, dtype=torch.float64), images.labels[rows], state={}, clock=None, gen=draws
+            )
             grads, t = torch.autograd.grad(step.loss, list(slow.parameters())), t+1
             with torch.no_grad():
                 for p, g, m in zip(slow.parameters(), grads, moments):
@@ -130,13 +138,20 @@ def test_windows_do_not_depend_on_the_defence(images):
     expected = []
     for epoch in range(3):
         looks = generator(0, 'augment', epoch)
-        expected += [crops.augment(rows, looks) for rows in data.pair_batches(crops.labels, pairs=12, gen=generator(0, 'pairs', epoch))]
+        expected += [
+            crops.augment(rows, looks)
+            for rows in data.pair_batches(crops.labels, pairs=12, gen=generator(0, 'pairs', epoch))
+        ]
     assert torch.equal(seen(0), torch.cat(expected)) and torch.equal(seen(5), torch.cat(expected))
 
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, ValueError])
 def test_failures_leave_no_thread(images, tmp_path, error):
-    with pytest.raises(error) as caught: train(build('small', dim=8, size=24, channels=1, seed=0), mapped(images, tmp_path), failing(robust(), 1, error), **OPTIONS)
+    with pytest.raises(error) as caught:
+        train(
+            build('small', dim=8, size=24, channels=1, seed=0), mapped(images, tmp_path), failing(robust(), 1, error),
+            **OPTIONS
+        )
     assert 'prefetch' not in [t.name for t in threading.enumerate()], caught  # also while the traceback is held
 
 
@@ -146,7 +161,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(images):
     def step(model, x, label, *, state, clock, gen):
         found = natural.step(model, x, label, state=state, clock=clock, gen=gen)
         return found._replace(loss=found.loss*(torch.inf if clock.update else 1))
-    with pytest.raises(FloatingPointError, match='expected a finite loss, found inf at epoch 0, batch 1 of broken'): train(net, images, Defense('broken', {}, dict, step), **OPTIONS)
+    with pytest.raises(FloatingPointError, match='expected a finite loss, found inf at epoch 0, batch 1 of broken'):
+        train(net, images, Defense('broken', {}, dict, step), **OPTIONS)
     with pytest.raises(KeyboardInterrupt): train(whole, images, failing(natural, 1), **OPTIONS)
     for a, b in zip(net.state_dict().values(), whole.state_dict().values()): assert torch.equal(a, b)
 
@@ -158,18 +174,27 @@ def test_a_deep_network_resumes_bit_by_bit_and_keeps_its_memory_layout(images, t
     options = dict(OPTIONS, epochs=2, pairs=18, precision=precision)
     whole, broken = deep(), deep()
     train(whole, images, make('act', eps=.1, step_size=.05, steps=2, margin=.2), **options)
-    with pytest.raises(KeyboardInterrupt): train(broken, images, failing(make('act', eps=.1, step_size=.05, steps=2, margin=.2), 3), run=Run(tmp_path), **options)
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            broken, images, failing(make('act', eps=0.1, step_size=0.05, steps=2, margin=0.2), 3), run=Run(tmp_path),
+            **options
+        )
     assert all(p.is_contiguous() for p in broken.parameters())
     resumed = deep()
     train(resumed, images, make('act', eps=.1, step_size=.05, steps=2, margin=.2), run=Run(tmp_path), **options)
-    assert all(torch.equal(a, b) for a,b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
     assert all(p.is_contiguous() and p.dtype == torch.float32 for p in resumed.parameters())
 
 
 def test_half_precision_trains_and_an_unknown_one_is_refused(images):
-    full, half = (train(fresh(), images, robust(), precision=p, **OPTIONS)['log'][-1]['loss'] for p in ('float32', 'bfloat16'))
+    full, half = (
+        train(fresh(), images, robust(), precision=p, **OPTIONS)['log'][-1]['loss'] for p in ('float32', 'bfloat16')
+    )
     assert full != half and half == pytest.approx(full, rel=.1)
-    with pytest.raises(ValueError, match="'float32', 'bfloat16', found 'half'"): train(fresh(), images, robust(), precision='half', **OPTIONS)
+    with pytest.raises(ValueError, match="'float32', 'bfloat16', found 'half'"):
+        train(fresh(), images, robust(), precision='half', **OPTIONS)
 
 
 @pytest.mark.parametrize('what', ['loss', 'gradient'])
@@ -179,29 +204,50 @@ def test_the_update_that_broke_is_kept_and_repeats(images, tmp_path, what):
         out = robust().step(model, x, label, state=state, clock=clock, gen=gen)
         lucky = torch.rand((), generator=gen)
         if clock.update < 4: return out
-        return out._replace(loss=out.loss*math.nan if what == 'loss' else out.loss*0 + (out.loss - out.loss.detach()).abs().sqrt()*lucky)
+        return out._replace(
+            loss=(
+                out.loss * math.nan
+                if what == 'loss'
+                else out.loss * 0 + (out.loss - out.loss.detach()).abs().sqrt() * lucky
+            )
+        )
     broken, run, net = Defense('broken', {}, robust().init, step), Run(tmp_path), fresh()
-    with pytest.raises(FloatingPointError, match=f'expected a finite {what}, found'): train(net, images, broken, run=run, **OPTIONS)
+    with pytest.raises(FloatingPointError, match=f'expected a finite {what}, found'):
+        train(net, images, broken, run=run, **OPTIONS)
     fault = run.read('fault.json', 'rows', 'clock', 'message')
-    assert fault['clock']['update'] == 4 and f'finite {what}' in fault['message'] and all(0 <= r < len(images) for r in torch.tensor(fault['rows']).flatten().tolist())
+    assert (
+        fault['clock']['update'] == 4
+        and f'finite {what}' in fault['message']
+        and all(0 <= r < len(images) for r in torch.tensor(fault['rows']).flatten().tolist())
+    )
     loss, norm = replay(run, fresh(), broken)
     assert math.isnan(loss) if what == 'loss' else math.isfinite(loss) and not math.isfinite(norm)
     assert run.read('checkpoint.json')['epoch'] == 4//math.ceil(len(images)/OPTIONS['pairs'])
-    assert math.isfinite(train(fresh(), images, robust(), run=run, **OPTIONS)['log'][-1]['loss']) and not run.has('fault.json') # the next training goes on from the whole epoch, and clears up
+    # the next training goes on from the whole epoch, and clears up
+    assert math.isfinite(train(fresh(), images, robust(), run=run, **OPTIONS)['log'][-1]['loss']) and not run.has(
+        'fault.json'
+    )
 
 
 def test_weights_of_another_model_are_refused(images, tmp_path):
     "A file with a valid hash and other names."
     run = Run(tmp_path)
     done = train(fresh(), images, robust(), run=run, **OPTIONS)
-    run.write('result.json', dict(run.read('result.json'), sha256=save_tensors(run, 'model.safetensors', {'other': torch.zeros(2)})))
-    with pytest.raises(StoreError, match='expected the weights of this model in .*found other names or shapes'): train(fresh(), images, robust(), run=run, **OPTIONS)
+    run.write(
+        'result.json',
+        dict(run.read('result.json'), sha256=save_tensors(run, 'model.safetensors', {'other': torch.zeros(2)}))
+    )
+    with pytest.raises(StoreError, match='expected the weights of this model in .*found other names or shapes'):
+        train(fresh(), images, robust(), run=run, **OPTIONS)
     assert done['log']
 
 
 def test_too_little_memory_says_what_to_do(images, tmp_path):
     run = Run(tmp_path)
-    with pytest.raises(RuntimeError, match='expected room for 12 pairs of images on cpu, found too little; take fewer pairs'): train(fresh(), images, failing(robust(), 4, torch.OutOfMemoryError('full')), run=run, **OPTIONS)
+    with pytest.raises(
+        RuntimeError, match='expected room for 12 pairs of images on cpu, found too little; take fewer pairs'
+    ):
+        train(fresh(), images, failing(robust(), 4, torch.OutOfMemoryError('full')), run=run, **OPTIONS)
     assert run.read('checkpoint.json')['epoch'] == 1
 
 

@@ -24,7 +24,9 @@ def smoke(): return tuning.prepare(dict(preset='smoke', tune_limit=12, limit=12)
 def asked(out, **changes):
     "A smoke tuning on data that is drawn once; the store lies under `out`."
     base = smoke()
-    return replace(base, plan=replace(base.plan, reports=Path(out)), held=replace(base.held, reports=Path(out)), **changes)
+    return replace(
+        base, plan=replace(base.plan, reports=Path(out)), held=replace(base.held, reports=Path(out)), **changes
+    )
 
 
 class Untouchable:
@@ -35,7 +37,10 @@ class Untouchable:
 
 
 def with_untouchable_test(split):
-    return Split(split.name, split.train, replace(split.test, images=Untouchable(), labels=torch.tensor([0, 0, 1, 1]), classes=('x', 'y')))
+    return Split(
+        split.name, split.train,
+        replace(split.test, images=Untouchable(), labels=torch.tensor([0, 0, 1, 1]), classes=('x', 'y'))
+    )
 
 
 @pytest.fixture(scope='module')
@@ -54,10 +59,16 @@ def test_classes_are_disjoint_and_images_keep_their_labels(seed):
     split = smoke().plan.data
     held = tuning.holdout(split, seed=seed)
     names = [{*side.classes} for side in (held.train, held.test)]
-    assert not names[0] & names[1] and names[0] | names[1] == {*split.train.classes} and not (names[0] | names[1]) & {*split.test.classes}
+    assert (
+        not names[0] & names[1]
+        and names[0] | names[1] == {*split.train.classes}
+        and not (names[0] | names[1]) & {*split.test.classes}
+    )
     for side in (held.train, held.test):
         for label, name in enumerate(side.classes):
-            mine, theirs = (s.pixels((s.labels == s.classes.index(name)).nonzero().flatten()) for s in (side, split.train))
+            mine, theirs = (
+                s.pixels((s.labels == s.classes.index(name)).nonzero().flatten()) for s in (side, split.train)
+            )
             assert side.classes.index(name) == label and torch.equal(mine, theirs)
 
 
@@ -68,7 +79,8 @@ def test_the_test_classes_are_never_read(tmp_path):
     held = tuning.held_out_plan(blind, epochs=1, limit=4, draw=0)
     points = tuning.search(tuning.Tuning(replace(blind, defenses=('act',)), held, 2, 0), show=False)
     assert len(points['act']) == 2 and all(0 <= p['r1'] <= 100 for p in points['act'])
-    with pytest.raises(AssertionError, match='test images were read'): tuning.measure(blind, tuning.cell_of('act', {}, blind, 0), show=False)
+    with pytest.raises(AssertionError, match='test images were read'):
+        tuning.measure(blind, tuning.cell_of('act', {}, blind, 0), show=False)
 
 
 @pytest.mark.parametrize('method', tuning.IMAGES)
@@ -79,7 +91,9 @@ def test_candidates(method):
     cells = [tuning.cell_of(method, c, plan, 0) for c in found]
     options = [experiments.defense(cell, plan.recipe).options for cell in cells]
     assert len({json.dumps(o, sort_keys=True) for o in options}) == 40 and not found[0]
-    plain = next(cell for cell in experiments.cells(replace(plan, defenses=(method,))) if cell.seed == plan.recipe.seeds[0])
+    plain = next(
+        cell for cell in experiments.cells(replace(plan, defenses=(method,))) if cell.seed == plan.recipe.seeds[0]
+    )
     assert experiments.defense(plain, plan.recipe).options == options[0]
     assert max(tuning.IMAGES[method]*o['steps'] for o in options) == 3*plan.recipe.settings[0].steps
     assert len({o['eps'] for o in options}) == 3 and max(o['eps'] for o in options) == plan.recipe.settings[0].eps
@@ -101,13 +115,20 @@ def test_every_value_is_accepted(dataset, preset):
 def test_spent_steps_are_within_the_budget(done):
     tuned, results, _ = done
     assert results['budget'] == 3*4*80*2
-    assert [p['image_steps'] for p in results['points'] if p['method'] == 'naive_sip'][0] == results['budget'] >= max(p['image_steps'] for p in results['points']) > 0
+    assert (
+        [p['image_steps'] for p in results['points'] if p['method'] == 'naive_sip'][0]
+        == results['budget']
+        >= max(p['image_steps'] for p in results['points'])
+        > 0
+    )
 
 
 def test_every_method_gets_the_same(done):
     tuned, results, _ = done
     of = {m: [p for p in results['points'] if p['method'] == m] for m in tuning.IMAGES}
-    assert {len(points) for points in of.values()} == {2} and all(points[0]['candidate'] == {} for points in of.values())
+    assert {len(points) for points in of.values()} == {2} and all(
+        points[0]['candidate'] == {} for points in of.values()
+    )
     assert len({p['train'] for p in results['points']}) == len(results['points'])
     held = json.loads((tuned.plan.reports/'store'/of['hm'][0]['eval']/'card.json').read_text())['config']['protocol']
     assert (held['limit'], held['steps']) == (12, 2) and held['steps']*held['step_size'] >= 2*held['eps'] - 1e-9
@@ -118,7 +139,11 @@ def test_the_search_and_the_confirmation_see_their_own_classes(done):
     tuned, results, _ = done
     checksum = {k: results[k]['data']['checksum'] for k in ('search', 'confirmation')}
     for lines, key in ((results['points'], 'search'), (results['confirmed'], 'confirmation')):
-        for line in lines: assert json.loads((tuned.plan.reports/'store'/line['train']/'card.json').read_text())['config']['data'] == checksum[key]
+        for line in lines:
+            assert (
+                json.loads((tuned.plan.reports / 'store' / line['train'] / 'card.json').read_text())['config']['data']
+                == checksum[key]
+            )
     assert checksum['search'] != checksum['confirmation'] == tuned.plan.data.card()['checksum']
 
 
@@ -129,15 +154,23 @@ def test_the_chosen_settings_are_confirmed_beside_the_defaults(done):
         assert taken == dict(candidate=point['candidate'], eligible=eligible)
         found = [line['candidate'] for line in results['confirmed'] if line['method'] == method]
         assert found == ([{}, taken['candidate']] if taken['candidate'] else [{}])
-    assert any(taken['candidate'] for taken in results['chosen'].values()), 'the fixture must confirm more than defaults'
+    assert any(
+        taken['candidate'] for taken in results['chosen'].values()
+    ), 'the fixture must confirm more than defaults'
 
 
 def test_defaults_are_shared_with_the_tables(done):
     "The confirmation of a default is a row of Table 1."
     tuned, results, _ = done
     plan = replace(tuned.plan, experiment='table1', defenses=('act', 'hm', 'colo_tride'))
-    wanted = {experiments.find_run(plan.reports, 'train', list(experiments._trainings(plan, cell))[-1][1]).address for cell in experiments.cells(plan) if cell.profile != 'paper'}
-    assert wanted == {line['train'] for line in results['confirmed'] if not line['candidate'] and line['method'] in plan.defenses}
+    wanted = {
+        experiments.find_run(plan.reports, 'train', list(experiments._trainings(plan, cell))[-1][1]).address
+        for cell in experiments.cells(plan)
+        if cell.profile != 'paper'
+    }
+    assert wanted == {
+        line['train'] for line in results['confirmed'] if not line['candidate'] and line['method'] in plan.defenses
+    }
 
 
 def test_every_seed_is_confirmed(done, monkeypatch):
@@ -145,7 +178,9 @@ def test_every_seed_is_confirmed(done, monkeypatch):
     monkeypatch.setattr(tuning, 'measure', lambda plan, cell, show: dict(cell=cell.defense, seed=cell.seed))
     several = replace(tuned, plan=replace(tuned.plan, recipe=replace(tuned.plan.recipe, seeds=(0, 3, 5))))
     found = tuning.confirm(several, dict(act=dict(eps=.5), hm={}))
-    assert [(line['method'], bool(line['candidate']), line['seed']) for line in found] == [(m, c, s) for m, c in (('act', False), ('act', True), ('hm', False)) for s in (0, 3, 5)]
+    assert [(line['method'], bool(line['candidate']), line['seed']) for line in found] == [
+        (m, c, s) for m, c in (('act', False), ('act', True), ('hm', False)) for s in (0, 3, 5)
+    ]
 
 
 def test_nothing_is_computed_twice(done):
@@ -174,9 +209,16 @@ def test_a_killed_search_goes_on(done, tmp_path, monkeypatch):
 
 def test_the_page(done):
     tuned, results, page = done
-    assert {f.name for f in page.parent.iterdir()} == {'index.html', 'results.json', 'table.csv'} and page.parent.name == 'tune-glyphs-smoke'
+    assert {f.name for f in page.parent.iterdir()} == {
+        'index.html', 'results.json', 'table.csv'
+    } and page.parent.name == 'tune-glyphs-smoke'
     text = page.read_text()
-    assert escape(tuning.RULE) in text and 'its numbers mean nothing' in text and text.count('<script') == 1 and text.count('data:image/png;base64') == 2
+    assert (
+        escape(tuning.RULE) in text
+        and 'its numbers mean nothing' in text
+        and text.count('<script') == 1
+        and text.count('data:image/png;base64') == 2
+    )
     rows = list(csv.DictReader((page.parent/'table.csv').read_text().splitlines()))
     assert len(rows) == len(results['points']) + len(results['confirmed'])
     assert str(tuned.plan.reports) not in (page.parent/'results.json').read_text()
@@ -185,20 +227,35 @@ def test_the_page(done):
         assert [row['chosen'] for row in mine].count('yes') == 1 and len(mine) == 2
         points = [p for p in results['points'] if p['method'] == method]
         assert [row['front'] == 'yes' for row in mine] == [p in tuning.front(points) for p in points]
-    assert [float(row['R@1']) for row in rows if row['classes'] == 'held-out'] == [round(p['r1'], 2) for p in results['points']]
+    assert [float(row['R@1']) for row in rows if row['classes'] == 'held-out'] == [
+        round(p['r1'], 2) for p in results['points']
+    ]
 
 
 def test_a_front_is_what_brute_force_finds():
     gen = torch.Generator().manual_seed(0)
-    points = [dict(r1=round(a, 1), ars=round(b, 1), collapsed=c > .8) for a, b, c in torch.rand(200, 3, generator=gen).tolist()]
+    points = [
+        dict(r1=round(a, 1), ars=round(b, 1), collapsed=c > 0.8)
+        for a, b, c in torch.rand(200, 3, generator=gen).tolist()
+    ]
     able = [p for p in points if not p['collapsed']]
-    kept = [p for p in able if all(p['r1'] > q['r1'] or p['ars'] > q['ars'] or (p['r1'], p['ars']) == (q['r1'], q['ars']) for q in able)]
+    kept = [
+        p
+        for p in able
+        if all(p['r1'] > q['r1'] or p['ars'] > q['ars'] or (p['r1'], p['ars']) == (q['r1'], q['ars']) for q in able)
+    ]
     assert tuning.front(points) == sorted(kept, key=lambda p: p['r1']) and 1 < len(kept) < len(able)
 
 
-@pytest.mark.parametrize('points, floor, index, eligible', [
-    ([(60, 40, 0), (59, 50, 0)], 59, 1, True), ([(60, 40, 0), (58.9, 50, 0)], 59, 0, True), ([(60, 40, 0), (62, 40, 0)], 59, 1, True),
-    ([(60, 40, 0), (60, 50, 1)], 59, 0, True), ([(60, math.nan, 0), (59, 1, 0)], 59, 1, True), ([(50, 60, 0), (55, 40, 0)], 59, 1, False), ([(60, 40, 1), (61, 50, 1)], 59, 0, False)])
+@pytest.mark.parametrize(
+    'points, floor, index, eligible',
+    [
+        ([(60, 40, 0), (59, 50, 0)], 59, 1, True), ([(60, 40, 0), (58.9, 50, 0)], 59, 0, True),
+        ([(60, 40, 0), (62, 40, 0)], 59, 1, True), ([(60, 40, 0), (60, 50, 1)], 59, 0, True),
+        ([(60, math.nan, 0), (59, 1, 0)], 59, 1, True), ([(50, 60, 0), (55, 40, 0)], 59, 1, False),
+        ([(60, 40, 1), (61, 50, 1)], 59, 0, False)
+    ],
+)
 def test_the_rule(points, floor, index, eligible):
     points = [dict(r1=r, ars=a, collapsed=bool(c)) for r, a, c in points]
     chosen, met = tuning.choose(points, floor)
@@ -220,22 +277,37 @@ def test_tuned_settings_are_kept_and_applied(tmp_path, done):
     found = tuning.tuned('act', tuning.keep(tmp_path, tmp_path/'tuned.json'))
     base = experiments.defense(tuning.cell_of('act', {}, tuned.plan, 0), tuned.plan.recipe).options
     assert tuning.resolve(found, base) == dict(eps=base['eps']/2, steps=6, miner='softhard')
-    with pytest.raises(ValueError, match="method must be one of 'act', found 'hm'"): tuning.tuned('hm', tmp_path/'tuned.json')
+    with pytest.raises(ValueError, match="method must be one of 'act', found 'hm'"):
+        tuning.tuned('hm', tmp_path/'tuned.json')
     with pytest.raises(FileNotFoundError, match='make it with: make tune'): tuning.tuned('act', tmp_path/'absent.json')
 
 
-@pytest.mark.parametrize('changes, words', [(dict(candidate=3), 'unknown parameter candidate; .* and for tuning candidates, tune_epochs'), (dict(defenses='hm:ics=0'), "defenses must be one of 'act'"),
-                                            (dict(candidates='x'), 'candidates must be a whole number'), (dict(candidates=10**6), 'candidates must be at most 243 for act'), (dict(profile='prose'), 'profile must be one of')])
+@pytest.mark.parametrize(
+    'changes, words',
+    [
+        (dict(candidate=3), 'unknown parameter candidate; .* and for tuning candidates, tune_epochs'),
+        (dict(defenses='hm:ics=0'), "defenses must be one of 'act'"),
+        (dict(candidates='x'), 'candidates must be a whole number'),
+        (dict(candidates=10**6), 'candidates must be at most 243 for act'),
+        (dict(profile='prose'), 'profile must be one of')
+    ],
+)
 def test_bad_parameters(changes, words):
     with pytest.raises(ValueError, match=words): tuning.prepare(dict(preset='smoke') | changes)
 
 
 def test_too_few_classes_are_refused():
-    with pytest.raises(ValueError, match='2 training classes to hold out and 2 to train on, found 3'): tuning.holdout(Split('x', tuning.of_classes(smoke().plan.data.train, [0, 1, 2]), smoke().plan.data.test), seed=0)
+    with pytest.raises(ValueError, match='2 training classes to hold out and 2 to train on, found 3'):
+        tuning.holdout(
+            Split('x', tuning.of_classes(smoke().plan.data.train, [0, 1, 2]), smoke().plan.data.test), seed=0
+        )
 
 
 def test_the_notebook_lists_every_parameter():
-    cell = next(c for c in nbformat.read(ROOT/'nbs'/'run_tune.ipynb', 4).cells if 'parameters' in c.metadata.get('tags', []))
+    cell = next(
+        c for c in nbformat.read(ROOT / 'nbs' / 'run_tune.ipynb', 4).cells if 'parameters' in c.metadata.get('tags', [])
+    )
     names = {}
     exec(cell.source, {}, names)
-    assert names == {k: v for k,v in (experiments.PARAMETERS | tuning.OWN).items() if k != 'executor'} # a tuning gives no cell away
+    # a tuning gives no cell away
+    assert names == {k: v for k,v in (experiments.PARAMETERS | tuning.OWN).items() if k != 'executor'}

@@ -6,22 +6,35 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[2]
 NBS = ROOT/'nbs'
-FOLDERS = { # folder of the notebooks, or what pages without a module are for: page, title, purpose
+FOLDERS = {  # folder of the notebooks, or what pages without a module are for: page, title, purpose
     '.': ('ground', 'Ground', 'Argument checks and random numbers; exact search and k-means.'),
-    'triplets': ('triplets', 'Triplets', 'Distances and hardness, which triplets are taken, and when embeddings collapse.'),
+    'triplets': (
+        'triplets', 'Triplets', 'Distances and hardness, which triplets are taken, and when embeddings collapse.'
+    ),
     'data': ('data', 'Data', 'Image sets, splits and batches; the benchmark sets from their authors\' files.'),
     'models': ('models', 'Models', 'Networks with an embedding head.'),
     'runs': ('running', 'Runs', 'Where results are kept, and how work is dealt out to processes and clusters.'),
     'attacks': ('attacks', 'Attacks', 'One loop, ten attacks, and those beyond the ten.'),
     'metrics': ('metrics', 'Metrics', 'Retrieval, clustering, scores of robustness, and when not to believe them.'),
-    'defenses': ('defenses', 'Defenses', 'Defences of three papers as rules for one training step, and the training loop.'),
+    'defenses': (
+        'defenses', 'Defenses', 'Defences of three papers as rules for one training step, and the training loop.'
+    ),
     'report': ('report', 'Reports', 'From results to tables, figures and pages.'),
     'audit': ('audit', 'Audit', 'Your own model on your own images: measured, and hardened.'),
     'study': ('study', 'Studies', 'The grid behind a table, and questions that no single table answers.'),
-    'papers/colo_tride': ('colo_tride', 'The paper on COLO-TRIDE', 'Its theory, its printed tables, and where each equation stands.'),
-    'papers/claims': ('judged', 'What the papers claim', 'Every claim of the three papers: the rule that judges it, and its graded verdict.'),
-    'papers': ('papers', 'The papers together', 'Tables of the other two papers, all defences side by side, everything in one run.'),
-    'extend': ('extend', 'Extend it', 'Your own data set, attack or defence, each as a worked page.')}
+    'papers/colo_tride': (
+        'colo_tride', 'The paper on COLO-TRIDE', 'Its theory, its printed tables, and where each equation stands.'
+    ),
+    'papers/claims': (
+        'judged', 'What the papers claim',
+        'Every claim of the three papers: the rule that judges it, and its graded verdict.'
+    ),
+    'papers': (
+        'papers', 'The papers together',
+        'Tables of the other two papers, all defences side by side, everything in one run.'
+    ),
+    'extend': ('extend', 'Extend it', 'Your own data set, attack or defence, each as a worked page.'),
+}
 
 
 
@@ -41,12 +54,17 @@ def address(
 
 def library()->list[Path]:
     "Notebooks that are read: those with a number."
-    return sorted((p for p in NBS.rglob('[0-9]*.ipynb') if '.ipynb_checkpoints' not in p.parts), key=lambda p: ([*FOLDERS].index(folder_of(p)), p.name))
+    return sorted(
+        (p for p in NBS.rglob('[0-9]*.ipynb') if '.ipynb_checkpoints' not in p.parts),
+        key=lambda p: ([*FOLDERS].index(folder_of(p)), p.name)
+    )
 
 
 def forms()->list[Path]:
     "Notebooks to play with; index.ipynb is the start page of JupyterLab, and these pages have one of their own."
-    return sorted(p for p in NBS.glob('*.ipynb') if p not in library() and not p.stem.startswith('run_') and p.stem != 'index')
+    return sorted(
+        p for p in NBS.glob('*.ipynb') if p not in library() and not p.stem.startswith('run_') and p.stem != 'index'
+    )
 
 
 def runs()->list[Path]:
@@ -77,8 +95,13 @@ def in_pages(
     html:str, # output of a cell
 )->str:
     "Links to notebooks lead to pages and their cells, formulas are marked for MathJax."
-    html = re.sub(r'href="([\w./-]+)\.ipynb(?:#cell-id=(\w+))?"', lambda m: f'href="{m[1]}.html' + (f'#cell-{m[2]}' if m[2] else '') + '"', html)
-    return re.sub(r'\$([^$<>]+(?:&\w+;[^$<>]*)*)\$', r'<span class="math notranslate nohighlight">\\(\1\\)</span>', html)
+    html = re.sub(
+        r'href="([\w./-]+)\.ipynb(?:#cell-id=(\w+))?"',
+        lambda m: f'href="{m[1]}.html' + (f'#cell-{m[2]}' if m[2] else '') + '"', html
+    )
+    return re.sub(
+        r'\$([^$<>]+(?:&\w+;[^$<>]*)*)\$', r'<span class="math notranslate nohighlight">\\(\1\\)</span>', html
+    )
 
 
 def links(
@@ -109,7 +132,9 @@ def _code(cell, prose:str)->list:
         if 'image/png' in data:
             data.pop('text/plain', None)
             cell.metadata['mystnb'] = {'image': {'alt': _first_words(prose)}}
-    return [nbformat.v4.new_markdown_cell(f'(cell-{cell.id})=', id=f'at-{cell.id}'), cell] if 'export' in tags else [cell]
+    return (
+        [nbformat.v4.new_markdown_cell(f'(cell-{cell.id})=', id=f'at-{cell.id}'), cell] if 'export' in tags else [cell]
+    )
 
 
 def page(
@@ -123,7 +148,9 @@ def page(
         if cell.cell_type == 'code':
             cells += _code(cell, prose)
             continue
-        cell.source = re.sub(r'^####+ ', '### ', links(cell.source, 1 + len(path.parent.relative_to(NBS).parts)), flags=re.M)
+        cell.source = re.sub(
+            r'^####+ ', '### ', links(cell.source, 1 + len(path.parent.relative_to(NBS).parts)), flags=re.M
+        )
         prose = cell.source
         if below and cell.source.startswith('# '):
             head, *rest = re.split(r'\n\n(?!>)', cell.source, maxsplit=1)
@@ -137,7 +164,10 @@ def module_of(
     path:Path, # notebook
 )->str:        # '' where it exports none
     "Name of the module that a notebook exports."
-    found = re.search(r'^#\|\s*default_exp\s+([\w.]+)', '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code'), re.M)
+    found = re.search(
+        r'^#\|\s*default_exp\s+([\w.]+)',
+        '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code'), re.M
+    )
     return found[1] if found else ''
 
 
@@ -152,10 +182,19 @@ def listed_in(
 def _above(path:Path, reports:dict[str, str])->str:
     "What stands under the title: the module's page, or the finished reports of a run notebook."
     up = '../'*(1 + len(path.parent.relative_to(NBS).parts))
-    if module := module_of(path): return f'*Module [`robust_dml.{module}`]({up}api/{module}.md). Cells with a bar on the left are the module; the others check it. Run it: `make lab`, then `{address(path)}.ipynb`.*'
+    if module := module_of(path):
+        return (
+            f'*Module [`robust_dml.{module}`]({up}api/{module}.md). Cells with a bar on the left are the module; the'
+            f' others check it. Run it: `make lab`, then `{address(path)}.ipynb`.*'
+        )
     mine = [name for name, experiment in reports.items() if path.stem == f'run_{experiment}']
     found = ', '.join(f'<a href="../reports/{name}/index.html">{name}</a>' for name in mine)
-    if path.stem.startswith('run_'): return f'*Committed reports of this experiment: {found}.*' if found else '*No report of this experiment is committed yet: run it.*'
+    if path.stem.startswith('run_'):
+        return (
+            f'*Committed reports of this experiment: {found}.*'
+            if found
+            else '*No report of this experiment is committed yet: run it.*'
+        )
     return f'*Run it: `make lab`, then `{path.name}`.*'
 
 
@@ -173,14 +212,28 @@ def write(
         listed = [p for p in read if listed_in(p) == key]
         (target/'nbs'/f'{name}.md').write_text(_list(title, purpose, listed), encoding='utf-8')
     lines = [f'* [{title}]({name}.md): {purpose}' for name, title, purpose in FOLDERS.values()]
-    intro = 'Each notebook is a chapter: the equation, the code, a number that must come out, and a picture. The folders stand in the order in which they build on each other; the numbers in a folder give the order of reading.'
-    (target/'nbs'/'index.md').write_text('\n\n'.join(['# Notebooks', intro, '\n'.join(lines), toctree(name for name, *_ in FOLDERS.values())]), encoding='utf-8')
-    (target/'nbs'/'runs.md').write_text(_list('Run notebooks', 'Every table and figure, and every audit, is one of these, executed by `make NAME` or papermill.', runs()), encoding='utf-8')
+    intro = (
+        'Each notebook is a chapter: the equation, the code, a number that must come out, and a picture. The folders'
+        ' stand in the order in which they build on each other; the numbers in a folder give the order of reading.'
+    )
+    (target / 'nbs' / 'index.md').write_text(
+        '\n\n'.join(['# Notebooks', intro, '\n'.join(lines), toctree(name for name, *_ in FOLDERS.values())]),
+        encoding='utf-8'
+    )
+    (target / 'nbs' / 'runs.md').write_text(
+        _list(
+            'Run notebooks',
+            'Every table and figure, and every audit, is one of these, executed by `make NAME` or papermill.', runs()
+        ),
+        encoding='utf-8',
+    )
 
 
 def extend()->str:
     "Links to the notebooks on adding something of one's own, and to the interfaces that these use."
-    names = [p for p in library() if listed_in(p) == 'extend'] + [p for p in library() if address(p) in ('data/00_sets', 'attacks/01_suite', 'defenses/00_base')]
+    names = [p for p in library() if listed_in(p) == 'extend'] + [
+        p for p in library() if address(p) in ('data/00_sets', 'attacks/01_suite', 'defenses/00_base')
+    ]
     return ', '.join(f'[{heading(p)[0]}](nbs/{address(p)}.ipynb)' for p in names)
 
 

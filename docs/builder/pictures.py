@@ -52,7 +52,9 @@ def way(
     length = reach/steps
     for _ in range(steps):
         q = places[-1].detach().requires_grad_()
-        slope, = torch.autograd.grad(attack.objective(normalise(q), queries, targets, gallery).sum(), q, allow_unused=True)
+        (slope,) = torch.autograd.grad(
+            attack.objective(normalise(q), queries, targets, gallery).sum(), q, allow_unused=True
+        )
         tangent = torch.stack([-q[:,1], q[:,0]], 1).detach()
         along = 0. if slope is None else float((slope*tangent).sum())
         if abs(along) < 1e-9: break
@@ -85,8 +87,16 @@ def attack_picture(
         for centre in targets.get('centre', ()): ax.plot(*centre, 'x', color='#333333', ms=7, mew=1.6)
         for row in _chosen(targets, gallery): ax.plot(*gallery.emb[row], 'o', mfc='none', mec='#333333', ms=13, mew=1.4)
         ax.plot(*(1.14*places).T, color=ATTACK, lw=1.6, zorder=3)
-        if len(places) > 2: ax.add_patch(FancyArrowPatch(*(1.14*places[[-6, -1]]).tolist(), arrowstyle='-|>', mutation_scale=12, color=ATTACK, shrinkA=0, shrinkB=0))
-        ax.plot(*(1.14*places[0]), '*', color='#333333', ms=9), ax.plot(*(places[-1]), '*', color=ATTACK, ms=12, zorder=4)
+        if len(places) > 2:
+            ax.add_patch(
+                FancyArrowPatch(
+                    *(1.14 * places[[-6, -1]]).tolist(), arrowstyle='-|>', mutation_scale=12, color=ATTACK, shrinkA=0,
+                    shrinkB=0
+                )
+            )
+        ax.plot(*(1.14 * places[0]), '*', color='#333333', ms=9), ax.plot(
+            *(places[-1]), '*', color=ATTACK, ms=12, zorder=4
+        )
     return png(fig, dpi=110)
 
 
@@ -98,14 +108,18 @@ def _glyphs()->sets.Split: return sets.glyphs(train_classes=6, test_classes=6, p
 def _learned(seed:int, epochs:int=20)->nn.Module:
     "A small network after a little training without attack, so that classes have a place."
     model = networks.build('small', dim=16, size=28, channels=1, seed=seed)
-    train.train(model, _glyphs().train, colo_tride.make('natural', margin=.2), epochs=epochs, pairs=12, lr=1e-3, show=False)
+    train.train(
+        model, _glyphs().train, colo_tride.make('natural', margin=0.2), epochs=epochs, pairs=12, lr=1e-3, show=False
+    )
     return model
 
 
 def _network(defense)->nn.Module:
     "What a defence trains: a network, or an ensemble of them with proxies."
     if not isinstance(defense, eat.ProxyDefense): return _learned(0)
-    proxies = [nn.Parameter(torch.randn(6, 16, generator=generator(m, 'proxies'))) for m in range(defense.shared.members)]
+    proxies = [
+        nn.Parameter(torch.randn(6, 16, generator=generator(m, 'proxies'))) for m in range(defense.shared.members)
+    ]
     return eat.Ensemble([deepcopy(_learned(m)) for m in range(defense.shared.members)], proxies)
 
 
@@ -123,8 +137,11 @@ def seen_in_update(
     net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]) if torch.is_grad_enabled() else None)
     for i in range(steps):
         seen.clear()
-        state = defense.step(model, x, label, state=state, clock=Clock(15, 20, 300 + i), gen=generator(0, 'picture', i)).state
-        learned = [s for s in seen if not s.requires_grad] or seen[-1:] # the search asks for gradients of the images, the update does not, except in free training
+        state = defense.step(
+            model, x, label, state=state, clock=Clock(15, 20, 300 + i), gen=generator(0, 'picture', i)
+        ).state
+        # the search asks for gradients of the images, the update does not, except in free training
+        learned = [s for s in seen if not s.requires_grad] or seen[-1:]
         found.append(torch.cat(learned).detach())
     return found
 
@@ -135,7 +152,12 @@ def _arrows(ax, spots, before, images, x, colour)->None:
     far, row = apart.min(1)
     for place, d, i in zip(spots(images), far.tolist(), row.tolist()):
         if d > EPS + 1e-4: ax.plot(*place, 'P', color=colour, ms=5, zorder=3)
-        elif d > 1e-4: ax.annotate('', place.tolist(), before[i].tolist(), arrowprops=dict(arrowstyle='-|>', color=colour, lw=1.3, shrinkA=3, shrinkB=0, mutation_scale=9), zorder=3)
+        elif d > 1e-4:
+            ax.annotate(
+                '', place.tolist(), before[i].tolist(),
+                arrowprops=dict(arrowstyle='-|>', color=colour, lw=1.3, shrinkA=3, shrinkB=0, mutation_scale=9),
+                zorder=3
+            )
 
 
 def defense_picture(
@@ -159,7 +181,8 @@ def defense_picture(
         fig, (ax,) = _figure(2.8, 2.6)
         before = spots(x)
         for y in range(6): ax.plot(*before[label == y].T, SHAPES[y], color=COLOURS[y], ms=6, ls='-', lw=.8, zorder=2)
-        for images, colour in zip(batches[-1:] if name == 'free' else batches, (ATTACK, '#444444')): _arrows(ax, spots, before, images, x, colour)
+        for images, colour in zip(batches[-1:] if name == 'free' else batches, (ATTACK, '#444444')):
+            _arrows(ax, spots, before, images, x, colour)
         ax.margins(.12)
     return png(fig, dpi=110)
 
@@ -167,9 +190,13 @@ def defense_picture(
 def black_boxes()->dict[str, Callable]: # name -> (model, x, queries, gallery) -> attacked images
     "Attacks without gradients, with small budgets."
     es = SUITE['ES']
-    def asked(method, **options): return lambda m, x, q, g: method(m, es, x, q, g, eps=EPS, seed=0, **options).outcome.images
-    return dict(nes=asked(blackbox.nes, step_size=EPS/4, samples=20, sigma=.01, budget=400), random_noise=asked(blackbox.random_noise, kind='corner', budget=100),
-                square=asked(blackbox.square, budget=300), topk=asked(blackbox.topk, k=10, budget=300))
+    def asked(method, **options):
+        return lambda m, x, q, g: method(m, es, x, q, g, eps=EPS, seed=0, **options).outcome.images
+    return dict(
+        nes=asked(blackbox.nes, step_size=EPS / 4, samples=20, sigma=0.01, budget=400),
+        random_noise=asked(blackbox.random_noise, kind='corner', budget=100), square=asked(blackbox.square, budget=300),
+        topk=asked(blackbox.topk, k=10, budget=300)
+    )
 
 
 def black_box_picture(
@@ -183,7 +210,11 @@ def black_box_picture(
     attacked = black_boxes()[name](model, x[rows], members(gallery, rows), gallery)
     with theme():
         fig, axes = _figure(3.3, 1.25, 3)
-        for ax, image, title, low in zip(axes, (x[rows], attacked, attacked - x[rows]), ('clean', 'attacked', 'difference'), (0, 0, -EPS)):
-            ax.imshow(image[0,0].numpy(), cmap='gray' if low == 0 else 'coolwarm', vmin=low, vmax=1 if low == 0 else EPS)
+        for ax, image, title, low in zip(
+            axes, (x[rows], attacked, attacked - x[rows]), ('clean', 'attacked', 'difference'), (0, 0, -EPS)
+        ):
+            ax.imshow(
+                image[0, 0].numpy(), cmap='gray' if low == 0 else 'coolwarm', vmin=low, vmax=1 if low == 0 else EPS
+            )
             ax.set_title(title, fontsize=8, weight='normal', loc='center')
     return png(fig, dpi=110)

@@ -50,20 +50,43 @@ def sentence_of(
 
 def reports_page()->str:
     "A line for every committed report."
-    parts = ['# Reports', 'Finished runs as the library wrote them; each page names its configuration, flags and provenance. The sentence is the first finding of the report itself. Small data sets of characters: these are not the papers\' numbers, and "not reproduced" is a result. Search them and the runs behind them on <a href="reports/index.html">one page</a>; play with a single query in [the explorer](explore.md).']
+    parts = [
+        '# Reports',
+        (
+            'Finished runs as the library wrote them; each page names its configuration, flags and provenance. The'
+            ' sentence is the first finding of the report itself. Small data sets of characters: these are not the'
+            ' papers\' numbers, and "not reproduced" is a result. Search them and the runs behind them on <a'
+            ' href="reports/index.html">one page</a>; play with a single query in [the explorer](explore.md).'
+        ),
+    ]
     written = experiments()
     for experiment in dict.fromkeys(written.values()):
-        parts.append(f'## {escaped(heading(NBS/f"run_{experiment}.ipynb")[0])}\n\nWritten by [run_{experiment}](nbs/run_{experiment}.ipynb).')
+        parts.append(
+            f'## {escaped(heading(NBS/f"run_{experiment}.ipynb")[0])}\n\nWritten by'
+            f' [run_{experiment}](nbs/run_{experiment}.ipynb).'
+        )
         for report in (name for name, mine in written.items() if mine == experiment):
             figures = sorted((REPORTS/report/'figures').glob('*.png'))
-            image = f' <a href="reports/{report}/index.html"><img class="plot" loading="lazy" alt="First figure of {report}" src="reports/{report}/figures/{figures[0].name}" width="320"></a>' if figures else ''
-            parts.append(f'<a href="reports/{report}/index.html"><b>{report}</b></a>: {escaped(sentence_of(report))}' + (f'\n\n{image}' if image else ''))
+            image = (
+                f' <a href="reports/{report}/index.html"><img class="plot" loading="lazy" alt="First figure of'
+                f' {report}" src="reports/{report}/figures/{figures[0].name}" width="320"></a>'
+                if figures
+                else ''
+            )
+            parts.append(
+                f'<a href="reports/{report}/index.html"><b>{report}</b></a>: {escaped(sentence_of(report))}'
+                + (f'\n\n{image}' if image else '')
+            )
     return '\n\n'.join(parts) + '\n'
 
 
 def explorers()->str:
     "Links to the explorers among the reports."
-    return '\n'.join(f'* <a href="reports/{name}/index.html"><b>{name}</b></a>: {escaped(sentence_of(name))}' for name, experiment in experiments().items() if experiment == 'explore')
+    return '\n'.join(
+        f'* <a href="reports/{name}/index.html"><b>{name}</b></a>: {escaped(sentence_of(name))}'
+        for name, experiment in experiments().items()
+        if experiment == 'explore'
+    )
 
 
 def copy_reports(
@@ -73,7 +96,10 @@ def copy_reports(
     (target/'reports').mkdir(parents=True)
     shutil.copy(REPORTS/'index.html', target/'reports')
     for name in folders():
-        shutil.copytree(REPORTS/name, target/'reports'/name, ignore=shutil.ignore_patterns('*.safetensors', '*.jsonl'), dirs_exist_ok=True)
+        shutil.copytree(
+            REPORTS / name, target / 'reports' / name, ignore=shutil.ignore_patterns('*.safetensors', '*.jsonl'),
+            dirs_exist_ok=True
+        )
 
 
 def claims_page()->str:
@@ -81,22 +107,60 @@ def claims_page()->str:
     text = (REPORTS/'claims.md').read_text(encoding='utf-8')
     text = re.sub(r'^## Claim (\d+):', r'(claim-\1)=\n\n## Claim \1:', text, flags=re.M)
     text = re.sub(r'^\| (\d+) \|', r'| [\1](#claim-\1) |', text, flags=re.M)
-    text = re.sub(r'^# .*\n', '# Claims and verdicts\n\nThe file `reports/claims.md`, which `make claims` writes; with figures: <a href="reports/claims/index.html">the report</a>.\n', text, count=1)
+    text = re.sub(
+        r'^# .*\n',
+        '# Claims and verdicts\n\nThe file `reports/claims.md`, which `make claims` writes; with figures: <a'
+        ' href="reports/claims/index.html">the report</a>.\n',
+        text,
+        count=1,
+    )
     return re.sub(r'<(?!/?(?:a|details|summary)\b)', r'\\<', text)
 
 
-def _lines(head, rows)->str: return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in (head, ['---']*len(head), *rows))
+def _lines(head, rows)->str:
+    return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in (head, ['---']*len(head), *rows))
 
 
 def errata_page()->str:
     "What the printed tables say against each other and against the text."
     found = read_results(REPORTS/'errata')
     wrong = [s for s in found['scores'] if s['verdict'] == 'outside']
-    parts = ['# Errata of COLO-TRIDE', f'{escaped(sentence_of("errata"))} Everything, with the repairs tried: <a href="reports/errata/index.html">the report</a>; how it is computed: [36_errata](nbs/papers/colo_tride/01_errata.ipynb).',
-             '## Printed twice, differently', '\n'.join('* ' + '; '.join(f'{escaped(c["cell"])}: **{escaped(c["printed"])}**' for c in cells) for cells in found['disagreements']),
-             '## Scores that other printed numbers exclude', 'Beyond is the distance to the nearest value that rounding allows.',
-             _lines(['table', 'row', 'score', 'printed', 'recomputed', 'beyond'], [[s['table'], f'{escaped(s["dataset"])} {escaped(s["defense"])}', escaped(s['heading']), escaped(s['printed']), f'{s["computed"]:.2f}', f'{s["beyond"]:.2f}'] for s in wrong]),
-             '## Sentences against tables', _lines(['reading', 'verdict', 'sentence, in our words', 'evidence'], [[c['number'], c['verdict'], escaped(c['text']), '<br>'.join(('✓ ' if f['holds'] else '✗ ') + escaped(f['text']) for f in c['facts'])] for c in found['claims']])]
+    parts = [
+        '# Errata of COLO-TRIDE',
+        (
+            f'{escaped(sentence_of("errata"))} Everything, with the repairs tried: <a'
+            ' href="reports/errata/index.html">the report</a>; how it is computed:'
+            ' [36_errata](nbs/papers/colo_tride/01_errata.ipynb).'
+        ),
+        '## Printed twice, differently',
+        '\n'.join(
+            '* ' + '; '.join(f'{escaped(c["cell"])}: **{escaped(c["printed"])}**' for c in cells)
+            for cells in found['disagreements']
+        ),
+        '## Scores that other printed numbers exclude',
+        'Beyond is the distance to the nearest value that rounding allows.',
+        _lines(
+            ['table', 'row', 'score', 'printed', 'recomputed', 'beyond'],
+            [
+                [
+                    s['table'], f'{escaped(s["dataset"])} {escaped(s["defense"])}', escaped(s['heading']),
+                    escaped(s['printed']), f'{s["computed"]:.2f}', f'{s["beyond"]:.2f}'
+                ]
+                for s in wrong
+            ],
+        ),
+        '## Sentences against tables',
+        _lines(
+            ['reading', 'verdict', 'sentence, in our words', 'evidence'],
+            [
+                [
+                    c['number'], c['verdict'], escaped(c['text']),
+                    '<br>'.join(('✓ ' if f['holds'] else '✗ ') + escaped(f['text']) for f in c['facts'])
+                ]
+                for c in found['claims']
+            ],
+        ),
+    ]
     return '\n\n'.join(parts) + '\n'
 
 
@@ -126,7 +190,12 @@ def benchmarks_page(
     for name, command in (('quick', 'make bench'), ('full', 'make bench-full')):
         file = ROOT/'benchmarks'/'results'/f'{name}.json'
         if not file.exists(): continue
-        (target/'pictures'/f'bench-{name}.png').write_bytes(_bars(json.loads(file.read_text(encoding='utf-8'))['items'], command))
-        image = f'![Ratio to the least work for each item of {command}](pictures/bench-{name}.png)\n\nDot: median, blue if it meets the target (stroke), else an orange cross; line: range of the pairs.'
+        (target / 'pictures' / f'bench-{name}.png').write_bytes(
+            _bars(json.loads(file.read_text(encoding='utf-8'))['items'], command)
+        )
+        image = (
+            f'![Ratio to the least work for each item of {command}](pictures/bench-{name}.png)\n\nDot: median, blue if'
+            ' it meets the target (stroke), else an orange cross; line: range of the pairs.'
+        )
         text = re.sub(rf'^(## `{command}`\n)', lambda m: f'{m[1]}\n{image}\n', text, flags=re.M)
     return re.sub(r'\]\((?!pictures/|#|http)([^)]+)\)', r']', text)

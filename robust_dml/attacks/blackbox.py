@@ -26,7 +26,8 @@ from ..neighbors import knn
 class Probed(NamedTuple):
     "What a black-box attack returns."
     outcome:AttackOutcome
-    asked:int # images shown to the attacked model for each query while searching; the final measurement is not one of them
+    # images shown to the attacked model for each query while searching; the final measurement is not one of them
+    asked:int
 
 # %% ../../nbs/attacks/03_blackbox.ipynb #bc05d2b8
 def measured(
@@ -49,8 +50,10 @@ def _check(x, queries, eps, budget=0):
     "Refuse arguments that cannot mean what the caller wants."
     check_images(x)
     check_between('eps', eps, 0., 1.)
-    if len(x) != len(queries.emb): raise ValueError(f'x and queries must match image by image, found {len(x)} and {len(queries.emb)}')
-    if not isinstance(budget, int) or budget < 0: raise ValueError(f'budget must be a whole number of at least 0, found {budget!r}')
+    if len(x) != len(queries.emb):
+        raise ValueError(f'x and queries must match image by image, found {len(x)} and {len(queries.emb)}')
+    if not isinstance(budget, int) or budget < 0:
+        raise ValueError(f'budget must be a whole number of at least 0, found {budget!r}')
 
 # %% ../../nbs/attacks/03_blackbox.ipynb #0776821e
 def streams(
@@ -82,7 +85,8 @@ class NES:
         samples:int, # images per estimate, even
         sigma:float, # width σ of the window in pixel units, above 0
     ):
-        if not isinstance(samples, int) or samples < 2 or samples%2: raise ValueError(f'samples must be an even number of at least 2, found {samples!r}')
+        if not isinstance(samples, int) or samples < 2 or samples%2:
+            raise ValueError(f'samples must be an even number of at least 2, found {samples!r}')
         if not 0 < sigma <= 1: raise ValueError(f'sigma must lie in (0, 1], found {sigma}')
         self.gens, self.samples, self.sigma, self.asked = gens, samples, sigma, 0
 
@@ -114,7 +118,10 @@ def nes(
     "Projected gradient descent along an estimated gradient."
     _check(x, queries, eps, budget)
     gradient = NES(streams(queries, seed=seed, method='nes', name=attack.name), samples=samples, sigma=sigma)
-    outcome = run_attack(model, attack, x, queries, gallery, eps=eps, step_size=step_size, steps=budget//(samples + 1), seed=seed, gradient=gradient)
+    outcome = run_attack(
+        model, attack, x, queries, gallery, eps=eps, step_size=step_size, steps=budget // (samples + 1), seed=seed,
+        gradient=gradient
+    )
     return Probed(outcome, gradient.asked)
 
 # %% ../../nbs/attacks/03_blackbox.ipynb #a715eaa0
@@ -243,12 +250,15 @@ def square(
 )->Probed:
     "Random search with squares on the value of the objective."
     _check(x, queries, eps, budget)
-    propose = squares(x, streams(queries, seed=seed, method='square', name=attack.name), eps=eps, budget=budget, share=share)
+    propose = squares(
+        x, streams(queries, seed=seed, method='square', name=attack.name), eps=eps, budget=budget, share=share
+    )
     return _by_score(model, attack, x, queries, gallery, propose, budget=budget, seed=seed)
 
 # %% ../../nbs/attacks/03_blackbox.ipynb #8ba27ef2
 class Lists:
-    "Rows of the `k` nearest gallery images, best first: no distance comes out, no gradient, and every query is counted."
+    """Rows of the `k` nearest gallery images, best first: no distance comes out, no gradient, and every query is
+    counted."""
     def __init__(
         self,
         model:nn.Module,
@@ -291,7 +301,9 @@ def topk(
     "Random search with squares on the relevance of the returned lists."
     _check(x, queries, eps, budget)
     lists, trials = Lists(model, queries, gallery, k), max(0, budget - 1)
-    propose = squares(x, streams(queries, seed=seed, method='topk', name=attack.name), eps=eps, budget=trials, share=share)
+    propose = squares(
+        x, streams(queries, seed=seed, method='topk', name=attack.name), eps=eps, budget=trials, share=share
+    )
     with frozen(model):
         clean = lists(x) if trials else x.new_empty(0)
         images = random_search(lambda images: -relevance(lists(images), clean), propose, x, budget=trials, drift=True)
@@ -311,7 +323,12 @@ class Shifted(nn.Module):
 
     def forward(self, delta:Tensor)->Tensor: # (B, C, H, W) -> (B, D)
         def block(x, d): return self.model((x + d - .5).clamp(0, 1))
-        return torch.cat([checkpoint(block, *part, use_reentrant=False) for part in zip(self.x.split(self.batch_size), delta.split(self.batch_size))])
+        return torch.cat(
+            [
+                checkpoint(block, *part, use_reentrant=False)
+                for part in zip(self.x.split(self.batch_size), delta.split(self.batch_size))
+            ]
+        )
 
 def shared_gradient(
     embed:Callable,
@@ -340,7 +357,10 @@ def learned(
     check_between('eps', eps, 0., .5)
     targets = attack.targets(queries, gallery, seed)
     def objective(emb): return attack.objective(emb, queries, targets, gallery)
-    found = pgd(Shifted(model, x, batch_size), objective, torch.full_like(x, .5), eps=eps, step_size=step_size, steps=steps, gradient=shared_gradient)
+    found = pgd(
+        Shifted(model, x, batch_size), objective, torch.full_like(x, 0.5), eps=eps, step_size=step_size, steps=steps,
+        gradient=shared_gradient
+    )
     return found.images[0] - .5
 
 # %% ../../nbs/attacks/03_blackbox.ipynb #99157b60
@@ -361,8 +381,12 @@ def universal(
 )->Probed:
     "Add the same perturbation, learned elsewhere, to every query."
     _check(x, queries, eps)
-    if (both := torch.isin(queries.id, learn_queries.id).sum().item()): raise ValueError(f'learn_x must hold other images than x, found {both} in both: leave them out')
-    delta = learned(model, attack, learn_x, learn_queries, gallery, eps=eps, step_size=step_size, steps=steps, seed=seed, batch_size=batch_size)
+    if (both := torch.isin(queries.id, learn_queries.id).sum().item()):
+        raise ValueError(f'learn_x must hold other images than x, found {both} in both: leave them out')
+    delta = learned(
+        model, attack, learn_x, learn_queries, gallery, eps=eps, step_size=step_size, steps=steps, seed=seed,
+        batch_size=batch_size
+    )
     return Probed(measured(model, attack, project(x + delta, x, eps), queries, gallery, seed=seed), 0)
 
 # %% ../../nbs/attacks/03_blackbox.ipynb #378b9589
@@ -393,7 +417,10 @@ def transfer(
 )->Probed:
     "White-box images of another model."
     _check_same(Subject(model, queries, gallery), surrogate)
-    images = run_attack(surrogate.model, attack, x, surrogate.queries, surrogate.gallery, eps=eps, step_size=step_size, steps=steps, seed=seed).images
+    images = run_attack(
+        surrogate.model, attack, x, surrogate.queries, surrogate.gallery, eps=eps, step_size=step_size, steps=steps,
+        seed=seed
+    ).images
     return Probed(measured(model, attack, images, queries, gallery, seed=seed), 0)
 
 def transfer_matrix(
@@ -408,6 +435,12 @@ def transfer_matrix(
 )->dict[str,dict[str,AttackOutcome]]: # made on, measured on -> outcome
     "Every model's adversarial images on every model; each set of images is made once."
     for s in subjects.values(): _check_same(next(iter(subjects.values())), s)
-    def made_on(s): return run_attack(s.model, attack, x, s.queries, s.gallery, eps=eps, step_size=step_size, steps=steps, seed=seed).images
-    def on_all(images): return {name: measured(s.model, attack, images, s.queries, s.gallery, seed=seed) for name, s in subjects.items()}
+    def made_on(s):
+        return run_attack(
+            s.model, attack, x, s.queries, s.gallery, eps=eps, step_size=step_size, steps=steps, seed=seed
+        ).images
+    def on_all(images):
+        return {
+            name: measured(s.model, attack, images, s.queries, s.gallery, seed=seed) for name, s in subjects.items()
+        }
     return {name: on_all(made_on(s)) for name, s in subjects.items()}

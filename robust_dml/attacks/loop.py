@@ -53,7 +53,9 @@ def autograd_gradient(
         emb = embed(x)
         with torch.autocast(x.device.type, enabled=False): values = _check_values(objective(emb), x)
         if not values.requires_grad:
-            raise ValueError('objective(emb) must depend on emb, found a constant: is emb detached inside the objective?')
+            raise ValueError(
+                'objective(emb) must depend on emb, found a constant: is emb detached inside the objective?'
+            )
         grad, = torch.autograd.grad(values.sum(), x)
     return values.detach(), grad, emb.detach()
 
@@ -80,7 +82,8 @@ def _check(x, start, eps, step_size, steps, keep):
     check_between('step_size', step_size, 0., 1.)
     check_choice('keep', keep, ('last', 'best'))
     if step_size == 0: raise ValueError('`step_size` must be above 0, found 0 (for no perturbation ask for steps=0)')
-    if not isinstance(steps, int) or steps < 0: raise ValueError(f'`steps` must be a whole number of at least 0, found {steps!r}')
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(f'`steps` must be a whole number of at least 0, found {steps!r}')
     if start is not None and start.shape != x.shape:
         raise ValueError(f'`start` must have the shape {tuple(x.shape)} of the images, found {tuple(start.shape)}')
 
@@ -91,7 +94,8 @@ def _better(
 )->Attacked:           # per image the one with the larger value; the older one in a tie
     "Merge two sets of iterates image by image."
     if old is None: return new
-    if new.values.dim() != 1: raise ValueError("keep='best' needs an objective with one value per image, found one for the batch")
+    if new.values.dim() != 1:
+        raise ValueError("keep='best' needs an objective with one value per image, found one for the batch")
     win = new.values > old.values
     def pick(a, b): return torch.where(win.view(-1, *[1]*(a.dim() - 1)), a, b)
     return Attacked(pick(new.images, old.images), pick(new.values, old.values), pick(new.emb, old.emb), new.steps)
@@ -109,7 +113,8 @@ def pgd(
     keep:Literal['last','best']='last', # which iterate of each image to return
     stop:Callable|None=None,            # (values, previous values or None) -> True to end before the next update
     gradient:Callable=autograd_gradient,# (embed, objective, x) -> (values, gradient, embeddings)
-    move:Callable|None=None,            # (x, gradient, values) -> next iterate, inside the allowed set; None: `sign_step`, then clipping
+    # (x, gradient, values) -> next iterate, inside the allowed set; None: `sign_step`, then clipping
+    move:Callable|None=None,
 )->Attacked:
     "Maximise `objective` over the ball of radius `eps` around `x`, eq. (3) of COLO-TRIDE; the model is left as it was."
     _check(x, start, eps, step_size, steps, keep)
@@ -128,6 +133,7 @@ def pgd(
             previous, done = values, done + 1
         if keep == 'best' or steps == 0:
             with torch.no_grad(): values = _check_values(objective(emb := see(x_adv)), x)
-    if not sound: raise ValueError('objective must have a finite gradient, found NaN or infinity (a root or a norm at zero?)')
+    if not sound:
+        raise ValueError('objective must have a finite gradient, found NaN or infinity (a root or a norm at zero?)')
     found = Attacked(x_adv, values, emb, done)
     return _better(best, found) if keep == 'best' else found

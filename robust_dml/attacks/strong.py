@@ -108,12 +108,14 @@ class Ascent:
     def __call__(self, x:Tensor, grad:Tensor, values:Tensor)->Tensor:
         if self.checks: x, grad = self._review(x, grad, values)
         new = self.onto(x + self.step*self.direction(grad))
-        if self.momentum and self.done: new = self.onto(x + (1 - self.momentum)*(new - x) + self.momentum*(x - self.before))
+        if self.momentum and self.done:
+            new = self.onto(x + (1 - self.momentum)*(new - x) + self.momentum*(x - self.before))
         self.before, self.done = x, self.done + 1
         return new
 
     def _review(self, x, grad, values):
-        "Where to step from: here, or at a checkpoint from the best image with half the step, if the search has stalled."
+        """Where to step from: here, or at a checkpoint from the best image with half the step, if the search has
+        stalled."""
         if not self.done:
             self.best, self.level, self.last = (x, grad, values), values, values
             self.gains, self.halved = torch.zeros_like(values), torch.ones_like(values, dtype=torch.bool)
@@ -127,8 +129,12 @@ class Ascent:
         return tuple(_where(stalled, old, new) for old,new in zip(self.best, (x, grad)))
 
 # %% ../../nbs/attacks/02_strong.ipynb #f9caa500
-GOALS = MappingProxyType({'CA+': -1, 'CA-': 1, 'QA+': -1, 'QA-': 1, 'TMA': 1, 'ES:D': 1, 'ES:R': -1, 'LTM': -1, 'GTM': -1, 'GTT': -1,
-                          'SPQA+': -1, 'SPQA-': 1, 'OA': 1, 'adaptive': -1}) # 1: the attacker raises the outcome
+GOALS = MappingProxyType(
+    {
+        'CA+': -1, 'CA-': 1, 'QA+': -1, 'QA-': 1, 'TMA': 1, 'ES:D': 1, 'ES:R': -1, 'LTM': -1, 'GTM': -1, 'GTT': -1,
+        'SPQA+': -1, 'SPQA-': 1, 'OA': 1, 'adaptive': -1
+    }
+)  # 1: the attacker raises the outcome
 
 def decisive(
     attack:Attack,
@@ -136,7 +142,10 @@ def decisive(
 )->tuple[str,int]:    # the outcome and the sign of its goal
     "The outcome by which images of one attack are compared."
     known = [o for o in attack.outcomes if o.split()[0] in GOALS]
-    if not known: raise ValueError(f'{attack.name} must have an outcome whose first word is one of {", ".join(GOALS)}, found {attack.outcomes}')
+    if not known:
+        raise ValueError(
+            f'{attack.name} must have an outcome whose first word is one of {", ".join(GOALS)}, found {attack.outcomes}'
+        )
     outcome = known[-1] if by is None else check_choice('by', by, known)
     return outcome, GOALS[outcome.split()[0]]
 
@@ -170,7 +179,8 @@ def _stronger(old, new):
     return _Found(*parts, {k: _where(win, new.after[k], old.after[k]) for k in new.after})
 
 def _loop_limits(norm, eps, step_size):
-    "The box and the step that `pgd` itself checks and clips to; the L2 ball answers for itself and may have a radius above 1."
+    """The box and the step that `pgd` itself checks and clips to; the L2 ball answers for itself and may have a radius
+    above 1."""
     if norm == 'linf': return dict(eps=eps, step_size=step_size)
     check_between('eps', eps, 0., math.inf), check_between('step_size', step_size, 0., math.inf)
     return dict(eps=float(eps > 0), step_size=float(step_size > 0))
@@ -195,27 +205,40 @@ def run_strong(
     by:str|None=None,                    # outcome that decides between restarts, see `decisive`
     gradient:Callable=autograd_gradient, # see `pgd`
 )->AttackOutcome:
-    "`run_attack` with restarts, momentum, shrinking steps and a choice of balls; with the defaults it is `run_attack`, to the last bit."
+    """`run_attack` with restarts, momentum, shrinking steps and a choice of balls; with the defaults it is
+    `run_attack`, to the last bit."""
     (outcome, sign), ball = decisive(attack, by), BALLS[check_choice('norm', norm, tuple(BALLS))]
-    if not isinstance(restarts, int) or restarts < 1: raise ValueError(f'restarts must be a whole number of at least 1, found {restarts!r}')
-    if len(x) != len(queries.emb): raise ValueError(f'x and queries must match image by image, found {len(x)} and {len(queries.emb)}')
+    if not isinstance(restarts, int) or restarts < 1:
+        raise ValueError(f'restarts must be a whole number of at least 1, found {restarts!r}')
+    if len(x) != len(queries.emb):
+        raise ValueError(f'x and queries must match image by image, found {len(x)} and {len(queries.emb)}')
     targets = attack.targets(queries, gallery, seed)
     best:Any = None
     def objective(emb): return attack.objective(emb, queries, targets, gallery)
     for restart in range(restarts):
         move = Ascent(x, ball=ball, eps=eps, step_size=step_size, steps=steps, momentum=momentum, halve=halve)
-        start = random_start(x, queries, ball=ball, eps=eps, seed=seed, name=attack.name, restart=restart) if restart else None
-        found = pgd(model, objective, x, steps=steps, start=start, keep=keep, gradient=gradient, move=move, **_loop_limits(norm, eps, step_size)).images
+        start = (
+            random_start(x, queries, ball=ball, eps=eps, seed=seed, name=attack.name, restart=restart)
+            if restart
+            else None
+        )
+        found = pgd(
+            model, objective, x, steps=steps, start=start, keep=keep, gradient=gradient, move=move,
+            **_loop_limits(norm, eps, step_size)
+        ).images
         with frozen(model), torch.no_grad(): emb = embed(model, found)
         after = attack.measure(emb, queries, targets, gallery)
-        with torch.no_grad(): best = _stronger(best, _Found(found, objective(emb), sign*after[outcome].nan_to_num(0.), after))
+        with torch.no_grad():
+            best = _stronger(best, _Found(found, objective(emb), sign*after[outcome].nan_to_num(0.), after))
     return AttackOutcome(best.images, attack.measure(queries.emb, queries, targets, gallery), best.after)
 
-APGD = MappingProxyType(dict(momentum=.25, halve=True, keep='best')) # with step_size = ε for a few dozen steps, 2 ε for a hundred
+# with step_size = ε for a few dozen steps, 2 ε for a hundred
+APGD = MappingProxyType(dict(momentum=.25, halve=True, keep='best'))
 
 # %% ../../nbs/attacks/02_strong.ipynb #c05ab0a2
 def sides(queries, gallery, seed, *, self_exclusion='id')->dict[str,Tensor]:
-    "Which rows of the gallery are mates of each query, which are strangers (B, N), the row to hide and who has no mate."
+    """Which rows of the gallery are mates of each query, which are strangers (B, N), the row to hide and who has no
+    mate."""
     own = own_row(queries, gallery, self_exclusion)
     same = gallery.label == queries.label[:,None]
     mate = same & (torch.arange(same.shape[1], device=own.device) != own[:,None])
@@ -233,7 +256,9 @@ def nearest_objective(emb, queries, targets, gallery)->Tensor:
         row = torch.stack([nearest(dist.masked_fill(~targets[side], torch.inf)) for side in ('mate', 'stranger')], 1)
     return hardness(*_to_rows(emb, row, gallery).unbind(1)).masked_fill(targets['lone'], 0.)
 
-LTM_NEAREST = Attack('LTM nearest', sides, nearest_objective, partial(hit_measure, name='LTM nearest'), ('LTM nearest',))
+LTM_NEAREST = Attack(
+    'LTM nearest', sides, nearest_objective, partial(hit_measure, name='LTM nearest'), ('LTM nearest',)
+)
 
 # %% ../../nbs/attacks/02_strong.ipynb #e2eb601a
 def spqa_targets(queries, gallery, seed, *, name, m=1, keep=5, self_exclusion='id')->dict[str,Tensor]:
@@ -262,13 +287,18 @@ def spqa(
 )->Attack:
     "Semantics-preserving query attack."
     check_choice('name', name, ('SPQA+', 'SPQA-')), check_between('weight', weight, 0., math.inf)
-    return Attack(name, partial(spqa_targets, name=name, m=m, keep=keep), partial(spqa_objective, name=name, weight=weight), partial(spqa_measure, name=name), (name, f'{name}:top'))
+    return Attack(
+        name, partial(spqa_targets, name=name, m=m, keep=keep), partial(spqa_objective, name=name, weight=weight),
+        partial(spqa_measure, name=name), (name, f'{name}:top')
+    )
 
 # %% ../../nbs/attacks/02_strong.ipynb #d2229471
 def oa_targets(queries, gallery, seed, *, k=5, self_exclusion='id')->dict[str,Tensor]:
     "The query's nearest items in the order in which the attacker wants them."
     check_between('k', k, 2, len(gallery.emb) - 1)
-    top = smallest(hide(pairwise_distance(queries.emb, gallery.prepared), own_row(queries, gallery, self_exclusion)), k)[1]
+    top = smallest(
+        hide(pairwise_distance(queries.emb, gallery.prepared), own_row(queries, gallery, self_exclusion)), k
+    )[1]
     return dict(row=top.gather(1, draw(queries, k, k, seed=seed, name='OA', replace=False)))
 
 def _pairs(values):
@@ -284,7 +314,10 @@ def oa_objective(emb, queries, targets, gallery, *, weight)->Tensor:
 def oa_measure(emb, queries, targets, gallery)->dict[str,Tensor]:
     "Kendall's τ with the wanted order, in [-1, 1], and the items' mean position in percent of the gallery."
     first, second = _pairs(position(pairwise_distance(emb, gallery.prepared), targets['row']))
-    return {'OA': 2*(first < second).to(emb.dtype).mean(1) - 1, **qa_measure(emb, queries, targets, gallery, name='OA:top')}
+    return {
+        'OA': 2 * (first < second).to(emb.dtype).mean(1) - 1,
+        **qa_measure(emb, queries, targets, gallery, name='OA:top')
+    }
 
 def order(
     *,
@@ -292,10 +325,15 @@ def order(
     k:int=5,      # items to be ordered
 )->Attack:
     "Order attack."
-    return Attack('OA', partial(oa_targets, k=k), partial(oa_objective, weight=check_between('weight', weight, 0., math.inf)), oa_measure, ('OA', 'OA:top'))
+    return Attack(
+        'OA', partial(oa_targets, k=k), partial(oa_objective, weight=check_between('weight', weight, 0.0, math.inf)),
+        oa_measure, ('OA', 'OA:top')
+    )
 
 # %% ../../nbs/attacks/02_strong.ipynb #40b10745
-BEYOND = MappingProxyType({a.name: a for a in (LTM_NEAREST, spqa('SPQA+', weight=1.), spqa('SPQA-', weight=100.), order(weight=1.))})
+BEYOND = MappingProxyType(
+    {a.name: a for a in (LTM_NEAREST, spqa('SPQA+', weight=1.0), spqa('SPQA-', weight=100.0), order(weight=1.0))}
+)
 
 # %% ../../nbs/attacks/02_strong.ipynb #d96420b6
 def _closest(dist, allowed, k):
@@ -319,9 +357,13 @@ def adaptive(
     strangers:int=1, # nearest items of other classes
 )->Attack:         # measured by R@1
     "Any training loss as an attack on a query."
-    if min(mates, strangers) < 1: raise ValueError(f'mates and strangers must be at least 1, found {mates} and {strangers}')
+    if min(mates, strangers) < 1:
+        raise ValueError(f'mates and strangers must be at least 1, found {mates} and {strangers}')
     name = f'adaptive {name}'
-    return Attack(name, sides, partial(adaptive_objective, loss=loss, mates=mates, strangers=strangers), partial(hit_measure, name=name), (name,))
+    return Attack(
+        name, sides, partial(adaptive_objective, loss=loss, mates=mates, strangers=strangers),
+        partial(hit_measure, name=name), (name,)
+    )
 
 def three(
     emb:Tensor,   # (3, D) float: query, mate, stranger
@@ -346,12 +388,14 @@ class WorstCase(NamedTuple):
 
 def outcomes(
     records:Sequence[dict], # of `metrics.evaluate.attack_batches`, of the same queries for every attack
-)->dict[tuple[str,str],Tensor]: # by moment ('before', 'after') and heading: (B,) float64 in the order of the queries, NaN where undefined
+# by moment ('before', 'after') and heading: (B,) float64 in the order of the queries, NaN where undefined
+)->dict[tuple[str,str],Tensor]:
     "Outcome of every query."
     found = {}
     for record in records:
         for moment in ('before', 'after'):
-            for heading,column in record[moment].items(): found.setdefault((moment, heading), []).extend(math.nan if v is None else v for v in column)
+            for heading,column in record[moment].items():
+                found.setdefault((moment, heading), []).extend(math.nan if v is None else v for v in column)
     return {key: torch.tensor(column, dtype=torch.float64) for key,column in found.items()}
 
 def _columns(found, moment, headings):
@@ -359,7 +403,10 @@ def _columns(found, moment, headings):
     columns = {h: found.get((moment, h), torch.empty(0)) for h in headings}
     sizes = {h: len(c) for h,c in columns.items()}
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
-        raise ValueError(f'records must hold the same queries under every heading, found {sizes}; finish the evaluation or name fewer headings')
+        raise ValueError(
+            f'records must hold the same queries under every heading, found {sizes}; finish the evaluation or name'
+            ' fewer headings'
+        )
     return torch.stack([*columns.values()], 1)
 
 def worst_case(
@@ -369,7 +416,11 @@ def worst_case(
     "The union of attacks, from what is known of every query."
     run = set().union(*(r['after'] for r in records))
     headings = [h for h in R_AT_1 if h in run] if headings is None else list(headings)
-    if not headings: raise ValueError(f'records must hold outcomes that are R@1 ({", ".join(R_AT_1)}), found {sorted(run)}; name them in `headings`')
+    if not headings:
+        raise ValueError(
+            f'records must hold outcomes that are R@1 ({", ".join(R_AT_1)}), found {sorted(run)}; name them in'
+            ' `headings`'
+        )
     found = outcomes(sorted(records, key=lambda r: r['start']))
     after, before = _columns(found, 'after', headings), _columns(found, 'before', headings[:1])
     hits = after > 0
@@ -399,7 +450,11 @@ def over_eps(
     **search,            # restarts, momentum, halve, norm, keep, by: see `run_strong`
 )->list[dict]:           # per radius eps, steps and the outcome of every query before and after
     "One batch attacked at several radii."
-    def one(e): return run_strong(model, attack, x, queries, gallery, eps=e, step_size=step_ratio*e if e else 1., steps=steps, seed=seed, **search)
+    def one(e):
+        return run_strong(
+            model, attack, x, queries, gallery, eps=e, step_size=step_ratio * e if e else 1.0, steps=steps, seed=seed,
+            **search
+        )
     return [_point(one(e), eps=e, steps=steps) for e in eps]
 
 def over_steps(
@@ -422,12 +477,15 @@ def over_steps(
         values, grad, emb = autograd_gradient(embed, objective, z)
         if (done := next(passes)) in wanted: seen[done] = attack.measure(emb, queries, targets, gallery)
         return values, grad, emb
-    out = run_attack(model, attack, x, queries, gallery, eps=eps, step_size=step_size, steps=wanted[-1], seed=seed, gradient=listen)
+    out = run_attack(
+        model, attack, x, queries, gallery, eps=eps, step_size=step_size, steps=wanted[-1], seed=seed, gradient=listen
+    )
     return [_point(out._replace(after=seen.get(t, out.after)), eps=eps, steps=t) for t in wanted]
 
 # %% ../../nbs/attacks/02_strong.ipynb #2d4b3d71
 def curve(
-    points:Callable, # `over_eps` or `over_steps` with their budget: (model, attack, x, queries, gallery) -> list of points
+    # `over_eps` or `over_steps` with their budget: (model, attack, x, queries, gallery) -> list of points
+    points:Callable,
     model:nn.Module,
     attack:Attack,
     dataset:ImageSet,
@@ -446,18 +504,30 @@ def curve(
         if start in done: continue
         some = picked(queries, slice(start, start + batch_size))
         x = dataset.batch(some.id, device=device, dtype=dtype_of(model))
-        done[start] = dict(attack=attack.name, start=start, weights=weights, points=points(model, attack, x, some, gallery))
+        done[start] = dict(
+            attack=attack.name, start=start, weights=weights, points=points(model, attack, x, some, gallery)
+        )
         keep(done[start])
     return [done[start] for start in sorted(done)]
 
 def curve_line(
     records:Sequence[dict], # of `curve`
     heading:str,            # outcome
-)->list[dict[str,Any]]:     # per point: eps, steps, value (mean outcome, NaN if undefined for all queries), queries (of which it is defined)
+# per point: eps, steps, value (mean outcome, NaN if undefined for all queries), queries (of which it is defined)
+)->list[dict[str,Any]]:
     "A curve as plain numbers, ready to be drawn."
     line, grids = [], {tuple((p['eps'], p['steps']) for p in r['points']) for r in records}
-    if len(grids) != 1: raise ValueError(f'records must have the same points in every batch, found {len(grids)} different lists; delete the older records and run again')
+    if len(grids) != 1:
+        raise ValueError(
+            f'records must have the same points in every batch, found {len(grids)} different lists; delete the older'
+            ' records and run again'
+        )
     for parts in zip(*(r['points'] for r in records)):
         values = [v for p in parts for v in p['after'][heading] if v is not None]
-        line.append(dict(eps=parts[0]['eps'], steps=parts[0]['steps'], value=math.fsum(values)/len(values) if values else math.nan, queries=len(values)))
+        line.append(
+            dict(
+                eps=parts[0]['eps'], steps=parts[0]['steps'],
+                value=math.fsum(values) / len(values) if values else math.nan, queries=len(values)
+            )
+        )
     return line

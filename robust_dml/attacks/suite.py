@@ -36,9 +36,14 @@ class Gallery:
 
     def __post_init__(self):
         if self.emb.dim() != 2 or self.label.shape != self.emb.shape[:1]:
-            raise ValueError(f'gallery needs emb (N, D) and label (N,), found {tuple(self.emb.shape)} and {tuple(self.label.shape)}')
+            raise ValueError(
+                f'gallery needs emb (N, D) and label (N,), found {tuple(self.emb.shape)} and {tuple(self.label.shape)}'
+            )
         if not len(self.label) or bool((self.label == self.label[0]).all()):
-            raise ValueError(f'gallery must hold at least two classes, found {len(self.label)} images of one: there is nothing to confuse')
+            raise ValueError(
+                f'gallery must hold at least two classes, found {len(self.label)} images of one: there is nothing to'
+                ' confuse'
+            )
 
     @cached_property
     def prepared(self)->Prepared:
@@ -148,7 +153,8 @@ def draw(
     replace:bool=True, # False: no number twice
 )->Tensor:     # (B, count) long
     "Uniform random numbers, one stream per query."
-    if not replace and count > high: raise ValueError(f'{name} cannot draw {count} different items from {high}: choose fewer')
+    if not replace and count > high:
+        raise ValueError(f'{name} cannot draw {count} different items from {high}: choose fewer')
     def one(i):
         gen = generator(seed, name, i)
         return torch.randint(high, (count,), generator=gen) if replace else torch.randperm(high, generator=gen)[:count]
@@ -205,7 +211,8 @@ def ca_constants(
     return dict(row=row, emb=emb, dist=dist.view(*row.shape, -1))
 
 def _to_each(emb, chosen):
-    "(B, M): distance of each of `emb` (B, D) from its own `chosen` embeddings (B, M, D), without a matrix over the gallery."
+    """(B, M): distance of each of `emb` (B, D) from its own `chosen` embeddings (B, M, D), without a matrix over the
+    gallery."""
     return quiet(paired_distance(emb[:,None].expand_as(chosen), chosen))
 
 def _leads(apart, dist, sign):
@@ -274,7 +281,9 @@ def es_measure(emb, queries, targets, gallery)->dict[str,Tensor]:
 def mates(
     queries:Queries,
     gallery:Gallery,
-)->tuple[Tensor,Tensor]: # (B, P) long: gallery rows of each query's class, P being the largest class; (B, P) bool: False where a row only fills up
+# (B, P) long: gallery rows of each query's class, P being the largest class; (B, P) bool: False where a row only fills
+# up
+)->tuple[Tensor,Tensor]:
     "The gallery's rows of each query's class."
     query, row = (gallery.label == queries.label[:,None]).nonzero(as_tuple=True)
     count = query.bincount(minlength=len(queries.label))
@@ -296,7 +305,9 @@ def _extremes(emb, targets, gallery):
     level = torch.addmm(v.square, emb - v.centre, v.shifted.T, alpha=-2) # squared distance up to a constant per query
     own = level.gather(1, targets['row'])
     mate = targets['row'].gather(1, own.masked_fill(~targets['mate'], torch.inf).argmin(1, keepdim=True))
-    other = level.scatter_(1, targets['row'], own.masked_fill(targets['real'][:,:1], -torch.inf)).argmax(1, keepdim=True)
+    other = level.scatter_(1, targets['row'], own.masked_fill(targets['real'][:, :1], -torch.inf)).argmax(
+        1, keepdim=True
+    )
     return torch.cat([other, mate], 1)
 
 def ltm_objective(emb, queries, targets, gallery)->Tensor:
@@ -336,10 +347,16 @@ def gtt_measure(emb, queries, targets, gallery, *, name='GTT')->dict[str,Tensor]
 
 # %% ../../nbs/attacks/01_suite.ipynb #c5351d24
 def _ltm(name, exclude_self, se):
-    return Attack(name, partial(ltm_targets, exclude_self=exclude_self, self_exclusion=se), ltm_objective, partial(hit_measure, name=name), (name,))
+    return Attack(
+        name, partial(ltm_targets, exclude_self=exclude_self, self_exclusion=se), ltm_objective,
+        partial(hit_measure, name=name), (name,)
+    )
 
 def _gtm(name, index, se):
-    return Attack(name, partial(gtm_targets, index=index, self_exclusion=se), gtm_objective, partial(hit_measure, name=name), (name,))
+    return Attack(
+        name, partial(gtm_targets, index=index, self_exclusion=se), gtm_objective, partial(hit_measure, name=name),
+        (name,)
+    )
 
 # %% ../../nbs/attacks/01_suite.ipynb #a83f3aff
 def suite(
@@ -356,7 +373,9 @@ def suite(
     if min(w, m) < 1: raise ValueError(f'w and m must be at least 1, found {w} and {m}')
     se = dict(self_exclusion=self_exclusion)
     def pair(targets, objective, measure, **kw):
-        return lambda n: Attack(n, partial(targets, name=n, **kw, **se), partial(objective, name=n), partial(measure, name=n), (n,))
+        return lambda n: Attack(
+            n, partial(targets, name=n, **kw, **se), partial(objective, name=n), partial(measure, name=n), (n,)
+        )
     ca, qa = pair(ca_targets, ca_objective, ca_measure, w=w), pair(qa_targets, qa_objective, qa_measure, m=m)
     attacks = (ca('CA+'), ca('CA-'), qa('QA+'), qa('QA-'),
         Attack('TMA', tma_targets, tma_objective, tma_measure, ('TMA',)),
@@ -391,15 +410,21 @@ def run_attack(
     keep:Literal['last','best']='last',  # which iterate of each image counts
     start:Tensor|None=None,              # (B, C, H, W) float: first iterate, None for the clean images
     gradient:Callable=autograd_gradient, # see `pgd`
-    precision:Literal['float32','bfloat16']='float32', # of the network during the search; the outcome is always measured in full precision
+    # of the network during the search; the outcome is always measured in full precision
+    precision:Literal['float32','bfloat16']='float32',
 )->AttackOutcome:
     "Attack one batch; the result of a query does not depend on the rest of the batch."
-    check_choice('esd_eval', esd_eval, ('final', 'last_forward')), check_choice('precision', precision, ('float32', 'bfloat16'))
-    if len(x) != len(queries.emb): raise ValueError(f'x and queries must match image by image, found {len(x)} and {len(queries.emb)}')
+    check_choice('esd_eval', esd_eval, ('final', 'last_forward')), check_choice(
+        'precision', precision, ('float32', 'bfloat16')
+    )
+    if len(x) != len(queries.emb):
+        raise ValueError(f'x and queries must match image by image, found {len(x)} and {len(queries.emb)}')
     targets = attack.targets(queries, gallery, seed)
     def objective(emb): return attack.objective(emb, queries, targets, gallery)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == 'bfloat16'):
-        found = pgd(model, objective, x, eps=eps, step_size=step_size, steps=steps, start=start, keep=keep, gradient=gradient)
+        found = pgd(
+            model, objective, x, eps=eps, step_size=step_size, steps=steps, start=start, keep=keep, gradient=gradient
+        )
     with frozen(model), torch.no_grad(): emb = embed(model, found.images)
     before, after = (attack.measure(e, queries, targets, gallery) for e in (queries.emb, emb))
     if esd_eval == 'last_forward' and 'ES:D' in after:

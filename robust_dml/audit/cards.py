@@ -25,11 +25,13 @@ tags: [deep-metric-learning, adversarial-robustness, image-retrieval]
 
 {details}
 
-The model maps images in [0, 1] to embeddings; standardisation happens inside. Near embeddings mean similar images; compare them by the Euclidean distance after scaling each to length 1.
+The model maps images in [0, 1] to embeddings; standardisation happens inside. Near embeddings mean similar images; \
+compare them by the Euclidean distance after scaling each to length 1.
 
 ## What it is for
 
-*For the author: which images and which searches this model is meant for, which it is not, the licence of the weights and of the images.* It is a model of research unless you say otherwise.
+*For the author: which images and which searches this model is meant for, which it is not, \
+the licence of the weights and of the images.* It is a model of research unless you say otherwise.
 
 ## Training
 
@@ -42,7 +44,8 @@ The model maps images in [0, 1] to embeddings; standardisation happens inside. N
 ## Limits
 
 {limits}
-* Robustness was measured against the attacks above, at this radius, on these images. A stronger attack, a larger radius or other images give other numbers; nothing here is certified.
+* Robustness was measured against the attacks above, at this radius, on these images. \
+A stronger attack, a larger radius or other images give other numbers; nothing here is certified.
 * *For the author: whom wrong answers would harm, and what else you know to go wrong.*
 
 ## Made again
@@ -54,7 +57,11 @@ The model maps images in [0, 1] to embeddings; standardisation happens inside. N
 def _cell(value:Any)->str:
     "A value as the text of a table's cell; an en dash where there is none."
     if value is None or value == '' or isinstance(value, float) and math.isnan(value): return '–'
-    text = f'{value:.4g}' if isinstance(value, float) else json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list, bool)) else str(value)
+    text = (
+        f'{value:.4g}'
+        if isinstance(value, float)
+        else json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list, bool)) else str(value)
+    )
     return ' '.join(text.split()).replace('|', '\\|')
 
 def rows(
@@ -63,7 +70,8 @@ def rows(
 )->str:
     "A Markdown table."
     body = [[_cell(v) for v in line] for line in lines]
-    if wrong := [line for line in body if len(line) != len(heading)]: raise ValueError(f'each line must have {len(heading)} values, found {len(wrong[0])} in {wrong[0]}')
+    if wrong := [line for line in body if len(line) != len(heading)]:
+        raise ValueError(f'each line must have {len(heading)} values, found {len(wrong[0])} in {wrong[0]}')
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in [[*heading], ['---']*len(heading), *body])
 
 # %% ../../nbs/audit/01_cards.ipynb #3bba137b
@@ -74,14 +82,31 @@ def measured(
     p, sure = found['protocol'], found.get('intervals', {})
     def between(name): return ' to '.join(_cell(float(v)) for v in sure[name]) if name in sure else None
     clean = [(name, value, between(name)) for name,value in found['benign'].items()]
-    robust = [(name.upper(), found[name], between(name.upper())) for name in ('ers', 'ars') if isinstance(found.get(name), float)]
+    robust = [
+        (name.upper(), found[name], between(name.upper()))
+        for name in ('ers', 'ars')
+        if isinstance(found.get(name), float)
+    ]
     attacked = [(name, found['before'].get(name), value, between(name)) for name,value in found['after'].items()]
     signs = ', '.join(f'{name.replace("_", " ")} {_cell(value)}' for name,value in found['indicators'].items())
-    return '\n\n'.join((
-        f'{found["queries"]} queries; ε = {p["eps"]*255:.3g}/255, {p["steps"]} steps of {p["step_size"]*255:.3g}/255 per attack, seed {p["seed"]}. Scores in percent, TMA a cosine, ES:D a distance; intervals: 95 %, over the queries.',
-        rows(('without attack', 'score', 'interval'), clean), rows(('attack', 'before', 'after', 'interval'), attacked),
-        *([rows(('robustness', 'score', 'interval'), robust)] if robust else []),
-        f'Embeddings {"have collapsed: the scores of robustness mean nothing" if found["collapsed"] else "have not collapsed"} ({signs}).'))
+    state = 'have collapsed: the scores of robustness mean nothing' if found['collapsed'] else 'have not collapsed'
+    return '\n\n'.join(
+        (
+            (
+                f'{found["queries"]} queries; ε = {p["eps"]*255:.3g}/255, {p["steps"]} steps of'
+                f' {p["step_size"]*255:.3g}/255 per attack, seed {p["seed"]}. Scores in percent, TMA a cosine, ES:D a'
+                ' distance; intervals: 95 %, over the queries.'
+            ),
+            rows(('without attack', 'score', 'interval'), clean),
+            rows(('attack', 'before', 'after', 'interval'), attacked),
+            *([rows(('robustness', 'score', 'interval'), robust)] if robust else []),
+            (
+                'Embeddings'
+                f' {state}'
+                f' ({signs}).'
+            ),
+        )
+    )
 
 # %% ../../nbs/audit/01_cards.ipynb #1f42a5ac
 def doubts(
@@ -89,20 +114,36 @@ def doubts(
 )->str:
     "Limits that follow from the measurement."
     if found is None: return '* Nothing was measured on these weights: nobody knows how robust they are.'
-    raised = [f'* Flag *{flag["name"].replace("_", " ")}*: {" ".join(flag["says"].split())}' for flag in found.get('flags', ()) if flag['raised']]
+    raised = [
+        f'* Flag *{flag["name"].replace("_", " ")}*: {" ".join(flag["says"].split())}'
+        for flag in found.get('flags', ())
+        if flag['raised']
+    ]
     return '\n'.join(raised or ['* No flag was raised: nothing that was checked speaks against these numbers.'])
 
 # %% ../../nbs/audit/01_cards.ipynb #c378c5d4
 def _how(config:Mapping[str, Any], result:Mapping[str, Any])->str:
     "The settings of a training and what it took."
     options = config.get('options', {})
-    plain = [(key, config.get(key)) for key in ('epochs', 'pairs', 'lr', 'weight_decay', 'seed', 'precision', 'start') if key in config]
+    plain = [
+        (key, config.get(key))
+        for key in ('epochs', 'pairs', 'lr', 'weight_decay', 'seed', 'precision', 'start')
+        if key in config
+    ]
     took = [(key, result[key]) for key in ('updates', 'image_steps', 'seconds', 'device') if key in result]
-    return '\n\n'.join((f'Defence `{config["defense"]}`; images with checksum `{config["data"]}`.', rows(('setting', 'value'), [*plain, *took]), rows(('switch of the defence', 'value'), options.items())))
+    return '\n\n'.join(
+        (
+            f'Defence `{config["defense"]}`; images with checksum `{config["data"]}`.',
+            rows(('setting', 'value'), [*plain, *took]), rows(('switch of the defence', 'value'), options.items())
+        )
+    )
 
 def _versions(provenance:Mapping[str, Any])->str:
     "Where the weights come from, for who wants to make them again."
-    known = {'python': provenance.get('python'), **provenance.get('versions', {}), 'commit': provenance.get('commit'), 'machine': provenance.get('machine')}
+    known = {
+        'python': provenance.get('python'), **provenance.get('versions', {}), 'commit': provenance.get('commit'),
+        'machine': provenance.get('machine')
+    }
     return rows(('what', 'version'), known.items())
 
 def of_run(
@@ -114,12 +155,28 @@ def of_run(
     found, c = None, card['config']
     if evaluated is not None:
         source = evaluated.read('card.json', 'config')['config'].get('train')
-        if source != trained.address: raise ValueError(f'the evaluation must be one of {trained.address}, found one of {source}; pass the run that belongs to these weights')
+        if source != trained.address:
+            raise ValueError(
+                f'the evaluation must be one of {trained.address}, found one of {source}; pass the run that belongs to'
+                ' these weights'
+            )
         found = evaluated.read('result.json', 'protocol', 'benign', 'before', 'after', 'indicators')
-    return dict(title=f'{c["model"]}, {c["dim"]} dimensions, {c["defense"]}', summary=f'A network for image retrieval, trained with the defence `{c["defense"]}` of robust_dml.',
-                details=rows(('what', 'value'), [('network', c['model']), ('embedding', f'{c["dim"]} dimensions'), ('images', f'{c["channels"]} x {c["crop"] or c["size"]} x {c["crop"] or c["size"]}'),
-                                                 ('weights, SHA-256', result['sha256']), ('run', trained.address)]),
-                training=_how(c, result), evaluation=measured(found) if found else 'Not measured.', limits=doubts(found), provenance=_versions(card['provenance']))
+    return dict(
+        title=f'{c["model"]}, {c["dim"]} dimensions, {c["defense"]}',
+        summary=f'A network for image retrieval, trained with the defence `{c["defense"]}` of robust_dml.',
+        details=rows(
+            ('what', 'value'),
+            [
+                ('network', c['model']), ('embedding', f'{c["dim"]} dimensions'),
+                ('images', f'{c["channels"]} x {c["crop"] or c["size"]} x {c["crop"] or c["size"]}'),
+                ('weights, SHA-256', result['sha256']), ('run', trained.address)
+            ],
+        ),
+        training=_how(c, result),
+        evaluation=measured(found) if found else 'Not measured.',
+        limits=doubts(found),
+        provenance=_versions(card['provenance']),
+    )
 
 # %% ../../nbs/audit/01_cards.ipynb #adacb738
 def of_hardening(
@@ -127,18 +184,34 @@ def of_hardening(
 )->dict[str, str]:             # for `model_card`
     "What a hardening knows about its weights."
     defense, after, before = results['defense'], results['after'], results['before']
-    config = {key: results[key] for key in ('epochs', 'pairs', 'lr', 'weight_decay', 'seed')} | dict(defense=defense['name'], options=defense['options'], data=results['train']['sha256'])
-    return dict(title=f'{results["name"]}, hardened by {defense["name"]}', summary=results['sentence'],
-                details=rows(('what', 'value'), [('started from', results['name']), ('embedding', f'{after["model"]["length"]} dimensions'), ('numbers in the weights', after['model']['weights']),
-                                                 ('weights, SHA-256', results['sha256']), ('run', results['run'])]),
-                training=_how(config, results), limits=doubts(after['evaluation']), provenance=_versions(results['provenance']),
-                evaluation=f'On classes that the training has not seen. Before hardening: {before["sentence"]}\n\n{measured(after["evaluation"])}')
+    config = {key: results[key] for key in ('epochs', 'pairs', 'lr', 'weight_decay', 'seed')} | dict(
+        defense=defense['name'], options=defense['options'], data=results['train']['sha256']
+    )
+    return dict(
+        title=f'{results["name"]}, hardened by {defense["name"]}', summary=results['sentence'],
+        details=rows(
+            ('what', 'value'),
+            [
+                ('started from', results['name']), ('embedding', f'{after["model"]["length"]} dimensions'),
+                ('numbers in the weights', after['model']['weights']), ('weights, SHA-256', results['sha256']),
+                ('run', results['run'])
+            ],
+        ),
+        training=_how(config, results),
+        limits=doubts(after['evaluation']),
+        provenance=_versions(results['provenance']),
+        evaluation=(
+            'On classes that the training has not seen. Before hardening:'
+            f' {before["sentence"]}\n\n{measured(after["evaluation"])}'
+        ),
+    )
 
 def model_card(
     facts:Mapping[str, str], # of `of_run` or `of_hardening`; more keys than the form has are an error
 )->str:                      # Markdown, ends with a line break
     "The form, filled in."
     names = {part.split('}')[0] for part in TEMPLATE.split('{')[1:]}
-    if names != facts.keys(): raise ValueError(f'facts must have the keys {", ".join(sorted(names))}, found {", ".join(sorted(facts))}')
+    if names != facts.keys():
+        raise ValueError(f'facts must have the keys {", ".join(sorted(names))}, found {", ".join(sorted(facts))}')
     parts = TEMPLATE.split('{')
     return parts[0] + ''.join(facts[name] + rest for name,rest in (part.split('}', 1) for part in parts[1:]))

@@ -17,13 +17,15 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..data.archives import _some
-from .measure import PARAMETERS as AUDIT_PARAMETERS, Audit, Listed, audit, find_channels, list_images, placed, prepared as ready, read_images
+from .measure import PARAMETERS as AUDIT_PARAMETERS, Audit, Listed, audit, find_channels
+from .measure import list_images, placed, prepared as ready, read_images
 from .cards import model_card, of_hardening
 from ..core import check_between, kept_memory
 from ..defenses.base import Defense
 from ..defenses.lines import Setting, defense_of, table_row, versions
 from ..models.networks import EmbeddingNet, checksum
-from ..report.pages import document, facts_table, fixed_text, html_figure, html_row, opening, png, slug, table_box
+from ..report.pages import document, facts_table, fixed_text, html_figure, html_row, opening, png, slug
+from ..report.pages import table_box
 from ..report.tables import STATE_COLUMNS, TABLE1_COLUMNS, Column, curves
 from ..runs.store import Run, open_run, provenance, reports_root, save_tensors, write_atomic, write_results
 from ..defenses.train import train
@@ -38,14 +40,25 @@ def divided(
     if train_images:
         own = list_images(train_images)
         twice = {(own.base/f).resolve() for f in own.files} & {(whole.base/f).resolve() for f in whole.files}
-        if twice: raise ValueError(f'train_images must hold other files than images, found {len(twice)} in both ({_some(sorted(p.name for p in twice), 3)}); leave train_images empty to cut one folder in two')
+        if twice:
+            raise ValueError(
+                f'train_images must hold other files than images, found {len(twice)} in both'
+                f' ({_some(sorted(p.name for p in twice), 3)}); leave train_images empty to cut one folder in two'
+            )
         return own._replace(queries=0), whole
     names = sorted(set(whole.labels))
-    if len(names) < 4: raise ValueError(f'images must show at least four classes, two to train on and two to judge by, found {len(names)}; add classes, or a folder of their own in train_images')
+    if len(names) < 4:
+        raise ValueError(
+            f'images must show at least four classes, two to train on and two to judge by, found {len(names)}; add'
+            ' classes, or a folder of their own in train_images'
+        )
     first = set(names[:len(names)//2])
     def part(wanted):
         rows = [k for k,label in enumerate(whole.labels) if (label in first) == wanted]
-        return Listed(whole.base, tuple(whole.files[k] for k in rows), tuple(whole.labels[k] for k in rows), 0 if wanted else sum(k < whole.queries for k in rows))
+        return Listed(
+            whole.base, tuple(whole.files[k] for k in rows), tuple(whole.labels[k] for k in rows),
+            0 if wanted else sum(k < whole.queries for k in rows)
+        )
     return part(True), part(False)
 
 # %% ../../nbs/audit/02_hardening.ipynb #66b42646
@@ -56,13 +69,17 @@ def write_list(
     "A list file that `audit` takes."
     file = io.StringIO()
     split = [('query',), ('gallery',)] if listed.queries else [(), ()]
-    rows = [(os.path.relpath((listed.base/f).resolve(), path.parent.resolve()), label, *split[k >= listed.queries]) for k,(f,label) in enumerate(zip(listed.files, listed.labels))]
+    rows = [
+        (os.path.relpath((listed.base / f).resolve(), path.parent.resolve()), label, *split[k >= listed.queries])
+        for k, (f, label) in enumerate(zip(listed.files, listed.labels))
+    ]
     csv.writer(file, lineterminator='\n').writerows([('path', 'label', *(['split'] if listed.queries else [])), *rows])
     write_atomic(path, file.getvalue().encode())
     return path
 
 # %% ../../nbs/audit/02_hardening.ipynb #c5309955
-PAPER_VALUES:Mapping[str, Any] = MappingProxyType(dict(margin=.2, lam=10., ics=.5, natural_miner='random')) # those of the papers for photographs
+# those of the papers for photographs
+PAPER_VALUES:Mapping[str, Any] = MappingProxyType(dict(margin=.2, lam=10., ics=.5, natural_miner='random'))
 
 def chosen_defense(
     line:str,       # key of `defenses.lines.DEFENSES`, with switches
@@ -74,7 +91,9 @@ def chosen_defense(
     if inner_steps < 1: raise ValueError(f'inner_steps must be at least 1, found {inner_steps}')
     row, step_size = table_row(line), 2.5*eps/inner_steps if inner_steps > 1 else eps
     (profile, _), *_ = versions(row, ('official',))
-    return defense_of(row, Setting('own', eps, step_size, inner_steps, inner_steps), profile=profile or 'official', **PAPER_VALUES)
+    return defense_of(
+        row, Setting('own', eps, step_size, inner_steps, inner_steps), profile=profile or 'official', **PAPER_VALUES
+    )
 
 # %% ../../nbs/audit/02_hardening.ipynb #3c3b1a31
 class Hardened(NamedTuple):
@@ -95,9 +114,17 @@ def verdict(before:Audit, after:Audit)->str:
     "The result in a sentence or two."
     def pct(v): return f'{v:.1f}\u00a0%'
     (plain, fooled), (plain_after, fooled_after) = _r_at_1(before), _r_at_1(after)
-    text = f'Under the worst attack R@1 goes from {pct(fooled)} to {pct(fooled_after)}, without an attack from {pct(plain)} to {pct(plain_after)}.'
-    if after.results['evaluation']['collapsed']: return f'{text} The hardened model maps all images to nearly one point (flag collapsed): this is no robustness. Train for fewer epochs, with a smaller ε or another defence.'
-    if not fooled_after > fooled: return f'{text} Nothing was gained: train longer, on more images, or with another defence.'
+    text = (
+        f'Under the worst attack R@1 goes from {pct(fooled)} to {pct(fooled_after)}, without an attack from'
+        f' {pct(plain)} to {pct(plain_after)}.'
+    )
+    if after.results['evaluation']['collapsed']:
+        return (
+            f'{text} The hardened model maps all images to nearly one point (flag collapsed): this is no robustness.'
+            ' Train for fewer epochs, with a smaller ε or another defence.'
+        )
+    if not fooled_after > fooled:
+        return f'{text} Nothing was gained: train longer, on more images, or with another defence.'
     return text
 
 def portable(model:nn.Module)->nn.Module:
@@ -106,7 +133,10 @@ def portable(model:nn.Module)->nn.Module:
 
 # %% ../../nbs/audit/02_hardening.ipynb #9d695812
 _ARROWS = {1: ' ↑', -1: ' ↓', 0: ''}
-_NEAREST = Column('LTM nearest', 'sound form', ('eval', 'after', 'LTM nearest'), 1, 1, 'a query is altered until the nearest image of another class is nearer than all of its own; R@1 afterwards')
+_NEAREST = Column(
+    'LTM nearest', 'sound form', ('eval', 'after', 'LTM nearest'), 1, 1,
+    'a query is altered until the nearest image of another class is nearer than all of its own; R@1 afterwards'
+)
 
 def _rows(before:Audit, after:Audit)->list[tuple[str, str, str, str]]:
     "Name, text before, text after, what it is."
@@ -114,25 +144,56 @@ def _rows(before:Audit, after:Audit)->list[tuple[str, str, str, str]]:
         value = found.results['evaluation'][c.path[1]].get(c.path[2])
         return '–' if value is None or math.isnan(value) else fixed_text(value, c.digits)
     def worst(found, k): return '–' if (v := found.results['worst'][k]) is None or math.isnan(v) else fixed_text(v, 1)
-    rows = [('R@1 under the worst attack ↑', worst(before, 'after'), worst(after, 'after'), 'attacked queries that withstand every attack, in percent'),
-            ('R@1 of the same queries ↑', worst(before, 'before'), worst(after, 'before'), 'without an attack')]
-    return rows + [(c.name + _ARROWS[c.better], text(before, c), text(after, c), c.help) for c in (*(c for c in TABLE1_COLUMNS if len(c.path) == 3 and c not in STATE_COLUMNS), _NEAREST, *STATE_COLUMNS) if text(before, c) != '–' or text(after, c) != '–']
+    rows = [
+        (
+            'R@1 under the worst attack ↑', worst(before, 'after'), worst(after, 'after'),
+            'attacked queries that withstand every attack, in percent'
+        ),
+        ('R@1 of the same queries ↑', worst(before, 'before'), worst(after, 'before'), 'without an attack'),
+    ]
+    return rows + [
+        (c.name + _ARROWS[c.better], text(before, c), text(after, c), c.help)
+        for c in (*(c for c in TABLE1_COLUMNS if len(c.path) == 3 and c not in STATE_COLUMNS), _NEAREST, *STATE_COLUMNS)
+        if text(before, c) != '–' or text(after, c) != '–'
+    ]
 
-def _flags(found:Audit)->str: return ', '.join(f['name'].replace('_', ' ') for f in found.results['evaluation']['flags'] if f['raised']) or 'none'
+def _flags(found:Audit)->str:
+    return ', '.join(f['name'].replace('_', ' ') for f in found.results['evaluation']['flags'] if f['raised']) or 'none'
 
 def _page(results:Mapping[str, Any], before:Audit, after:Audit, weights:Path, figure:bytes, folder:Path)->str:
     "The whole page."
     def link(found): return escape(os.path.relpath(found.page, folder))
     def whole(text): return f'<span style="white-space:nowrap">{text}</span>'
-    body = [html_row([escape(name), whole(a), whole(f'<b>{b}</b>'), escape(text)]) for name,a,b,text in _rows(before, after)]
-    body.append(html_row(['Flags raised', escape(_flags(before)), escape(_flags(after)), 'what speaks against believing the numbers']))
+    body = [
+        html_row([escape(name), whole(a), whole(f'<b>{b}</b>'), escape(text)])
+        for name, a, b, text in _rows(before, after)
+    ]
+    body.append(
+        html_row(
+            ['Flags raised', escape(_flags(before)), escape(_flags(after)), 'what speaks against believing the numbers']
+        )
+    )
     d, title = results['defense'], f'{results["name"]}, before and after hardening by {results["defense"]["name"]}'
-    return document(title, opening(title, f'Trained on {results["train"]["images"]:,} images of {results["train"]["classes"]:,} classes for {results["epochs"]} epochs with ε = {255*d["options"].get("eps", 0):.3g}/255; '
-        'judged on images that the training has not seen.', [results['sentence']]) + f'<h2>Side by side</h2>{table_box(html_row(["", "before", "after", ""], head=True), body, "text")}<p class="note">↑ higher is better, ↓ lower is better.</p>'
-        f'<p>The whole audits: <a href="{link(before)}">before</a>, <a href="{link(after)}">after</a>; there every number is explained.</p>'
+    return document(
+        title,
+        opening(
+            title,
+            f'Trained on {results["train"]["images"]:,} images of {results["train"]["classes"]:,} classes for'
+            f' {results["epochs"]} epochs with ε = {255*d["options"].get("eps", 0):.3g}/255; judged on images that the'
+            ' training has not seen.',
+            [results['sentence']],
+        )
+        + f'<h2>Side by side</h2>{table_box(html_row(["", "before", "after", ""], head=True), body, "text")}<p'
+        ' class="note">↑ higher is better, ↓ lower is better.</p>'
+        f'<p>The whole audits: <a href="{link(before)}">before</a>, <a href="{link(after)}">after</a>; there every'
+        ' number is explained.</p>'
         f'<h2>Training</h2>{html_figure(figure, "Training; distances that shrink together announce a collapse.")}'
-        f'<h2>The weights</h2><p>{escape(weights.name)} in this folder, to be loaded as <code>weights</code>; sha256 {escape(results["sha256"][:16])}….</p>'
-        f'<h2>Configuration</h2>{facts_table({k: results[k] for k in ("defense", "train", "epochs", "pairs", "lr", "weight_decay", "seed")})}<h2>Provenance</h2>{facts_table(results["provenance"])}')
+        f'<h2>The weights</h2><p>{escape(weights.name)} in this folder, to be loaded as <code>weights</code>; sha256'
+        f' {escape(results["sha256"][:16])}….</p>'
+        '<h2>Configuration</h2>'
+        f'{facts_table({k: results[k] for k in ("defense", "train", "epochs", "pairs", "lr", "weight_decay", "seed")})}'
+        f'<h2>Provenance</h2>{facts_table(results["provenance"])}',
+    )
 
 # %% ../../nbs/audit/02_hardening.ipynb #2b6192fd
 @kept_memory()
@@ -160,34 +221,67 @@ def harden(
     "Train a copy of a model with a defence; audit both on unseen images."
     check_between('lr', lr, 0, 1), check_between('weight_decay', weight_decay, 0, 1)
     model, device, _ = placed(model, device)
-    chosen, net, (own, judged) = chosen_defense(defense, eps=eps, inner_steps=inner_steps), copy.deepcopy(model).requires_grad_(), divided(images, train_images)
-    if not [*net.parameters()]: raise ValueError('model must have weights that can be trained, found none; an exported program keeps none, pass the module that it was made of')
+    chosen, net, (own, judged) = (
+        chosen_defense(defense, eps=eps, inner_steps=inner_steps), copy.deepcopy(model).requires_grad_(),
+        divided(images, train_images)
+    )
+    if not [*net.parameters()]:
+        raise ValueError(
+            'model must have weights that can be trained, found none; an exported program keeps none, pass the module'
+            ' that it was made of'
+        )
     common:dict[str, Any] = dict(size=size, seed=seed, skip_unreadable=skip_unreadable, show=show)
     pictures = read_images(own, channels=find_channels(model, size=size, device=device), **common).dataset
-    config = dict(format=1, start=checksum(model), data=pictures.checksum(), defense=chosen.name, options=chosen.options, epochs=epochs, pairs=pairs, lr=lr, weight_decay=weight_decay, seed=seed)
+    config = dict(
+        format=1, start=checksum(model), data=pictures.checksum(), defense=chosen.name, options=chosen.options,
+        epochs=epochs, pairs=pairs, lr=lr, weight_decay=weight_decay, seed=seed
+    )
     run, stem = open_run(reports_root(out), 'harden', config), Path(images).resolve().stem
     common |= dict(eps=eps, out=out, device=device, **audited)
     held = write_list(run.folder/f'{stem}.csv', judged)
     before = audit(model, held, name=name, **common)
-    done = train(net, pictures, chosen, epochs=epochs, pairs=pairs, lr=lr, weight_decay=weight_decay, seed=seed, device=device, run=run, show=show, desc=f'harden by {defense}')
+    done = train(
+        net, pictures, chosen, epochs=epochs, pairs=pairs, lr=lr, weight_decay=weight_decay, seed=seed, device=device,
+        run=run, show=show, desc=f'harden by {defense}'
+    )
     after = audit(net, held, name=f'{name} {defense}', **common)
     folder = reports_root(out)/f'harden-{slug(stem)}-{slug(name)}-{slug(defense)}'
     sha = save_tensors(Run(folder), 'hardened.safetensors', dict(portable(net).state_dict()))
-    results = dict(name=name, sentence=verdict(before, after), defense=dict(name=defense, options=chosen.options), train=pictures.summary() | dict(sha256=config['data']), epochs=epochs, pairs=pairs, lr=lr, weight_decay=weight_decay, seed=seed,
-                   sha256=sha, log=done['log'], seconds=done['seconds'], before=before.results, after=after.results, run=run.address, provenance=provenance())
-    figure = png(curves([dict(label=defense, setting='own', defense=chosen.name, profile='', place=0, seed=seed, train=done)]))
+    results = dict(
+        name=name, sentence=verdict(before, after), defense=dict(name=defense, options=chosen.options),
+        train=pictures.summary() | dict(sha256=config['data']), epochs=epochs, pairs=pairs, lr=lr,
+        weight_decay=weight_decay, seed=seed, sha256=sha, log=done['log'], seconds=done['seconds'],
+        before=before.results, after=after.results, run=run.address, provenance=provenance()
+    )
+    figure = png(
+        curves([dict(label=defense, setting='own', defense=chosen.name, profile='', place=0, seed=seed, train=done)])
+    )
     write_results(folder, results)
-    write_atomic(folder/'index.html', _page(results, before, after, folder/'hardened.safetensors', figure, folder).encode(errors='backslashreplace'))
+    write_atomic(
+        folder / 'index.html',
+        _page(results, before, after, folder / 'hardened.safetensors', figure, folder).encode(
+            errors='backslashreplace'
+        ),
+    )
     write_atomic(folder/'model_card.md', model_card(of_hardening(results)).encode(errors='backslashreplace'))
     return Hardened(folder/'index.html', results['sentence'], folder/'hardened.safetensors', net, before, after)
 
 # %% ../../nbs/audit/02_hardening.ipynb #38c95f1e
-PARAMETERS = MappingProxyType({**AUDIT_PARAMETERS, **dict(train_images='', defense='hm', epochs=10, pairs=32, lr=1e-5, weight_decay=4e-4, inner_steps=8)})
+PARAMETERS = MappingProxyType(
+    {
+        **AUDIT_PARAMETERS,
+        **dict(train_images='', defense='hm', epochs=10, pairs=32, lr=1e-5, weight_decay=4e-4, inner_steps=8)
+    }
+)
 
 def prepared(
     namespace:Mapping[str, Any], # globals() of the run notebook, or a dict
 )->tuple[nn.Module, dict[str, Any]]: # the model on its device, and the arguments of `harden`
     "Check the parameters of the run notebook and load the model."
-    if namespace.get('queries'): raise ValueError('queries must be empty for hardening, which cuts `images` by classes; mark queries by a split in a list file')
+    if namespace.get('queries'):
+        raise ValueError(
+            'queries must be empty for hardening, which cuts `images` by classes; mark queries by a split in a list'
+            ' file'
+        )
     model, values = ready(namespace, PARAMETERS)
     return model, {k: v for k,v in values.items() if k != 'queries'}

@@ -24,16 +24,21 @@ from torch import Tensor, nn
 from ..data.archives import _some, cache_folder, decoded, missing
 from ..attacks.suite import FIXED, SUITE, Gallery, Queries, picked, run_attack
 from ..metrics.flags import sample_of_classes
-from ..core import Stopwatch, check_between, check_choice, check_known, fingerprint, generator, listed as entries, load_safetensors, need, pick_device, progress, typed
+from ..core import Stopwatch, check_between, check_choice, check_known, fingerprint, generator
+from ..core import listed as entries, load_safetensors, need, pick_device, progress, typed
 from ..data.sets import ImageSet, _class_files
 from ..triplets.distances import paired_distance
 from ..metrics.evaluate import Protocol, _thumbnails, check_size, evaluate, queries_and_gallery, query_rows
-from ..models.networks import EmbeddingNet, _named, _replace, checksum, dtype_of, embed, embed_all, frozen, streamlined
-from ..report.pages import clock_text, document, facts_table, fixed_text, html_figure, html_row, in_255, in_pixels, new_figure, opening, png, slug, table_box, theme
+from ..models.networks import EmbeddingNet, _named, _replace, checksum, dtype_of, embed, embed_all, frozen
+from ..models.networks import streamlined
+from ..report.pages import clock_text, document, facts_table, fixed_text, html_figure, html_row, in_255
+from ..report.pages import in_pixels, new_figure, opening, png, slug, table_box, theme
 from ..report.tables import ATTACK_WORDS, BENIGN_COLUMNS, strip
 from ..neighbors import knn
-from ..runs.store import Run, StoreError, append_line, load_tensors, open_run, provenance, read_lines, reports_root, save_tensors, to_json, write_atomic, write_results
-from ..attacks.strong import GOALS, LTM_NEAREST, R_AT_1, WorstCase, curve, curve_line, outcomes, over_eps, over_steps, worst_case
+from ..runs.store import Run, StoreError, append_line, load_tensors, open_run, provenance, read_lines
+from ..runs.store import reports_root, save_tensors, to_json, write_atomic, write_results
+from ..attacks.strong import GOALS, LTM_NEAREST, R_AT_1, WorstCase, curve, curve_line, outcomes, over_eps
+from ..attacks.strong import over_steps, worst_case
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
@@ -49,21 +54,43 @@ def _list_lines(path:Path)->list[tuple[str, Path, str]]:
     "Label, file and split of each line of a list file."
     lines = path.read_text(encoding='utf-8-sig', errors='replace').splitlines()
     mark = next((d for d in ',;\t' if lines and d in lines[0]), ' ')
-    try: rows = [[word.strip() for word in row] for row in csv.reader(lines, delimiter=mark, skipinitialspace=True) if row]
-    except csv.Error as error: raise ValueError(f'{path} must list images, one path,label a line, found a line that cannot be read ({error})') from error
+    try:
+        rows = [
+            [word.strip() for word in row] for row in csv.reader(lines, delimiter=mark, skipinitialspace=True) if row
+        ]
+    except csv.Error as error:
+        raise ValueError(
+            f'{path} must list images, one path,label a line, found a line that cannot be read ({error})'
+        ) from error
     if rows and [word.lower() for word in rows[0][:2]] == ['path', 'label']: rows = rows[1:]
     if not rows: raise ValueError(f'{path} must list images, one path,label a line, found none')
     for row in rows:
-        if len(row) not in (2, 3) or len(row) != len(rows[0]) or not all(row) or row[2:] not in ([], ['query'], ['gallery']):
-            raise ValueError(f'each line of {path} must hold path,label or path,label,split with query or gallery as split, found {mark.join(row)[:80]!r}')
+        if (
+            len(row) not in (2, 3)
+            or len(row) != len(rows[0])
+            or not all(row)
+            or row[2:] not in ([], ['query'], ['gallery'])
+        ):
+            raise ValueError(
+                f'each line of {path} must hold path,label or path,label,split with query or gallery as split, found'
+                f' {mark.join(row)[:80]!r}'
+            )
     return [(row[1], path.parent/row[0], ''.join(row[2:])) for row in rows]
 
 def _items(path:Path)->list[tuple[str, Path, str]]:
     "Label, file and split of each image of a folder or list file."
     if path.is_file() and path.suffix.lower() in ('.csv', '.txt'): return _list_lines(path)
-    if not path.is_dir(): raise FileNotFoundError(f'images must be a folder of class folders, or a csv or txt file of path,label, found nothing of that kind at {path}')
+    if not path.is_dir():
+        raise FileNotFoundError(
+            'images must be a folder of class folders, or a csv or txt file of path,label, found nothing of that kind'
+            f' at {path}'
+        )
     names = sorted(d.name for d in path.iterdir() if d.is_dir() and not d.name.startswith(('.', '__')))
-    if not names: raise ValueError(f'{path} must hold one folder per class, found no folder in it; make them, or write a csv file of path,label')
+    if not names:
+        raise ValueError(
+            f'{path} must hold one folder per class, found no folder in it; make them, or write a csv file of'
+            ' path,label'
+        )
     return [(name, path/file, '') for name in names for file in _class_files(path/name)]
 
 # %% ../../nbs/audit/00_measure.ipynb #ff61143b
@@ -74,18 +101,36 @@ def list_images(
     "What there is to audit with."
     path = Path(images).expanduser()
     items, extra = _items(path), _items(Path(queries).expanduser()) if queries else []
-    if extra and any(split for *_, split in items): raise ValueError(f'queries must be marked in one place, found both {queries} and a split in {images}; leave one of them out')
+    if extra and any(split for *_, split in items):
+        raise ValueError(
+            f'queries must be marked in one place, found both {queries} and a split in {images}; leave one of them out'
+        )
     asked = extra + [item for item in items if item[2] == 'query']
     items, base = asked + [item for item in items if item[2] != 'query'], path if path.is_dir() else path.parent
-    return _sound(Listed(base, tuple(os.path.relpath(file, base) for _, file, _ in items), tuple(label for label, *_ in items), len(asked)))
+    return _sound(
+        Listed(
+            base, tuple(os.path.relpath(file, base) for _, file, _ in items), tuple(label for label, *_ in items),
+            len(asked)
+        )
+    )
 
 def _sound(listed:Listed)->Listed:
     "The list, if something can be retrieved."
     searched, asked = listed.labels[listed.queries:], listed.labels[:listed.queries] or listed.labels
-    if len(set(searched)) < 2: raise ValueError(f'images must show at least two classes, found {len(set(searched))} to be searched; add folders or lines')
-    if listed.queries and not set(asked) & set(searched): raise ValueError(f'queries must share classes with the images that are searched, found none in common: {_some(set(asked), 3)} and {_some(set(searched), 3)}; use the same names')
+    if len(set(searched)) < 2:
+        raise ValueError(
+            f'images must show at least two classes, found {len(set(searched))} to be searched; add folders or lines'
+        )
+    if listed.queries and not set(asked) & set(searched):
+        raise ValueError(
+            'queries must share classes with the images that are searched, found none in common:'
+            f' {_some(set(asked), 3)} and {_some(set(searched), 3)}; use the same names'
+        )
     if not listed.queries and len(set(searched)) == len(searched):
-        raise ValueError(f'a class must have at least two images, found one of each of {len(searched)}: no query can find its own class, and R@1 is undefined; add images or merge classes')
+        raise ValueError(
+            f'a class must have at least two images, found one of each of {len(searched)}: no query can find its own'
+            ' class, and R@1 is undefined; add images or merge classes'
+        )
     return listed
 
 # %% ../../nbs/audit/00_measure.ipynb #28375b27
@@ -105,7 +150,12 @@ def sampled(
     chosen = pool[sample_of_classes(label[pool], size=most, each=max(8, most//len(number)), seed=seed)]
     filled = spare[torch.randperm(len(spare), generator=generator(seed, 'distractors'))][:most - len(chosen)]
     rows = torch.cat([torch.isin(asked, label[chosen]).nonzero().flatten(), chosen, filled]).sort().values.tolist()
-    return _sound(Listed(listed.base, tuple(listed.files[r] for r in rows), tuple(listed.labels[r] for r in rows), sum(r < listed.queries for r in rows)))
+    return _sound(
+        Listed(
+            listed.base, tuple(listed.files[r] for r in rows), tuple(listed.labels[r] for r in rows),
+            sum(r < listed.queries for r in rows)
+        )
+    )
 
 # %% ../../nbs/audit/00_measure.ipynb #cd2464a6
 class Pictures(NamedTuple):
@@ -130,17 +180,35 @@ def read_images(
     check_between('size', size, 8, 4096), check_choice('channels', channels, (1, 3))
     some = sampled(listed, most, seed)
     there, absent = missing(some.base, list(some.files))
-    if absent: raise FileNotFoundError(f'all {len(some.files)} listed images must be in {some.base}, found {len(absent)} missing: {_some(absent)}; correct the list')
-    path = cache_folder('audit', some.base)/f'audit-{size}-{("grey", "rgb")[channels == 3]}-{fingerprint(some.files)[:12]}.npy'
+    if absent:
+        raise FileNotFoundError(
+            f'all {len(some.files)} listed images must be in {some.base}, found {len(absent)} missing: {_some(absent)};'
+            ' correct the list'
+        )
+    path = (
+        cache_folder('audit', some.base)
+        / f'audit-{size}-{("grey", "rgb")[channels == 3]}-{fingerprint(some.files)[:12]}.npy'
+    )
     images, broken = decoded(path, some.base, there, size=size, channels=channels, show=show)
     if broken and not skip_unreadable:
         why = _some(f'{file} ({reason})' for file, reason in broken.items())
-        raise ValueError(f'all {len(some.files)} images must be readable, found {len(broken)} that are not: {why}; repair or remove them, or set skip_unreadable=True')
+        raise ValueError(
+            f'all {len(some.files)} images must be readable, found {len(broken)} that are not: {why}; repair or remove'
+            ' them, or set skip_unreadable=True'
+        )
     keep = [k for k, file in enumerate(some.files) if file not in broken]
-    kept = _sound(Listed(some.base, tuple(some.files[k] for k in keep), tuple(some.labels[k] for k in keep), sum(k < some.queries for k in keep)))
+    kept = _sound(
+        Listed(
+            some.base, tuple(some.files[k] for k in keep), tuple(some.labels[k] for k in keep),
+            sum(k < some.queries for k in keep)
+        )
+    )
     names = sorted(set(kept.labels))
     number = {name: k for k, name in enumerate(names)}
-    return Pictures(ImageSet(images, torch.tensor([number[name] for name in kept.labels]), tuple(names)), kept.queries, kept.files, tuple(broken), len(listed.files))
+    return Pictures(
+        ImageSet(images, torch.tensor([number[name] for name in kept.labels]), tuple(names)), kept.queries, kept.files,
+        tuple(broken), len(listed.files)
+    )
 
 # %% ../../nbs/audit/00_measure.ipynb #09937263
 def normalised(
@@ -162,9 +230,15 @@ def read_weights(
     if path.suffix == '.safetensors': return load_safetensors(path)
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error: # whatever the file holds instead
-        raise ValueError(f'weights must be a safetensors file or a plain state dict, found {path}, which cannot be read without running code in it; save model.state_dict() where you trust it') from error
+        raise ValueError(
+            f'weights must be a safetensors file or a plain state dict, found {path}, which cannot be read without'
+            ' running code in it; save model.state_dict() where you trust it'
+        ) from error
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f'weights must be a plain state dict of names and tensors, found a {type(state).__name__} of other things in {path}; save model.state_dict() alone')
+        raise ValueError(
+            f'weights must be a plain state dict of names and tensors, found a {type(state).__name__} of other things'
+            f' in {path}; save model.state_dict() alone'
+        )
     return state
 
 def _fill(net:nn.Module, path:str|Path, head:str='')->None:
@@ -172,7 +246,11 @@ def _fill(net:nn.Module, path:str|Path, head:str='')->None:
     own = net.state_dict()
     state = {k: v for k, v in read_weights(path).items() if k in own or not (head and k.startswith(f'{head}.'))}
     wrong = sorted(own.keys() ^ state.keys()) + [k for k in own if k in state and own[k].shape != state[k].shape]
-    if wrong: raise ValueError(f'weights must fit the model, found {len(wrong)} missing, unknown or misshaped entries in {path} ({_some(wrong, 3)}); check the name of the model')
+    if wrong:
+        raise ValueError(
+            f'weights must fit the model, found {len(wrong)} missing, unknown or misshaped entries in {path}'
+            f' ({_some(wrong, 3)}); check the name of the model'
+        )
     net.load_state_dict(state)
 
 # %% ../../nbs/audit/00_measure.ipynb #56633204
@@ -189,11 +267,24 @@ class Sealed(nn.Module):
 
 def _from_file(path:Path, trust:bool)->nn.Module:
     "TorchScript or an exported program."
-    if not path.is_file(): raise FileNotFoundError(f'model must be a file that exists, found none at {path}; check the path')
-    if not trust: raise ValueError(f'{path.name} holds code that may run while it is loaded, found trust not set; set trust=True if you know where it comes from')
-    try: return Sealed(torch.export.load(path).module() if path.suffix == '.pt2' else torch.jit.load(path, map_location='cpu').eval())
+    if not path.is_file():
+        raise FileNotFoundError(f'model must be a file that exists, found none at {path}; check the path')
+    if not trust:
+        raise ValueError(
+            f'{path.name} holds code that may run while it is loaded, found trust not set; set trust=True if you know'
+            ' where it comes from'
+        )
+    try:
+        return Sealed(
+            torch.export.load(path).module()
+            if path.suffix == '.pt2'
+            else torch.jit.load(path, map_location='cpu').eval()
+        )
     except Exception as error: # whatever the file holds instead
-        raise ValueError(f'{path.name} must be TorchScript (.pt) or an exported program (.pt2), found neither ({str(error).splitlines()[0][:100]}); weights alone go with model torchvision:NAME or module:function') from error
+        raise ValueError(
+            f'{path.name} must be TorchScript (.pt) or an exported program (.pt2), found neither'
+            f' ({str(error).splitlines()[0][:100]}); weights alone go with model torchvision:NAME or module:function'
+        ) from error
 
 def _without_head(net:nn.Module, name:str)->str:
     "Take the classifier off; its name. timm says itself where it is, elsewhere it is the last linear layer."
@@ -202,7 +293,11 @@ def _without_head(net:nn.Module, name:str)->str:
         timm.reset_classifier(0)
         return str(timm.default_cfg.get('classifier', ''))
     layers = _named(net, nn.Linear)
-    if not layers: raise ValueError(f'{name} must end in a linear layer, found none; write a function that builds the model and pass module:function')
+    if not layers:
+        raise ValueError(
+            f'{name} must end in a linear layer, found none; write a function that builds the model and pass'
+            ' module:function'
+        )
     _replace(net, layers[-1][0], nn.Identity())
     return layers[-1][0]
 
@@ -214,7 +309,11 @@ def _from_zoo(kind:str, name:str, weights:str, seed:int)->nn.Module:
     named = weights in (zoo.get_model_weights(name).__members__ if kind == 'torchvision' else ('pretrained',))
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(generator(seed, 'build', name).get_state())
-        net = zoo.get_model(name, weights=weights if named else None) if kind == 'torchvision' else zoo.create_model(name, pretrained=named)
+        net = (
+            zoo.get_model(name, weights=weights if named else None)
+            if kind == 'torchvision'
+            else zoo.create_model(name, pretrained=named)
+        )
     head = _without_head(net, f'{kind}:{name}')
     if weights and not named: _fill(net, weights, head)
     return net
@@ -232,10 +331,15 @@ def _from_function(module:str, function:str, weights:str)->nn.Module:
     try:
         with _here(): maker = getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
-        raise ValueError(f'model must be a .pt or .pt2 file, torchvision:NAME, timm:NAME or module:function, found {module}:{function}, but no module {error.name} in {os.getcwd()}; start where {module}.py is') from error
-    except AttributeError as error: raise ValueError(f'{module}.py must have the function {function}, found none; check the name') from error
+        raise ValueError(
+            'model must be a .pt or .pt2 file, torchvision:NAME, timm:NAME or module:function, found'
+            f' {module}:{function}, but no module {error.name} in {os.getcwd()}; start where {module}.py is'
+        ) from error
+    except AttributeError as error:
+        raise ValueError(f'{module}.py must have the function {function}, found none; check the name') from error
     net = maker()
-    if not isinstance(net, nn.Module): raise TypeError(f'{module}:{function} must return a torch.nn.Module, found {type(net).__name__}')
+    if not isinstance(net, nn.Module):
+        raise TypeError(f'{module}:{function} must return a torch.nn.Module, found {type(net).__name__}')
     if weights: _fill(net, weights)
     return net
 
@@ -254,7 +358,10 @@ def load_model(
     if Path(model).suffix in ('.pt', '.pth', '.pt2'):
         if weights: raise ValueError(f'weights must be empty for {model}, which has its own, found {weights}')
         net = _from_file(Path(model).expanduser(), trust)
-    elif not (colon and name): raise ValueError(f'model must be a .pt or .pt2 file, torchvision:NAME, timm:NAME or module:function, found {model!r}')
+    elif not (colon and name):
+        raise ValueError(
+            f'model must be a .pt or .pt2 file, torchvision:NAME, timm:NAME or module:function, found {model!r}'
+        )
     else: net = _from_zoo(kind, name, weights, seed) if zoo else _from_function(kind, name, weights)
     return (normalised(net) if normalise == 'imagenet' or zoo and not normalise else net).eval()
 
@@ -264,15 +371,39 @@ def placed(
     device:str='', # where it should be; empty: where it is
 )->tuple[nn.Module, str, list[str]]: # the model or its float32 copy, its device, notes
     "A model whose weights are on one device and in single or double precision."
-    if not isinstance(model, nn.Module): raise TypeError(f'model must be a torch.nn.Module, found {type(model).__name__}; for names and files see load_model')
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f'model must be a torch.nn.Module, found {type(model).__name__}; for names and files see load_model'
+        )
     if isinstance(model, torch.jit.ScriptModule): model = Sealed(copy.deepcopy(model).eval())
     tensors = [*model.parameters(), *model.buffers()]
     found = sorted({str(t.device) for t in tensors}) or [device or 'cpu']
-    if len(found) > 1 or found[0].partition(':')[0] not in ('cpu', 'cuda') or device and torch.device(device).type != torch.device(found[0]).type:
-        raise ValueError(f'the weights must all be on {device or "one device"}, found them on {", ".join(found)}; move them with model.to({device or "cpu"!r})')
-    notes = ['The model came in training mode; it is measured in evaluation mode, as it would be used.'] if any(m.training for m in model.modules()) else []
+    if (
+        len(found) > 1
+        or found[0].partition(':')[0] not in ('cpu', 'cuda')
+        or device
+        and torch.device(device).type != torch.device(found[0]).type
+    ):
+        raise ValueError(
+            f'the weights must all be on {device or "one device"}, found them on {", ".join(found)}; move them with'
+            f' model.to({device or "cpu"!r})'
+        )
+    notes = (
+        ['The model came in training mode; it is measured in evaluation mode, as it would be used.']
+        if any(m.training for m in model.modules())
+        else []
+    )
     if not any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors): return model, found[0], notes
-    return copy.deepcopy(model).float(), found[0], [*notes, 'The weights are in half precision; they are computed with in single precision, so that gradients are not lost in rounding.']
+    return (
+        copy.deepcopy(model).float(), found[0],
+        [
+            *notes,
+            (
+                'The weights are in half precision; they are computed with in single precision, so that gradients are'
+                ' not lost in rounding.'
+            ),
+        ],
+    )
 
 def find_channels(
     model:nn.Module, # on `device`
@@ -286,10 +417,19 @@ def find_channels(
         x = torch.rand(2, channels, size, size, generator=generator(0, 'channels')).to(device, dtype_of(model))
         try:
             with frozen(model), torch.no_grad(): model(x)
-        except Exception as error: said[channels] = (str(error).strip().splitlines() or [type(error).__name__])[0][:120] # a stranger's code may fail in any way
+        # a stranger's code may fail in any way
+        except Exception as error: said[channels] = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         else: break
-    else: raise ValueError(f'model must take images of {size} x {size} with 1 or 3 channels, found an error for both ({said[3]!r} with 3); set size to what the model wants')
-    if channels == 4: raise ValueError('model must take images of 1 or 3 channels, found one that takes 4; wrap it in a module that makes four channels of three')
+    else:
+        raise ValueError(
+            f'model must take images of {size} x {size} with 1 or 3 channels, found an error for both ({said[3]!r} with'
+            ' 3); set size to what the model wants'
+        )
+    if channels == 4:
+        raise ValueError(
+            'model must take images of 1 or 3 channels, found one that takes 4; wrap it in a module that makes four'
+            ' channels of three'
+        )
     return channels
 
 # %% ../../nbs/audit/00_measure.ipynb #467ce128
@@ -300,17 +440,35 @@ def try_out(
     "Embed images alone and together and take a gradient; ValueError when the model cannot be attacked."
     with frozen(model):
         with torch.no_grad():
-            lengths = {embed(model, part).shape[1] for part in (x, x[:1], *x.split(1), torch.zeros_like(x[:1]), torch.ones_like(x[:1]))}
-            if len(lengths) > 1: raise ValueError(f'embeddings must have one length for all images, found {", ".join(map(str, sorted(lengths)))}; pool or cut them inside the model')
+            lengths = {
+                embed(model, part).shape[1]
+                for part in (x, x[:1], *x.split(1), torch.zeros_like(x[:1]), torch.ones_like(x[:1]))
+            }
+            if len(lengths) > 1:
+                raise ValueError(
+                    f'embeddings must have one length for all images, found {", ".join(map(str, sorted(lengths)))};'
+                    ' pool or cut them inside the model'
+                )
             emb, norms = embed(model, x), model(x).norm(dim=1)
         watch, start = Stopwatch(x.device), x.clone().requires_grad_()
         for lap in ('first', 'usual'):
             with watch(lap):
                 moved = embed(model, start)
-                if not moved.requires_grad: raise ValueError('model must be differentiable by its images, found an output without a gradient; remove no_grad, detach or numpy from it, or measure it with the attacks in blackbox')
+                if not moved.requires_grad:
+                    raise ValueError(
+                        'model must be differentiable by its images, found an output without a gradient; remove'
+                        ' no_grad, detach or numpy from it, or measure it with the attacks in blackbox'
+                    )
                 torch.autograd.grad(moved.sum(), start, allow_unused=True)
     low, high = norms.min().item(), norms.max().item()
-    note = [] if max(abs(low - 1), abs(high - 1)) < .01 else [f'The embeddings have lengths from {low:.3g} to {high:.3g}; they are divided by their length, so images are compared by the angle between embeddings. A search by raw distances or products gives other rankings.']
+    note = (
+        []
+        if max(abs(low - 1), abs(high - 1)) < 0.01
+        else [
+            f'The embeddings have lengths from {low:.3g} to {high:.3g}; they are divided by their length, so images are'
+            ' compared by the angle between embeddings. A search by raw distances or products gives other rankings.'
+        ]
+    )
     return note, emb, watch.seconds['usual']/len(x)
 
 # %% ../../nbs/audit/00_measure.ipynb #133b1bc5
@@ -335,15 +493,24 @@ def _check_behaviour(run:Run, emb:Tensor)->None:
     "Refuse to go on with another model that has the same weights."
     known = torch.tensor(_kept(run, 'behaviour.json', lambda: dict(emb=emb.tolist()))['emb'])
     gap = (known - emb.cpu()).abs().max().item() if known.shape == emb.shape else math.inf
-    if gap > .01: raise StoreError(f'expected the embeddings that {run.address} was begun with, found others ({gap:.2g} apart): the model depends on chance, or its code was changed and its weights were not; delete {run.folder} to begin anew')
+    if gap > .01:
+        raise StoreError(
+            f'expected the embeddings that {run.address} was begun with, found others ({gap:.2g} apart): the model'
+            f' depends on chance, or its code was changed and its weights were not; delete {run.folder} to begin anew'
+        )
 
 # %% ../../nbs/audit/00_measure.ipynb #6daaedad
 def _searched(task:Task)->tuple[Queries, Gallery]:
     "All queries and the gallery, embedded once."
     def make():
-        emb = embed_all(streamlined(task.model), task.pictures.dataset, batch_size=task.protocol.batch_size, device=task.device, show=task.show)
+        emb = embed_all(
+            streamlined(task.model), task.pictures.dataset, batch_size=task.protocol.batch_size, device=task.device,
+            show=task.show
+        )
         return dict(sha256=save_tensors(task.run, 'embeddings.safetensors', dict(emb=emb)))
-    emb = load_tensors(task.run, 'embeddings.safetensors', _kept(task.run, 'embeddings.json', make)['sha256'])['emb'].to(task.device)
+    emb = load_tensors(task.run, 'embeddings.safetensors', _kept(task.run, 'embeddings.json', make)['sha256'])[
+        'emb'
+    ].to(task.device)
     return queries_and_gallery(emb, task.pictures.dataset.labels.to(task.device), task.pictures.queries)
 
 def _copies(queries:Queries, gallery:Gallery)->int:
@@ -355,8 +522,12 @@ def _copies(queries:Queries, gallery:Gallery)->int:
 def _evaluation(task:Task)->dict:
     "The record of `evaluate`."
     given = asdict(task.protocol)
-    return asdict(evaluate(task.model, task.pictures.dataset, **given, attacks={name: ATTACKS[name] for name in task.attacks}, queries=task.pictures.queries,
-                           device=task.device, run=task.run, show=task.show, desc='audit'))
+    return asdict(
+        evaluate(
+            task.model, task.pictures.dataset, **given, attacks={name: ATTACKS[name] for name in task.attacks},
+            queries=task.pictures.queries, device=task.device, run=task.run, show=task.show, desc='audit'
+        )
+    )
 
 # %% ../../nbs/audit/00_measure.ipynb #0705d969
 RADII, CURVE_QUERIES = (0, 1, 2, 4, 8, 16, 32, 64), 16 # ε in 255ths; queries at most
@@ -369,13 +540,18 @@ def _curves(task:Task, queries:Queries, gallery:Gallery)->dict:
     "Points of the four curves by 'eps' or 'steps' and attack, and the seconds they took."
     p, watch, lines, fast = task.protocol, Stopwatch(task.device), {}, streamlined(task.model)
     some = picked(queries, query_rows(len(queries.id), limit=min(CURVE_QUERIES, p.limit or CURVE_QUERIES), seed=p.seed))
-    ways = dict(eps=partial(over_eps, eps=[k/255 for k in RADII], step_ratio=p.step_size/p.eps, steps=p.steps, seed=p.seed),
-                steps=partial(over_steps, eps=p.eps, step_size=p.step_size, steps=_grid_of_steps(p.steps), seed=p.seed))
+    ways = dict(
+        eps=partial(over_eps, eps=[k / 255 for k in RADII], step_ratio=p.step_size / p.eps, steps=p.steps, seed=p.seed),
+        steps=partial(over_steps, eps=p.eps, step_size=p.step_size, steps=_grid_of_steps(p.steps), seed=p.seed)
+    )
     with watch('curves'), progress(desc='curves', total=4, show=task.show) as bar:
         for axis,points in ways.items():
             for attack in (LTM_NEAREST, SUITE['ES']):
                 file = f'curve-{axis}.jsonl'
-                records = curve(points, fast, attack, task.pictures.dataset, some, gallery, batch_size=p.batch_size, known=read_lines(task.run, file), keep=partial(append_line, task.run, file), device=task.device)
+                records = curve(
+                    points, fast, attack, task.pictures.dataset, some, gallery, batch_size=p.batch_size,
+                    known=read_lines(task.run, file), keep=partial(append_line, task.run, file), device=task.device
+                )
                 lines.setdefault(axis, {})[attack.name] = curve_line(records, attack.outcomes[-1])
                 bar.update()
     return dict(lines=lines, seconds=watch.seconds['curves'])
@@ -389,7 +565,9 @@ def lost_first(
     found = outcomes(sorted(records, key=lambda r: r['start']))
     right, lost = found['before', headings[0]] > 0, torch.stack([found['after', h] == 0 for h in headings]).sum(0)
     far = found.get(('after', 'ES:D'), torch.zeros(len(lost)))
-    return sorted((i for i in range(len(lost)) if right[i] and lost[i]), key=lambda i: (-lost[i].item(), -far[i].item(), i))
+    return sorted(
+        (i for i in range(len(lost)) if right[i] and lost[i]), key=lambda i: (-lost[i].item(), -far[i].item(), i)
+    )
 
 def exposed(
     before:Tensor, # (B,) float: R@1 of each query without attack, NaN undefined
@@ -401,15 +579,25 @@ def exposed(
     rows = []
     for k in label.unique().tolist():
         mine = (label == k) & ~after.isnan()
-        rows.append({'class': classes[k], 'queries': int(mine.sum()), 'before': int((before[mine] > 0).sum()), 'after': int((after[mine] > 0).sum())})
-    return sorted((r for r in rows if r['before'] > r['after']), key=lambda r: (r['after'] - r['before'], r['after'], r['class']))
+        rows.append(
+            {
+                'class': classes[k], 'queries': int(mine.sum()), 'before': int((before[mine] > 0).sum()),
+                'after': int((after[mine] > 0).sum())
+            }
+        )
+    return sorted(
+        (r for r in rows if r['before'] > r['after']), key=lambda r: (r['after'] - r['before'], r['after'], r['class'])
+    )
 
 # %% ../../nbs/audit/00_measure.ipynb #4bd22a81
 def _examples(task:Task, queries:Queries, gallery:Gallery, rows:Tensor, attack:str)->dict[str, Tensor]:
-    "Chosen queries under an attack with their five nearest images before and after, as `report.tables.strip` takes them."
+    """Chosen queries under an attack with their five nearest images before and after, as `report.tables.strip` takes
+    them."""
     p, some, dataset = task.protocol, picked(queries, rows), task.pictures.dataset
     x = dataset.batch(some.id, device=task.device, dtype=dtype_of(task.model))
-    adv = run_attack(task.model, ATTACKS[attack], x, some, gallery, eps=p.eps, step_size=p.step_size, steps=p.steps, seed=p.seed).images
+    adv = run_attack(
+        task.model, ATTACKS[attack], x, some, gallery, eps=p.eps, step_size=p.step_size, steps=p.steps, seed=p.seed
+    ).images
     found = dict(clean=x, adv=adv, label=some.label)
     with frozen(task.model), torch.no_grad(): moved = embed(task.model, adv)
     for moment,emb in (('before', some.emb), ('after', moved)):
@@ -419,10 +607,16 @@ def _examples(task:Task, queries:Queries, gallery:Gallery, rows:Tensor, attack:s
 
 # %% ../../nbs/audit/00_measure.ipynb #a25dfbad
 _STILL = 'queries that still find a right image first (R@1), in percent'
-_DONE = MappingProxyType({name: (deed, reading.replace('R@1 afterwards', _STILL)) for name, _, deed, reading in ATTACK_WORDS} | {
-    'LTM fixed': ('as LTM, without a slip of its official code that lets a query match itself', _STILL),
-    'GTM fixed': ('as GTM, without a slip of its official code that often picks the wrong target', _STILL),
-    'LTM nearest': ('a query is altered until the nearest image of another class is nearer than all of its own', _STILL)})
+_DONE = MappingProxyType(
+    {name: (deed, reading.replace('R@1 afterwards', _STILL)) for name, _, deed, reading in ATTACK_WORDS}
+    | {
+        'LTM fixed': ('as LTM, without a slip of its official code that lets a query match itself', _STILL),
+        'GTM fixed': ('as GTM, without a slip of its official code that often picks the wrong target', _STILL),
+        'LTM nearest': (
+            'a query is altered until the nearest image of another class is nearer than all of its own', _STILL
+        ),
+    }
+)
 
 def sentence(
     worst:WorstCase,
@@ -433,12 +627,22 @@ def sentence(
 )->str:
     "The answer."
     known = worst.queries[~worst.queries.isnan()]
-    if not len(known): return f'None of {len(worst.queries)} queries has another image of its class to be found, so nothing can be said; attack more queries or add images.'
+    if not len(known):
+        return (
+            f'None of {len(worst.queries)} queries has another image of its class to be found, so nothing can be said;'
+            ' attack more queries or add images.'
+        )
     right, left = round(worst.before*len(known)/100), int((known > 0).sum())
     change = f'{"hardly visible " if eps <= 8.5/255 else ""}changes of at most {in_255(eps)} per pixel'
-    text = f'Of {len(known)} queries, {right} found a right image first; after {change}, {left} {"does" if left == 1 else "do"}.'
+    text = (
+        f'Of {len(known)} queries, {right} found a right image first; after {change}, {left}'
+        f' {"does" if left == 1 else "do"}.'
+    )
     if 'CA+' not in after: return text
-    return f'{text} A gallery image altered as little moves from place {before["CA+"]:.0f} to place {after["CA+"]:.0f} of 100 in the results of a query that it has nothing to do with.'
+    return (
+        f'{text} A gallery image altered as little moves from place {before["CA+"]:.0f} to place {after["CA+"]:.0f} of'
+        ' 100 in the results of a query that it has nothing to do with.'
+    )
 
 # %% ../../nbs/audit/00_measure.ipynb #cb7cf72f
 def half_point(
@@ -451,19 +655,60 @@ def half_point(
 def advice(results:Mapping[str, Any])->list[str]:
     "What the numbers mean and what to do next."
     evaluation, worst, said = results['evaluation'], results['worst'], []
-    line, eps, raised = results['curves']['lines']['eps']['LTM nearest'], evaluation['protocol']['eps'], [f for f in evaluation['flags'] if f['raised']]
-    if raised: said.append(f'Settle the flags first ({", ".join(f["name"].replace("_", " ") for f in raised)}), then run the audit again: until then the numbers say less than they seem to.')
-    if worst['before'] is None: said.append('No attacked query could find anything, so nothing is known: attack more queries, or add images to the classes.')
-    elif worst['before'] < 10: said.append('Without an attack the model hardly finds anything: check weights, size and normalisation before anything else; robustness of such a model means nothing.')
-    elif worst['after'] < worst['before']/2: said.append(f'The model is easily fooled: somebody who can change a query by {in_255(eps)} decides what it finds. Do not let security, moderation or ranking depend on it as it is.')
-    else: said.append(f'More than half of the right answers withstand these attacks at ε = {in_255(eps)}. That is no proof: a stronger attack or a larger ε may do more.')
-    if half := half_point(line): said.append(f'On the sample of the curves, more than half of the right answers are gone at ε = {in_255(half)}.')
-    elif line[0]['value']: said.append(f'On the sample of the curves, half of the right answers are left even at ε = {in_255(line[-1]["eps"])}: few models can do that, so look for a reason why the attack fails.')
-    return [*said, 'Hardening is training against such changes. The notebook run_harden takes the same model and images, trains a copy on one half of the classes and audits both on the other half; run_table1 compares the defences on a folder of class folders.',
-            f'This was a look at {evaluation["queries"]} queries with {evaluation["protocol"]["steps"]} steps. For a number to rely on, attack all queries (limit 0) with more steps, until the curve over the steps is flat.']
+    line, eps, raised = (
+        results['curves']['lines']['eps']['LTM nearest'], evaluation['protocol']['eps'],
+        [f for f in evaluation['flags'] if f['raised']]
+    )
+    if raised:
+        said.append(
+            f'Settle the flags first ({", ".join(f["name"].replace("_", " ") for f in raised)}), then run the audit'
+            ' again: until then the numbers say less than they seem to.'
+        )
+    if worst['before'] is None:
+        said.append(
+            'No attacked query could find anything, so nothing is known: attack more queries, or add images to the'
+            ' classes.'
+        )
+    elif worst['before'] < 10:
+        said.append(
+            'Without an attack the model hardly finds anything: check weights, size and normalisation before anything'
+            ' else; robustness of such a model means nothing.'
+        )
+    elif worst['after'] < worst['before']/2:
+        said.append(
+            f'The model is easily fooled: somebody who can change a query by {in_255(eps)} decides what it finds. Do'
+            ' not let security, moderation or ranking depend on it as it is.'
+        )
+    else:
+        said.append(
+            f'More than half of the right answers withstand these attacks at ε = {in_255(eps)}. That is no proof: a'
+            ' stronger attack or a larger ε may do more.'
+        )
+    if half := half_point(line):
+        said.append(f'On the sample of the curves, more than half of the right answers are gone at ε = {in_255(half)}.')
+    elif line[0]['value']:
+        said.append(
+            f'On the sample of the curves, half of the right answers are left even at ε = {in_255(line[-1]["eps"])}:'
+            ' few models can do that, so look for a reason why the attack fails.'
+        )
+    return [
+        *said,
+        (
+            'Hardening is training against such changes. The notebook run_harden takes the same model and images,'
+            ' trains a copy on one half of the classes and audits both on the other half; run_table1 compares the'
+            ' defences on a folder of class folders.'
+        ),
+        (
+            f'This was a look at {evaluation["queries"]} queries with {evaluation["protocol"]["steps"]} steps. For a'
+            ' number to rely on, attack all queries (limit 0) with more steps, until the curve over the steps is flat.'
+        ),
+    ]
 
 # %% ../../nbs/audit/00_measure.ipynb #9add57b7
-_STYLES = {'LTM nearest': ('#d55e00', 'D', '-', 'LTM nearest, which knows the classes'), 'ES': ('#0072b2', 's', '--', 'ES, which knows nothing')}
+_STYLES = {
+    'LTM nearest': ('#d55e00', 'D', '-', 'LTM nearest, which knows the classes'),
+    'ES': ('#0072b2', 's', '--', 'ES, which knows nothing')
+}
 
 def curve_figure(
     lines:Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], # 'eps' and 'steps', attack, points
@@ -477,7 +722,10 @@ def curve_figure(
         for ax, (axis, scale) in zip(fig.subplots(1, 2, sharey=True), (('eps', 255), ('steps', 1))):
             for name, points in lines[axis].items():
                 colour, marker, style, label = _STYLES[name]
-                ax.plot([scale*p[axis] for p in points], [math.nan if p['value'] is None else p['value'] for p in points], style, color=colour, marker=marker, markersize=4, label=label)
+                ax.plot(
+                    [scale * p[axis] for p in points], [math.nan if p['value'] is None else p['value'] for p in points],
+                    style, color=colour, marker=marker, markersize=4, label=label
+                )
             ticks = [round(scale*p[axis]) for p in points]
             ax.set_xscale('symlog', linthresh=1, base=2)
             ax.set_xticks(ticks, list(map(str, ticks)))
@@ -491,59 +739,114 @@ def curve_figure(
 # %% ../../nbs/audit/00_measure.ipynb #48a6b8c7
 def _number(value:float|None, digits:int=1)->str:
     "A number that no line break cuts."
-    return '–' if value is None or math.isnan(value) else f'<span style="white-space:nowrap">{fixed_text(value, digits)}</span>'
+    return (
+        '–'
+        if value is None or math.isnan(value)
+        else f'<span style="white-space:nowrap">{fixed_text(value, digits)}</span>'
+    )
 
 def _attack_rows(evaluation:Mapping[str, Any])->list[tuple[str, float|None, float|None, list]]:
     "Heading, before, after and interval of every number."
     order = [h for h in _DONE if h in evaluation['after']]
-    return [(h, evaluation['before'][h], evaluation['after'][h], evaluation['intervals'].get(h) or [None, None]) for h in order]
+    return [
+        (h, evaluation['before'][h], evaluation['after'][h], evaluation['intervals'].get(h) or [None, None])
+        for h in order
+    ]
 
 def _attack_table(evaluation:Mapping[str, Any])->str:
     "Numbers before and after, then every attack in a sentence."
     rows, body = _attack_rows(evaluation), []
     for h, before, after, (low, high) in rows:
         digits = 3 if h in ('TMA', 'ES:D') else 1
-        body.append(html_row([f"{escape(h)}&nbsp;{'↑' if GOALS[h.split()[0]] > 0 else '↓'}", _number(before, digits), f'<b>{_number(after, digits)}</b>', f'{_number(low, digits)} to {_number(high, digits)}']))
-    terms = ''.join(f'<div><dt>{escape(h)}</dt><dd>{escape(_DONE[h][0][0].upper() + _DONE[h][0][1:])}. The number: {escape(_DONE[h][1])}.</dd></div>' for h, *_ in rows)
-    return f'{table_box(html_row(["Attack", "before", "after", "95 % interval"], head=True), body, "text")}<p class="note">The arrow points to where the attacker wants the number. The interval is that of another choice of queries.</p><h3>What each attack does</h3><dl>{terms}</dl>'
+        body.append(
+            html_row(
+                [
+                    f"{escape(h)}&nbsp;{'↑' if GOALS[h.split()[0]] > 0 else '↓'}", _number(before, digits),
+                    f'<b>{_number(after, digits)}</b>', f'{_number(low, digits)} to {_number(high, digits)}'
+                ]
+            )
+        )
+    terms = ''.join(
+        f'<div><dt>{escape(h)}</dt><dd>{escape(_DONE[h][0][0].upper() + _DONE[h][0][1:])}. The number:'
+        f' {escape(_DONE[h][1])}.</dd></div>'
+        for h, *_ in rows
+    )
+    return (
+        f'{table_box(html_row(["Attack", "before", "after", "95 % interval"], head=True), body, "text")}<p'
+        ' class="note">The arrow points to where the attacker wants the number. The interval is that of another choice'
+        f' of queries.</p><h3>What each attack does</h3><dl>{terms}</dl>'
+    )
 
 def _benign_list(evaluation:Mapping[str, Any])->str:
     "Retrieval without attack."
-    terms = ''.join(f'<div><dt>{c.name}: {_number(evaluation["benign"][c.name])}</dt><dd>{escape(c.help)}</dd></div>' for c in BENIGN_COLUMNS)
-    lone = f'<p class="note">{evaluation["excluded"]} queries have no other image of their class to be found; they are left out.</p>' if evaluation['excluded'] else ''
+    terms = ''.join(
+        f'<div><dt>{c.name}: {_number(evaluation["benign"][c.name])}</dt><dd>{escape(c.help)}</dd></div>'
+        for c in BENIGN_COLUMNS
+    )
+    lone = (
+        f'<p class="note">{evaluation["excluded"]} queries have no other image of their class to be found; they are'
+        ' left out.</p>'
+        if evaluation['excluded']
+        else ''
+    )
     return f'<dl>{terms}</dl>{lone}'
 
 def _worst_table(worst:Mapping[str, Any])->str:
     "R@1 under each attack and under all of them."
-    body = [html_row([escape(h), _number(v), _number(worst['alone'][h])]) for h in _DONE if (v := worst['each'].get(h)) is not None]
+    body = [
+        html_row([escape(h), _number(v), _number(worst['alone'][h])])
+        for h in _DONE
+        if (v := worst['each'].get(h)) is not None
+    ]
     body.append(html_row(['<b>the worst of all</b>', f'<b>{_number(worst["after"])}</b>', '']))
     return table_box(html_row(['Attack', 'R@1 (%)', 'queries that only it takes (%)'], head=True), body, 'text')
 
 def _class_table(rows:Sequence[Mapping[str, Any]], shown:int=10)->str:
     "The classes that lose most."
     if not rows: return '<p>No class loses a right answer.</p>'
-    body = [html_row([escape(r['class']), str(r['queries']), str(r['before']), f'<b>{r["after"]}</b>']) for r in rows[:shown]]
-    return table_box(html_row(['Class', 'queries', 'right before', 'right after'], head=True), body, 'text') + (f'<p class="note">{len(rows) - shown} more classes lose right answers.</p>' if len(rows) > shown else '')
+    body = [
+        html_row([escape(r['class']), str(r['queries']), str(r['before']), f'<b>{r["after"]}</b>'])
+        for r in rows[:shown]
+    ]
+    return table_box(html_row(['Class', 'queries', 'right before', 'right after'], head=True), body, 'text') + (
+        f'<p class="note">{len(rows) - shown} more classes lose right answers.</p>' if len(rows) > shown else ''
+    )
 
 # %% ../../nbs/audit/00_measure.ipynb #dad3cf03
 def _flag_list(evaluation:Mapping[str, Any])->str:
     "Raised flags as warnings, the others in one line."
     raised = [f for f in evaluation['flags'] if f['raised']]
     calm = [f['name'].replace('_', ' ') for f in evaluation['flags'] if not f['raised']]
-    hints = {'range': ' In Python audit.measure.normalised(model) does this, in the notebook normalise=imagenet.', 'duplicates': ' Remove copies from the images and run the audit again.'}
-    warn = ''.join(f'<p class="warn"><b>{escape(f["name"].replace("_", " "))}</b>: {escape(f["says"] + hints.get(f["name"], ""))}</p>' for f in raised)
-    return (warn or '<p>No flag is raised.</p>') + (f'<p class="note">Not raised: {escape(", ".join(calm))}.</p>' if calm else '')
+    hints = {
+        'range': ' In Python audit.measure.normalised(model) does this, in the notebook normalise=imagenet.',
+        'duplicates': ' Remove copies from the images and run the audit again.'
+    }
+    warn = ''.join(
+        f'<p class="warn"><b>{escape(f["name"].replace("_", " "))}</b>:'
+        f' {escape(f["says"] + hints.get(f["name"], ""))}</p>'
+        for f in raised
+    )
+    return (warn or '<p>No flag is raised.</p>') + (
+        f'<p class="note">Not raised: {escape(", ".join(calm))}.</p>' if calm else ''
+    )
 
 def _time_table(results:Mapping[str, Any])->str:
     "Seconds of the parts."
-    parts = {'embedding the images': results['evaluation']['parts']['gallery'], 'attacks': results['evaluation']['seconds'], 'flags': results['evaluation']['parts']['checks'],
-             'metrics': results['evaluation']['parts']['metrics'] + results['evaluation']['parts']['indicators'], 'curves': results['curves']['seconds']}
+    parts = {
+        'embedding the images': results['evaluation']['parts']['gallery'], 'attacks': results['evaluation']['seconds'],
+        'flags': results['evaluation']['parts']['checks'],
+        'metrics': results['evaluation']['parts']['metrics'] + results['evaluation']['parts']['indicators'],
+        'curves': results['curves']['seconds']
+    }
     return table_box('', [html_row([name, escape(clock_text(seconds))]) for name, seconds in parts.items()], 'text')
 
 def _origin(results:Mapping[str, Any])->str:
     "Images, model, attacks and software."
     protocol = {k: results['evaluation']['protocol'][k] for k in ('eps', 'step_size', 'steps', 'limit', 'seed')}
-    parts = dict(Images=results['data'], Model=results['model'], Attacks=in_pixels(protocol) | dict(run=results['run']), Software=results['provenance'])
+    parts = dict(
+        Images=results['data'], Model=results['model'], Attacks=in_pixels(protocol) | dict(run=results['run']),
+        Software=results['provenance']
+    )
     return ''.join(f'<h3>{title}</h3>{facts_table(facts)}' for title, facts in parts.items())
 
 def _page(results:Mapping[str, Any], figures:Mapping[str, tuple[bytes, str]])->str:
@@ -551,15 +854,25 @@ def _page(results:Mapping[str, Any], figures:Mapping[str, tuple[bytes, str]])->s
     evaluation, title = results['evaluation'], f'How easily is {results["name"]} fooled?'
     data, protocol = results['data'], evaluation['protocol']
     some = f', a sample of {data["listed"]:,} listed ones' if data['images'] < data['listed'] else ''
-    sub = f'{data["images"]:,} images of {data["classes"]:,} classes{some}; {evaluation["queries"]} queries attacked at ε = {in_255(protocol["eps"])} with {protocol["steps"]} steps of {in_255(protocol["step_size"])}.'
+    sub = (
+        f'{data["images"]:,} images of {data["classes"]:,} classes{some}; {evaluation["queries"]} queries attacked at ε'
+        f' = {in_255(protocol["eps"])} with {protocol["steps"]} steps of {in_255(protocol["step_size"])}.'
+    )
     notes = ''.join(f'<p class="note">{escape(note)}</p>' for note in results['notes'])
     pictures = {name: html_figure(*figure, photo=name == 'queries.png') for name, figure in figures.items()}
-    return document(title, opening(title, sub, [results['sentence']]) +
-        f'<h2>Can the numbers be believed?</h2>{_flag_list(evaluation)}{notes}<h2>Without an attack</h2>{_benign_list(evaluation)}'
-        f'<h2>Under attack</h2>{_attack_table(evaluation)}<h2>The worst of all attacks</h2><p>A query counts as right only if it withstands every attack that is measured by R@1.</p>{_worst_table(results["worst"])}'
-        f'<h2>Larger changes, longer attacks</h2>{pictures["curves.png"]}<h2>Queries that were lost</h2>{pictures.get("queries.png", "<p>No query that was right was lost.</p>")}'
-        f'<h2>Classes that lose most</h2>{_class_table(results["classes"])}<h2>What it means, and what next</h2><ul>{"".join(f"<li>{escape(text)}</li>" for text in advice(results))}</ul>'
-        f'<h2>Cost</h2>{_time_table(results)}<h2>Provenance</h2>{_origin(results)}')
+    return document(
+        title,
+        opening(title, sub, [results['sentence']])
+        + f'<h2>Can the numbers be believed?</h2>{_flag_list(evaluation)}{notes}<h2>Without an'
+        f' attack</h2>{_benign_list(evaluation)}'
+        f'<h2>Under attack</h2>{_attack_table(evaluation)}<h2>The worst of all attacks</h2><p>A query counts as right'
+        f' only if it withstands every attack that is measured by R@1.</p>{_worst_table(results["worst"])}'
+        f'<h2>Larger changes, longer attacks</h2>{pictures["curves.png"]}<h2>Queries that were'
+        f' lost</h2>{pictures.get("queries.png", "<p>No query that was right was lost.</p>")}'
+        f'<h2>Classes that lose most</h2>{_class_table(results["classes"])}<h2>What it means, and what'
+        f' next</h2><ul>{"".join(f"<li>{escape(text)}</li>" for text in advice(results))}</ul>'
+        f'<h2>Cost</h2>{_time_table(results)}<h2>Provenance</h2>{_origin(results)}',
+    )
 
 # %% ../../nbs/audit/00_measure.ipynb #319b2720
 def _csv(rows:Sequence[Sequence[Any]])->bytes:
@@ -572,7 +885,10 @@ def _query_rows(records:Sequence[dict], rows:Tensor, pictures:Pictures)->list[li
     "File, class, row, and every outcome before and after."
     found = outcomes(sorted(records, key=lambda r: r['start']))
     names, label = pictures.dataset.classes, pictures.dataset.labels
-    lines = [[pictures.files[r], names[label[r]], *(column[k].item() for column in found.values())] for k, r in enumerate(rows.tolist())]
+    lines = [
+        [pictures.files[r], names[label[r]], *(column[k].item() for column in found.values())]
+        for k, r in enumerate(rows.tolist())
+    ]
     return [['file', 'class', *(f'{heading} {moment}' for moment, heading in found)], *lines]
 
 # %% ../../nbs/audit/00_measure.ipynb #e4718b50
@@ -587,34 +903,80 @@ def _report(task:Task, name:str, notes:Sequence[str], folder:Path)->Audit:
     evaluation = _kept(task.run, 'evaluation.json', partial(_evaluation, task))
     queries, gallery = _searched(task)
     curves = _kept(task.run, 'curves.json', partial(_curves, task, queries, gallery))
-    records, rows = read_lines(task.run, 'queries.jsonl'), query_rows(len(queries.id), limit=task.protocol.limit, seed=task.protocol.seed)
+    records, rows = read_lines(task.run, 'queries.jsonl'), query_rows(
+        len(queries.id), limit=task.protocol.limit, seed=task.protocol.seed
+    )
     worst = worst_case(records)
     headings, data = list(worst.each), task.pictures.dataset
     clean = outcomes(sorted(records, key=lambda r: r['start']))['before', headings[0]]
-    if copies := _copies(queries, gallery): notes = [*notes, f'{copies} of {len(queries.id)} queries have a copy in the gallery (equal embeddings), which is found whatever the attacker does; remove the copies from one side and run the audit again.']
+    if copies := _copies(queries, gallery):
+        notes = [
+            *notes,
+            (
+                f'{copies} of {len(queries.id)} queries have a copy in the gallery (equal embeddings), which is found'
+                ' whatever the attacker does; remove the copies from one side and run the audit again.'
+            ),
+        ]
     answer = sentence(worst, evaluation['after'], evaluation['before'], eps=task.protocol.eps)
-    results = dict(name=name, sentence=answer, evaluation=evaluation, curves=curves, notes=list(notes), run=task.run.address, provenance=provenance(),
-                   worst=dict(before=worst.before, after=worst.after, each=worst.each, alone=worst.alone), classes=exposed(clean, worst.queries, data.labels[rows], data.classes),
-                   data=data.summary() | dict(queries=task.pictures.queries, listed=task.pictures.total, skipped=len(task.pictures.skipped), sha256=data.checksum()),
-                   model=dict(sha256=checksum(task.model), weights=sum(p.numel() for p in task.model.parameters()), length=gallery.emb.shape[1]))
+    results = dict(
+        name=name, sentence=answer, evaluation=evaluation, curves=curves, notes=list(notes), run=task.run.address,
+        provenance=provenance(), worst=dict(before=worst.before, after=worst.after, each=worst.each, alone=worst.alone),
+        classes=exposed(clean, worst.queries, data.labels[rows], data.classes),
+        data=data.summary()
+        | dict(
+            queries=task.pictures.queries, listed=task.pictures.total, skipped=len(task.pictures.skipped),
+            sha256=data.checksum()
+        ),
+        model=dict(
+            sha256=checksum(task.model), weights=sum(p.numel() for p in task.model.parameters()),
+            length=gallery.emb.shape[1]
+        ),
+    )
     results = json.loads(to_json(results)) # as it will be read
-    figures = _figures(task, queries, gallery, curves, rows[lost_first(records, headings)[:6]], min(reversed(headings), key=worst.each.__getitem__))
+    figures = _figures(
+        task, queries, gallery, curves, rows[lost_first(records, headings)[:6]],
+        min(reversed(headings), key=worst.each.__getitem__)
+    )
     for file, (picture, _) in figures.items(): write_atomic(folder/'figures'/file, picture)
-    write_atomic(folder/'attacks.csv', _csv([['attack', 'before', 'after', 'low', 'high'], *([h, b, a, *sure] for h, b, a, sure in _attack_rows(evaluation))]))
+    write_atomic(
+        folder / 'attacks.csv',
+        _csv(
+            [
+                ['attack', 'before', 'after', 'low', 'high'],
+                *([h, b, a, *sure] for h, b, a, sure in _attack_rows(evaluation))
+            ]
+        ),
+    )
     write_atomic(folder/'queries.csv', _csv(_query_rows(records, rows, task.pictures)))
     write_results(folder, results)
     write_atomic(folder/'index.html', _page(results, figures).encode(errors='backslashreplace'))
     return Audit(folder/'index.html', answer, results)
 
-def _figures(task:Task, queries:Queries, gallery:Gallery, curves:Mapping[str, Any], lost:Tensor, heading:str)->dict[str, tuple[bytes, str]]:
+def _figures(
+    task: Task, queries: Queries, gallery: Gallery, curves: Mapping[str, Any], lost: Tensor, heading: str
+) -> dict[str, tuple[bytes, str]]:
     "Figures of the page with their captions."
     p, count = task.protocol, curves['lines']['eps']['ES'][0]['queries']
-    made = {'curves.png': (png(curve_figure(curves['lines'], eps=p.eps, steps=p.steps)), f'{count} queries. Left: the more a pixel may change, the fewer right answers are left; a curve that stays high at 64/255 points to a failing attack. '
-            'Right: a curve that still falls at its end asks for more steps. Dotted: this audit.')}
+    made = {
+        'curves.png': (
+            png(curve_figure(curves['lines'], eps=p.eps, steps=p.steps)),
+            (
+                f'{count} queries. Left: the more a pixel may change, the fewer right answers are left; a curve that'
+                ' stays high at 64/255 points to a failing attack. Right: a curve that still falls at its end asks for'
+                ' more steps. Dotted: this audit.'
+            ),
+        )
+    }
     if not len(lost): return made
     attack = next(name for name in task.attacks if heading in ATTACKS[name].outcomes)
-    made['queries.png'] = png(strip(_examples(task, queries, gallery, lost, attack))), (f'The queries that lost most, under {attack}, and their five nearest images before and after. The difference is amplified; its scale stands below. '
-        'Solid blue frame: same class; dashed orange frame: other class.')
+    made['queries.png'] = (
+        png(strip(_examples(task, queries, gallery, lost, attack))),
+        (
+            f'The queries that lost most, under {attack}, and their five nearest images before and after. The'
+            ' difference is amplified; its scale stands below. Solid blue frame: same class; dashed orange frame:'
+            ' other class.'
+        ),
+    )
     return made
 
 # %% ../../nbs/audit/00_measure.ipynb #834d6d3c
@@ -627,7 +989,11 @@ def _announce(task:Task, pace:float)->None:
     steps = n*p.steps*len(task.attacks) + 2*few*(len(RADII)*p.steps + 4*p.steps) + 10*check_size(n)*p.steps
     seconds = steps*pace + len(d)*pace/2
     hint = '' if seconds < 180 else "; for a first look set limit=8, steps=8, attacks='ES,LTM nearest'"
-    print(f'{len(d):,} images of {len(d.classes):,} classes, {n} queries, {len(task.attacks)} attacks of {p.steps} steps on {task.device}: about {clock_text(seconds)}, by one measured step{hint}. What is finished is kept in {task.run.folder}')
+    print(
+        f'{len(d):,} images of {len(d.classes):,} classes, {n} queries, {len(task.attacks)} attacks of {p.steps} steps'
+        f' on {task.device}: about {clock_text(seconds)}, by one measured step{hint}. What is finished is kept in'
+        f' {task.run.folder}'
+    )
 
 def audit(
     model:nn.Module,      # images in [0, 1] (B, C, S, S) to embeddings (B, D); see `load_model` and `normalised`
@@ -649,26 +1015,47 @@ def audit(
     show:bool=True,       # progress bars and a forecast
 )->Audit:
     "How easily a retrieval model is fooled, as a report folder; a killed audit goes on when it is called again."
-    if not eps or not steps: raise ValueError(f'eps and steps must be larger than 0, found {eps} and {steps}: nothing would be attacked')
+    if not eps or not steps:
+        raise ValueError(f'eps and steps must be larger than 0, found {eps} and {steps}: nothing would be attacked')
     asked = entries('attacks', attacks, ATTACKS) or tuple(ATTACKS)
-    if not any(h in R_AT_1 for a in asked for h in ATTACKS[a].outcomes): raise ValueError(f'attacks must hold one that is measured by R@1 (ES, LTM, GTM, ...), found {attacks}; add one')
-    protocol = Protocol(eps=check_between('eps', eps, 0, 1), step_size=eps/4, steps=steps, seed=seed, limit=limit, batch_size=batch_size)
+    if not any(h in R_AT_1 for a in asked for h in ATTACKS[a].outcomes):
+        raise ValueError(f'attacks must hold one that is measured by R@1 (ES, LTM, GTM, ...), found {attacks}; add one')
+    protocol = Protocol(
+        eps=check_between('eps', eps, 0, 1), step_size=eps / 4, steps=steps, seed=seed, limit=limit,
+        batch_size=batch_size
+    )
     model, device, notes = placed(model, device)
     channels, listed = find_channels(model, size=size, device=device), list_images(images, queries)
-    pictures = read_images(listed, size=size, channels=channels, most=gallery, seed=seed, skip_unreadable=skip_unreadable, show=show)
+    pictures = read_images(
+        listed, size=size, channels=channels, most=gallery, seed=seed, skip_unreadable=skip_unreadable, show=show
+    )
     some = torch.linspace(0, len(pictures.dataset) - 1, min(8, len(pictures.dataset))).long()
     more, emb, pace = try_out(model, pictures.dataset.batch(some, device, dtype_of(model)))
-    if len(listed.files) > len(pictures.files) + len(pictures.skipped): more.append(f'A sample of {len(pictures.files):,} from {len(listed.files):,} listed images was used: fewer images are in the way, so the model is worse on the whole collection.')
+    if len(listed.files) > len(pictures.files) + len(pictures.skipped):
+        more.append(
+            f'A sample of {len(pictures.files):,} from {len(listed.files):,} listed images was used: fewer images are'
+            ' in the way, so the model is worse on the whole collection.'
+        )
     if pictures.skipped: more.append(f'{len(pictures.skipped)} damaged files were left out: {_some(pictures.skipped)}.')
-    config = dict(format=1, weights=checksum(model), data=pictures.dataset.checksum(), queries=pictures.queries, protocol=asdict(protocol), attacks=asked)
+    config = dict(
+        format=1, weights=checksum(model), data=pictures.dataset.checksum(), queries=pictures.queries,
+        protocol=asdict(protocol), attacks=asked
+    )
     task = Task(model, pictures, protocol, asked, device, open_run(reports_root(out), 'audit', config), show)
     _check_behaviour(task.run, emb)
     if show and not task.run.has('evaluation.json'): _announce(task, pace)
-    return _report(task, name, notes + more, reports_root(out)/f'audit-{slug(Path(images).resolve().name)}-{slug(name)}')
+    return _report(
+        task, name, notes + more, reports_root(out) / f'audit-{slug(Path(images).resolve().name)}-{slug(name)}'
+    )
 
 # %% ../../nbs/audit/00_measure.ipynb #3c6bd6a9
-PARAMETERS = MappingProxyType(dict(model='torchvision:resnet18', weights='', images='', queries='', size=224, normalise='', eps=8, steps=16, limit=64, gallery=5000, attacks='', seed=0,
-                                   device='auto', batch_size=32, name='', trust=False, skip_unreadable=False, out=''))
+PARAMETERS = MappingProxyType(
+    dict(
+        model='torchvision:resnet18', weights='', images='', queries='', size=224, normalise='', eps=8, steps=16,
+        limit=64, gallery=5000, attacks='', seed=0, device='auto', batch_size=32, name='', trust=False,
+        skip_unreadable=False, out=''
+    )
+)
 
 def prepared(
     namespace:Mapping[str, Any], # globals() of the run notebook, or a dict
@@ -678,8 +1065,14 @@ def prepared(
     check_known(namespace, known, ('found', 'options'))
     values = {k: typed(k, namespace.get(k, v), v) for k, v in known.items() if k != 'eps'}
     eps = check_between('eps, in 255ths,', namespace.get('eps', known['eps']), 0, 255)/255
-    if not values['images']: raise ValueError('images must be the path of a folder of class folders or of a csv or txt list, found none; set it with -p images path/to/folder')
-    net = load_model(values.pop('model'), **{k: values.pop(k) for k in ('weights', 'normalise', 'trust')}, seed=values['seed'])
+    if not values['images']:
+        raise ValueError(
+            'images must be the path of a folder of class folders or of a csv or txt list, found none; set it with -p'
+            ' images path/to/folder'
+        )
+    net = load_model(
+        values.pop('model'), **{k: values.pop(k) for k in ('weights', 'normalise', 'trust')}, seed=values['seed']
+    )
     place = pick_device(values['device'])
     name = values['name'] or str(namespace.get('model', known['model'])).rpartition(':')[2]
     return net.to(place), values | dict(eps=eps, device=place, name=Path(name).name)

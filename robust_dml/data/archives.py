@@ -44,30 +44,63 @@ class Archive:
 
 # %% ../../nbs/data/01_archives.ipynb #81539f0e
 _IDX = tuple(f'{side}-{kind}-ubyte' for side in ('train', 't10k') for kind in ('images-idx3', 'labels-idx1'))
-_TEN = dict[str, Any](marks=tuple(f'{stem}{end}' for stem in _IDX for end in ('.gz', '')), downloads=tuple(f'{stem}.gz' for stem in _IDX), layout=tuple(f'{stem}.gz' for stem in _IDX),
-            counts=dict(train=(60000, 10), test=(10000, 10)), ranges=dict(train=(0, 9), test=(0, 9)), size=28, channels=1)
+_TEN = dict[str, Any](
+    marks=tuple(f'{stem}{end}' for stem in _IDX for end in ('.gz', '')), downloads=tuple(f'{stem}.gz' for stem in _IDX),
+    layout=tuple(f'{stem}.gz' for stem in _IDX), counts=dict(train=(60000, 10), test=(10000, 10)),
+    ranges=dict(train=(0, 9), test=(0, 9)), size=28, channels=1
+)
 SETS = dict(
-    cub=Archive(('CUB_200_2011',), ('image_class_labels.txt', 'train_test_split.txt'), ('CUB_200_2011.tgz',), 'https://data.caltech.edu/records/65de6-vp158',
-        "unpack it in {root}: tar xzf CUB_200_2011.tgz", ('images.txt', 'image_class_labels.txt', 'train_test_split.txt', 'images/001.Black_footed_Albatross/*.jpg'),
-        dict(train=(5864, 100), test=(5924, 100)), dict(train=(1, 100), test=(101, 200))),
-    cars=Archive(('cars',), ('cars_annos.mat', 'car_ims'), ('car_ims.tgz', 'cars_annos.mat'), 'https://ai.stanford.edu/~jkrause/cars/car_dataset.html',
-        "put both into {root}/cars and unpack the first there: tar xzf car_ims.tgz (where the page is gone, a copy from elsewhere must have these two files; cars_train and cars_test of the development kit are numbered differently)",
-        ('cars_annos.mat', 'car_ims/000001.jpg'), dict(train=(8054, 98), test=(8131, 98)), dict(train=(1, 98), test=(99, 196))),
-    sop=Archive(('Stanford_Online_Products',), ('Ebay_train.txt', 'Ebay_test.txt'), ('Stanford_Online_Products.zip',), 'https://cvgl.stanford.edu/projects/lifted_struct/',
-        "unpack it in {root}: unzip Stanford_Online_Products.zip", ('Ebay_train.txt', 'Ebay_test.txt', 'bicycle_final/*.JPG'),
-        dict(train=(59551, 11318), test=(60502, 11316)), dict(train=(1, 11318), test=(11319, 22634))),
-    inshop=Archive(('In-shop Clothes Retrieval Benchmark', 'In-shop', 'inshop'), ('Eval/list_eval_partition.txt', 'list_eval_partition.txt'), ('img.zip', 'list_eval_partition.txt'),
+    cub=Archive(
+        ('CUB_200_2011',), ('image_class_labels.txt', 'train_test_split.txt'), ('CUB_200_2011.tgz',),
+        'https://data.caltech.edu/records/65de6-vp158', "unpack it in {root}: tar xzf CUB_200_2011.tgz",
+        ('images.txt', 'image_class_labels.txt', 'train_test_split.txt', 'images/001.Black_footed_Albatross/*.jpg'),
+        dict(train=(5864, 100), test=(5924, 100)), dict(train=(1, 100), test=(101, 200))
+    ),
+    cars=Archive(
+        ('cars',), ('cars_annos.mat', 'car_ims'), ('car_ims.tgz', 'cars_annos.mat'),
+        'https://ai.stanford.edu/~jkrause/cars/car_dataset.html',
+        "put both into {root}/cars and unpack the first there: tar xzf car_ims.tgz (where the page is gone, a copy from"
+        " elsewhere must have these two files; cars_train and cars_test of the development kit are numbered"
+        " differently)",
+        ('cars_annos.mat', 'car_ims/000001.jpg'),
+        dict(train=(8054, 98), test=(8131, 98)),
+        dict(train=(1, 98), test=(99, 196)),
+    ),
+    sop=Archive(
+        ('Stanford_Online_Products',), ('Ebay_train.txt', 'Ebay_test.txt'), ('Stanford_Online_Products.zip',),
+        'https://cvgl.stanford.edu/projects/lifted_struct/', "unpack it in {root}: unzip Stanford_Online_Products.zip",
+        ('Ebay_train.txt', 'Ebay_test.txt', 'bicycle_final/*.JPG'), dict(train=(59551, 11318), test=(60502, 11316)),
+        dict(train=(1, 11318), test=(11319, 22634))
+    ),
+    inshop=Archive(
+        ('In-shop Clothes Retrieval Benchmark', 'In-shop', 'inshop'),
+        ('Eval/list_eval_partition.txt', 'list_eval_partition.txt'), ('img.zip', 'list_eval_partition.txt'),
         'https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html',
-        "keep the folders Eval and Img of the benchmark, in {root}/inshop, and unpack img.zip in Img: unzip img.zip", ('Eval/list_eval_partition.txt', 'Img/img/WOMEN/Dresses/id_00000002/*.jpg'),
-        dict(train=(25882, 3997), query=(14218, 3985), gallery=(12612, 3985)), {}, rival='grocery'),
-    grocery=Archive(('GroceryStoreDataset/dataset', 'grocery', 'dataset'), ('list_eval_partition.txt', 'classes.csv'), ('GroceryStoreDataset',), 'https://github.com/marcusklasson/GroceryStoreDataset',
-        "clone or unpack the repository in {root} (MIT licence)", ('classes.csv', 'train.txt', 'val.txt', 'test.txt', 'train/Fruit/Apple/Golden-Delicious/*.jpg'),
-        dict(train=(2493, 40), query=(1371, 41), gallery=(1557, 41)), {}, size=128),
-    mnist=Archive(('MNIST/raw', 'raw'), page='http://yann.lecun.com/exdb/mnist', rival='FashionMNIST',
-        steps="""put them into {root}/MNIST/raw, or let torchvision do both: python -c "import torchvision; torchvision.datasets.MNIST('{root}', download=True)\"""", **_TEN),
-    fashion=Archive(('FashionMNIST/raw', 'raw'), page='https://github.com/zalandoresearch/fashion-mnist', rival='MNIST',
-        steps="""put them into {root}/FashionMNIST/raw, or let torchvision do both: python -c "import torchvision; torchvision.datasets.FashionMNIST('{root}', download=True)"; on Debian and its kin apt-get install dataset-fashion-mnist does, and is found without a root""",
-        places=('/usr/share/datasets/fashion-mnist', '/usr/share/dataset-fashion-mnist'), **_TEN))
+        "keep the folders Eval and Img of the benchmark, in {root}/inshop, and unpack img.zip in Img: unzip img.zip",
+        ('Eval/list_eval_partition.txt', 'Img/img/WOMEN/Dresses/id_00000002/*.jpg'),
+        dict(train=(25882, 3997), query=(14218, 3985), gallery=(12612, 3985)), {}, rival='grocery'
+    ),
+    grocery=Archive(
+        ('GroceryStoreDataset/dataset', 'grocery', 'dataset'), ('list_eval_partition.txt', 'classes.csv'),
+        ('GroceryStoreDataset',), 'https://github.com/marcusklasson/GroceryStoreDataset',
+        "clone or unpack the repository in {root} (MIT licence)",
+        ('classes.csv', 'train.txt', 'val.txt', 'test.txt', 'train/Fruit/Apple/Golden-Delicious/*.jpg'),
+        dict(train=(2493, 40), query=(1371, 41), gallery=(1557, 41)), {}, size=128
+    ),
+    mnist=Archive(
+        ('MNIST/raw', 'raw'), page='http://yann.lecun.com/exdb/mnist', rival='FashionMNIST',
+        steps="""put them into {root}/MNIST/raw, or let torchvision do both: \
+python -c "import torchvision; torchvision.datasets.MNIST('{root}', download=True)\"""",
+        **_TEN
+    ),
+    fashion=Archive(
+        ('FashionMNIST/raw', 'raw'), page='https://github.com/zalandoresearch/fashion-mnist', rival='MNIST',
+        steps="""put them into {root}/FashionMNIST/raw, or let torchvision do both: \
+python -c "import torchvision; torchvision.datasets.FashionMNIST('{root}', download=True)"; \
+on Debian and its kin apt-get install dataset-fashion-mnist does, and is found without a root""",
+        places=('/usr/share/datasets/fashion-mnist', '/usr/share/dataset-fashion-mnist'), **_TEN
+    ),
+)
 
 # %% ../../nbs/data/01_archives.ipynb #791ac183
 def instructions(
@@ -77,8 +110,12 @@ def instructions(
     "What to download for a set, where from, and where to put it."
     about = SETS[check_choice('dataset', name, SETS)]
     home = f'{Path(root)}/{about.folders[0] if name != "inshop" else "inshop"}'
-    return '\n'.join([f'{name}: download {", ".join(about.downloads)} from {about.page}', f'and {about.steps.format(root=root)}',
-                      'In the end these files are there:', *(f'  {home}/{file}' for file in about.layout)])
+    return '\n'.join(
+        [
+            f'{name}: download {", ".join(about.downloads)} from {about.page}', f'and {about.steps.format(root=root)}',
+            'In the end these files are there:', *(f'  {home}/{file}' for file in about.layout)
+        ]
+    )
 
 # %% ../../nbs/data/01_archives.ipynb #919b1fb7
 def _expanded(path:str|Path)->Path:
@@ -93,7 +130,8 @@ def locate(
     "The folder of a set."
     about, root = SETS[name], _expanded(root)
     for folder in (root, *(root/sub for sub in about.folders)):
-        if any(os.path.exists(folder/mark) for mark in about.marks) and about.rival not in folder.resolve().parts[-2:]: return folder
+        if any(os.path.exists(folder/mark) for mark in about.marks) and about.rival not in folder.resolve().parts[-2:]:
+            return folder
     return None
 
 # %% ../../nbs/data/01_archives.ipynb #46d1bb12
@@ -104,7 +142,8 @@ def state(
 )->str:        # 'whole', or what it is instead
     "What a file that should be an archive is; reads it to its end."
     with open(path, 'rb') as file: head = file.read(512)
-    if head.lstrip(b'\xef\xbb\xbf \t\r\n')[:1] == b'<': return 'an HTML page and no archive' # with or without a byte order mark
+    # with or without a byte order mark
+    if head.lstrip(b'\xef\xbb\xbf \t\r\n')[:1] == b'<': return 'an HTML page and no archive'
     try:
         if head[:2] == b'PK':
             with zipfile.ZipFile(path) as archive: archive.namelist()
@@ -127,7 +166,11 @@ def _remedy(name:str, *folders:Path)->str:
     beside = [folder/file for folder in folders for file in about.downloads if file.endswith(('.tgz', '.zip', '.gz'))]
     for path in (p for archive in beside for p in (archive, archive.with_suffix('.tar')) if p.is_file()):
         found = state(path)
-        return f'unpack {path} again, all of it' if found == 'whole' else f'{path} is {found}: download it again from {about.page}'
+        return (
+            f'unpack {path} again, all of it'
+            if found == 'whole'
+            else f'{path} is {found}: download it again from {about.page}'
+        )
     return f'download {", ".join(about.downloads)} from {about.page} and {about.steps.format(root=folders[0])}'
 
 # %% ../../nbs/data/01_archives.ipynb #616c3be3
@@ -151,11 +194,16 @@ def find(
         return folder
     root = _expanded(root)
     wanted = f'{name} needs {about.layout[0]} in {root/about.folders[0]} or in {root} itself'
-    if not os.path.isdir(root): raise FileNotFoundError(f'{wanted}, found no folder {root}; set root to the folder that holds {about.folders[0]}')
+    if not os.path.isdir(root):
+        raise FileNotFoundError(
+            f'{wanted}, found no folder {root}; set root to the folder that holds {about.folders[0]}'
+        )
     near = islice((d for pattern in ('*', '*/*', '*/*/*') for d in root.glob(pattern) if d.is_dir()), 2000)
     elsewhere = next((f for d in (root.parent, *near) if (f := locate(name, d))), None)
     if elsewhere: raise FileNotFoundError(f'{wanted}, found the files in {elsewhere}; set root to {elsewhere}')
-    raise FileNotFoundError(f'{wanted}, found no such file; {_remedy(name, root, *(root/sub for sub in about.folders))}')
+    raise FileNotFoundError(
+        f'{wanted}, found no such file; {_remedy(name, root, *(root/sub for sub in about.folders))}'
+    )
 
 # %% ../../nbs/data/01_archives.ipynb #972de1e7
 @dataclass(frozen=True)
@@ -164,7 +212,8 @@ class Listing:
     lists:tuple[Path, ...]                           # the files it was read from
     sides:Mapping[str, list[tuple[Any, str]]]        # 'train' first: (class, file relative to the set's folder)
     names:Mapping[Any, str]=field(default_factory=dict) # class names where there are any
-    pixels:np.ndarray|None=None                      # (N, 28, 28) uint8 in the order of the sides, for sets that are one array
+    # (N, 28, 28) uint8 in the order of the sides, for sets that are one array
+    pixels:np.ndarray|None=None
 
 # %% ../../nbs/data/01_archives.ipynb #80f31431
 def _some(values:Any, most:int=5)->str:
@@ -177,7 +226,10 @@ _MOST = 2**26 # bytes of a list, unpacked; the largest published one, the digits
 def _content(path:Path)->bytes:
     "The bytes of a file, unpacked where its name ends in .gz; no more than a list can have."
     with (gzip.open if path.suffix == '.gz' else open)(path, 'rb') as file: data = file.read(_MOST+1)
-    if len(data) > _MOST: raise ValueError(f'{path} must have at most {_MOST} bytes (unpacked), found more; delete it and download it again')
+    if len(data) > _MOST:
+        raise ValueError(
+            f'{path} must have at most {_MOST} bytes (unpacked), found more; delete it and download it again'
+        )
     return data
 
 def _lines(path:Path)->list[str]: return _content(path).decode('utf-8', errors='replace').splitlines()
@@ -188,18 +240,30 @@ def _rows(
     header:int=0,        # lines before the first image
 )->list[tuple]:
     "The words of each line of a list file."
-    if not path.is_file(): raise FileNotFoundError(f'{path.parent} must hold {path.name}, found no such file; unpack the archive again, all of it')
+    if not path.is_file():
+        raise FileNotFoundError(
+            f'{path.parent} must hold {path.name}, found no such file; unpack the archive again, all of it'
+        )
     lines = _lines(path)
-    if lines and lines[0].lstrip()[:1] == '<': raise ValueError(f'{path} must be a list of images, found an HTML page; download it again')
+    if lines and lines[0].lstrip()[:1] == '<':
+        raise ValueError(f'{path} must be a list of images, found an HTML page; download it again')
     if len(lines) <= header: raise ValueError(f'{path} must list images, found an empty list; unpack the archive again')
-    if header and lines[header-1].lstrip()[:1].isdigit(): raise ValueError(f'line {header} of {path} must name the columns, found {lines[header-1][:80]!r}; copy the list again without changes')
+    if header and lines[header-1].lstrip()[:1].isdigit():
+        raise ValueError(
+            f'line {header} of {path} must name the columns, found {lines[header-1][:80]!r}; copy the list again'
+            ' without changes'
+        )
     return [_typed(line, kinds, path) for line in lines[header:] if line.strip()]
 
 def _typed(line:str, kinds:tuple[type, ...], path:Path)->tuple:
     "The words of one line."
     words = line.split()
     try: return tuple(kind(word) for kind, word in zip(kinds, words, strict=True))
-    except ValueError: raise ValueError(f'each line of {path} must hold {", ".join({int: "number", str: "text"}[k] for k in kinds)}, found {line[:80]!r}; unpack the archive again') from None
+    except ValueError:
+        raise ValueError(
+            f'each line of {path} must hold {", ".join({int: "number", str: "text"}[k] for k in kinds)}, found'
+            f' {line[:80]!r}; unpack the archive again'
+        ) from None
 
 # %% ../../nbs/data/01_archives.ipynb #76c99d21
 def _halves(items:list[tuple[int, str]], last:int)->dict[str, list[tuple[int, str]]]:
@@ -212,14 +276,22 @@ def _cub(folder:Path)->Listing:
     lists = tuple(folder/file for file in SETS['cub'].layout[:3])
     files, labels, official = (dict(_rows(path, int, kind)) for path, kind in zip(lists, (str, int, int)))
     if not files.keys() == labels.keys() == official.keys():
-        raise ValueError(f'{", ".join(p.name for p in lists)} in {folder} must list the same images, found {len(files)}, {len(labels)} and {len(official)}; unpack the archive again')
+        raise ValueError(
+            f'{", ".join(p.name for p in lists)} in {folder} must list the same images, found {len(files)},'
+            f' {len(labels)} and {len(official)}; unpack the archive again'
+        )
     astray = [k for k in files if not files[k].startswith(f'{labels[k]:03d}.')]
-    if astray: raise ValueError(f'{lists[1]} must give each image the number that its folder begins with, found class {labels[astray[0]]} for {files[astray[0]]}; unpack the archive again')
+    if astray:
+        raise ValueError(
+            f'{lists[1]} must give each image the number that its folder begins with, found class {labels[astray[0]]}'
+            f' for {files[astray[0]]}; unpack the archive again'
+        )
     items = [(labels[k], f'images/{files[k]}') for k in sorted(files)]
     return Listing(lists, _halves(items, 100), {labels[k]: files[k].split('/')[0] for k in files})
 
 # %% ../../nbs/data/01_archives.ipynb #e1798379
-_NUMBERS = {1: 'i1', 2: 'u1', 3: '<i2', 4: '<u2', 5: '<i4', 6: '<u4', 7: '<f4', 9: '<f8', 12: '<i8', 13: '<u8'} # types of an element
+# types of an element
+_NUMBERS = {1: 'i1', 2: 'u1', 3: '<i2', 4: '<u2', 5: '<i4', 6: '<u4', 7: '<f4', 9: '<f8', 12: '<i8', 13: '<u8'}
 _TEXT = {2: 'utf-8', 4: 'utf-16-le', 16: 'utf-8', 17: 'utf-16-le', 18: 'utf-32-le'}
 
 def _elements(data:memoryview)->Iterator[tuple[int, memoryview]]:
@@ -252,7 +324,8 @@ def _matrix(
         fields = [str(names[k:k+step], 'latin-1').split('\0')[0] for k in range(0, len(names), step)]
         if depth > 3: raise ValueError('it is nested too deeply')
         values = [_matrix(content, depth+1)[1] for _, content in parts]
-        if len(values) != count*len(fields): raise ValueError(f'{count*len(fields)} entries are announced and {len(values)} are there')
+        if len(values) != count*len(fields):
+            raise ValueError(f'{count*len(fields)} entries are announced and {len(values)} are there')
         value = values if kind == 1 else {field: values[k::len(fields)] for k, field in enumerate(fields)}
     else: value = None
     return str(name, 'latin-1'), value
@@ -260,7 +333,10 @@ def _matrix(
 # %% ../../nbs/data/01_archives.ipynb #44f05728
 def _mat(path:Path)->dict[str, Any]:
     "The variables of a MATLAB file."
-    if not path.is_file(): raise FileNotFoundError(f'{path.parent} must hold {path.name}, found no such file; download it from {SETS["cars"].page}')
+    if not path.is_file():
+        raise FileNotFoundError(
+            f'{path.parent} must hold {path.name}, found no such file; download it from {SETS["cars"].page}'
+        )
     found, left = {}, _MOST
     try:
         data = memoryview(_content(path))
@@ -271,7 +347,10 @@ def _mat(path:Path)->dict[str, Any]:
             if left <= 0: raise ValueError(f'it has more than {_MOST} bytes')
             found.update([_matrix(content)])
     except Exception as err: # whatever the file holds instead
-        raise ValueError(f'{path} must be a MATLAB file, found one that cannot be read ({_some(str(err).splitlines(), 1)}); download it again') from err
+        raise ValueError(
+            f'{path} must be a MATLAB file, found one that cannot be read ({_some(str(err).splitlines(), 1)}); download'
+            ' it again'
+        ) from err
     return found
 
 def _cars(folder:Path)->Listing:
@@ -281,19 +360,39 @@ def _cars(folder:Path)->Listing:
     records, names = mat.get('annotations'), mat.get('class_names')
     fields = list(records if isinstance(records, dict) else mat)
     if not {'relative_im_path', 'class'} <= set(fields):
-        raise ValueError(f'{path} must hold annotations with relative_im_path and class, found {_some(fields, 9)[:200] or "nothing"}; take cars_annos.mat, not a file of the development kit')
+        raise ValueError(
+            f'{path} must hold annotations with relative_im_path and class, found'
+            f' {_some(fields, 9)[:200] or "nothing"}; take cars_annos.mat, not a file of the development kit'
+        )
     rows = list(zip(*((records if isinstance(records, dict) else mat)[key] for key in ('relative_im_path', 'class'))))
     if not rows: raise ValueError(f'{path} must list images, found an empty list; download it again')
-    astray = [str(row)[:80] for row in rows if not (isinstance(row[0], str) and isinstance(row[1], np.ndarray) and row[1].size == 1 and row[1][0]%1 == 0)]
-    if astray: raise ValueError(f'{path} must give each image a path and the number of its class, found {_some(astray, 1)}; download it again')
+    astray = [
+        str(row)[:80]
+        for row in rows
+        if not (isinstance(row[0], str) and isinstance(row[1], np.ndarray) and row[1].size == 1 and row[1][0] % 1 == 0)
+    ]
+    if astray:
+        raise ValueError(
+            f'{path} must give each image a path and the number of its class, found {_some(astray, 1)}; download it'
+            ' again'
+        )
     items = sorted((file, int(number[0])) for file, number in rows)
-    return Listing((path,), _halves([(number, file) for file, number in items], 98), {k: f'{k:03d} {name}' for k, name in enumerate(names if isinstance(names, list) else (), 1)})
+    return Listing(
+        (path,), _halves([(number, file) for file, number in items], 98),
+        {k: f'{k:03d} {name}' for k, name in enumerate(names if isinstance(names, list) else (), 1)}
+    )
 
 # %% ../../nbs/data/01_archives.ipynb #662f3e93
 def _sop(folder:Path)->Listing:
     "The lists of Stanford Online Products, in their own order."
     lists = dict(train=folder/'Ebay_train.txt', test=folder/'Ebay_test.txt')
-    return Listing(tuple(lists.values()), {side: [(number, file) for _, number, _, file in _rows(path, int, int, int, str, header=1)] for side, path in lists.items()})
+    return Listing(
+        tuple(lists.values()),
+        {
+            side: [(number, file) for _, number, _, file in _rows(path, int, int, int, str, header=1)]
+            for side, path in lists.items()
+        },
+    )
 
 # %% ../../nbs/data/01_archives.ipynb #eb408a84
 def _inshop(folder:Path)->Listing:
@@ -301,19 +400,30 @@ def _inshop(folder:Path)->Listing:
     path = next((folder/mark for mark in SETS['inshop'].marks if (folder/mark).is_file()))
     rows = _rows(path, str, str, str, header=2)
     said = _lines(path)[0].strip()[:80]
-    if said != str(len(rows)): raise ValueError(f'{path} must list as many images as its first line says, {said}, found {len(rows)}; copy it again')
+    if said != str(len(rows)):
+        raise ValueError(
+            f'{path} must list as many images as its first line says, {said}, found {len(rows)}; copy it again'
+        )
     sides, base = dict(train=[], query=[], gallery=[]), 'Img/' if (folder/'Img').is_dir() else ''
     for file, item, status in rows:
-        if status not in sides: raise ValueError(f'{path} must mark each image as train, query or gallery, found {status!r} for {file}; copy it again')
+        if status not in sides:
+            raise ValueError(
+                f'{path} must mark each image as train, query or gallery, found {status!r} for {file}; copy it again'
+            )
         sides[status].append((item, base+file))
     return Listing((path,), sides)
 
 # %% ../../nbs/data/01_archives.ipynb #5e2b7701
 def _grocery(folder:Path)->Listing:
-    "The lists of GroceryStoreDataset, or one in In-Shop's form: the first 40 products train; of the others the test images ask."
+    """The lists of GroceryStoreDataset, or one in In-Shop's form: the first 40 products train; of the others the test
+    images ask."""
     if (folder/'list_eval_partition.txt').is_file(): return _inshop(folder)
     lists = tuple(folder/f'{part}.txt' for part in ('train', 'val', 'test'))
-    files = sorted((Path(file).parent.name, f'{path.stem}_{Path(file).name}', path.stem, file) for path in lists for file in _first_words(path))
+    files = sorted(
+        (Path(file).parent.name, f'{path.stem}_{Path(file).name}', path.stem, file)
+        for path in lists
+        for file in _first_words(path)
+    )
     first = set(sorted({product for product, *_ in files})[:40])
     sides:dict[str, list] = dict(train=[], query=[], gallery=[])
     for product, _, part, file in files:
@@ -323,10 +433,21 @@ def _grocery(folder:Path)->Listing:
 
 def _first_words(path:Path)->list[str]:
     "The files that a comma-separated list names first in each line."
-    if not path.is_file(): raise FileNotFoundError(f'{path.parent} must hold {path.name}, found no such file; clone or unpack the repository again')
+    if not path.is_file():
+        raise FileNotFoundError(
+            f'{path.parent} must hold {path.name}, found no such file; clone or unpack the repository again'
+        )
     names = [line.partition(',')[0].strip() for line in _lines(path) if line.strip()]
-    astray = [name for name in names if Path(name).suffix.lower() not in ('.jpg', '.jpeg', '.png') or len(Path(name).parts) < 2]
-    if astray or not names: raise ValueError(f'each line of {path} must begin with the path of an image, found {(astray or ["nothing"])[0][:80]!r}; clone or unpack the repository again')
+    astray = [
+        name
+        for name in names
+        if Path(name).suffix.lower() not in ('.jpg', '.jpeg', '.png') or len(Path(name).parts) < 2
+    ]
+    if astray or not names:
+        raise ValueError(
+            f'each line of {path} must begin with the path of an image, found {(astray or ["nothing"])[0][:80]!r};'
+            ' clone or unpack the repository again'
+        )
     return names
 
 # %% ../../nbs/data/01_archives.ipynb #d66d4931
@@ -347,8 +468,10 @@ def _idx(
     start = 4+4*ndim
     shape = tuple(int.from_bytes(data[k:k+4], 'big') for k in range(4, start, 4))
     if data[:4] != bytes([0, 0, 8, ndim]) or len(data) != start+math.prod(shape):
-        raise ValueError(f'{path} must be an IDX file of bytes in {ndim} dimensions with as many as its header says,'
-                         f' found {len(data)} bytes beginning with {data[:4].hex()}; delete it and download it again{also}')
+        raise ValueError(
+            f'{path} must be an IDX file of bytes in {ndim} dimensions with as many as its header says,'
+            f' found {len(data)} bytes beginning with {data[:4].hex()}; delete it and download it again{also}'
+        )
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 # %% ../../nbs/data/01_archives.ipynb #09001ec8
@@ -359,17 +482,32 @@ def _ten(folder:Path, names:dict[int, str])->Listing:
     for side, stem in (('train', 'train'), ('test', 't10k')):
         images = _idx(folder, f'{stem}-images-idx3-ubyte', 3, also)
         labels = _idx(folder, f'{stem}-labels-idx1-ubyte', 1, also)
-        if images.shape != (len(labels), 28, 28): raise ValueError(f'{folder} must hold a label for each image of 28 x 28 pixels, found images {images.shape} and {len(labels)} labels of {side}; download both files again')
+        if images.shape != (len(labels), 28, 28):
+            raise ValueError(
+                f'{folder} must hold a label for each image of 28 x 28 pixels, found images {images.shape} and'
+                f' {len(labels)} labels of {side}; download both files again'
+            )
         sides[side] = [(n, f'{side}[{k}]') for k, n in enumerate(labels.tolist())]
         pixels.append(images)
     even = len(set(np.bincount([n for n, _ in sides['train']]))) == 1
     if len(sides['train']) == 60000 and even != bool(names):
-        raise ValueError(f'{folder} must hold {"Fashion-MNIST, which has 6000" if names else "MNIST, which does not have equally many"} training images of each class, found the other set of the two; download the right one')
+        raise ValueError(
+            f'{folder} must hold'
+            f' {"Fashion-MNIST, which has 6000" if names else "MNIST, which does not have equally many"} training'
+            ' images of each class, found the other set of the two; download the right one'
+        )
     return Listing(tuple(folder/f'{stem}' for stem in _IDX), sides, names, np.concatenate(pixels))
 
 # %% ../../nbs/data/01_archives.ipynb #a117966a
-_FASHION = dict(enumerate(('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')))
-_LISTS = dict(cub=_cub, cars=_cars, sop=_sop, inshop=_inshop, grocery=_grocery, mnist=lambda folder: _ten(folder, {}), fashion=lambda folder: _ten(folder, _FASHION))
+_FASHION = dict(
+    enumerate(
+        ('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')
+    )
+)
+_LISTS = dict(
+    cub=_cub, cars=_cars, sop=_sop, inshop=_inshop, grocery=_grocery, mnist=lambda folder: _ten(folder, {}),
+    fashion=lambda folder: _ten(folder, _FASHION)
+)
 
 def listing(
     name:str,    # one of `SETS`
@@ -377,17 +515,38 @@ def listing(
 )->Listing:
     "What the list files of a set say; ValueError where that cannot be the set."
     about, found = SETS[name], _LISTS[name](folder)
-    outside = [file for items in found.sides.values() for _, file in items if '\0' in file or Path(file).is_absolute() or '..' in Path(file).parts]
-    if outside: raise ValueError(f'{_some(path.name for path in found.lists)} in {folder} must list images inside of this folder, found {_some(outside, 1)[:200]!r}; unpack or download the set again')
+    outside = [
+        file
+        for items in found.sides.values()
+        for _, file in items
+        if '\0' in file or Path(file).is_absolute() or '..' in Path(file).parts
+    ]
+    if outside:
+        raise ValueError(
+            f'{_some(path.name for path in found.lists)} in {folder} must list images inside of this folder, found'
+            f' {_some(outside, 1)[:200]!r}; unpack or download the set again'
+        )
     where = _some(path.name for path in found.lists)
     for side, items in found.sides.items():
         low, high = about.ranges.get(side, (None, None))
         wrong = sorted({n for n, _ in items if not low <= n <= high}) if about.ranges else ()
-        if wrong: raise ValueError(f'{where} in {folder} must number the {side} classes from {low} to {high}, found {_some(wrong)}; unpack or download the set again')
-        if not items: raise ValueError(f'{where} in {folder} must list images for {", ".join(found.sides)}, found none for {side}; unpack or download the set again')
+        if wrong:
+            raise ValueError(
+                f'{where} in {folder} must number the {side} classes from {low} to {high}, found {_some(wrong)}; unpack'
+                ' or download the set again'
+            )
+        if not items:
+            raise ValueError(
+                f'{where} in {folder} must list images for {", ".join(found.sides)}, found none for {side}; unpack or'
+                ' download the set again'
+            )
     first, *rest = ({n for n, _ in items} for items in found.sides.values())
     both = sorted(first & set().union(*rest))
-    if both and name not in ('mnist', 'fashion'): raise ValueError(f'{where} in {folder} must have no class both to train and to test on, found {len(both)}: {_some(both)}; unpack or download the set again')
+    if both and name not in ('mnist', 'fashion'):
+        raise ValueError(
+            f'{where} in {folder} must have no class both to train and to test on, found {len(both)}: {_some(both)};'
+            ' unpack or download the set again'
+        )
     return found
 
 # %% ../../nbs/data/01_archives.ipynb #c43a9c42
@@ -399,7 +558,8 @@ def differences(
     about, seen, out = SETS[name], {side: {n for n, _ in items} for side, items in found.sides.items()}, []
     for side, (images, classes) in about.counts.items():
         here = (len(found.sides[side]), len(seen[side]))
-        if here != (images, classes): out.append(f'{side} has {here[0]} images of {here[1]} classes instead of {images} of {classes}')
+        if here != (images, classes):
+            out.append(f'{side} has {here[0]} images of {here[1]} classes instead of {images} of {classes}')
         low, high = about.ranges.get(side, (0, -1))
         if absent := sorted(set(range(low, high+1))-seen[side]): out.append(f'{side} lacks the classes {_some(absent)}')
     alone = sorted(seen['query']-seen['gallery']) if 'query' in seen else ()
@@ -485,7 +645,11 @@ def _decode_into(
     "Decode files and write a cache."
     shape, broken, digest = (channels, size, size), {}, hashlib.sha256()
     needed, free = len(files)*math.prod(shape), shutil.disk_usage(path.parent).free
-    if free < needed: raise OSError(f'decoded images take {needed/2**30:.1f} GiB in {path.parent}, found {free/2**30:.1f} GiB free; make room or set cache to another folder')
+    if free < needed:
+        raise OSError(
+            f'decoded images take {needed/2**30:.1f} GiB in {path.parent}, found {free/2**30:.1f} GiB free; make room'
+            ' or set cache to another folder'
+        )
     def attempt(file): return _attempt(os.path.join(folder, file), size, channels)
     with (warnings.catch_warnings(), _replacing(path) as out, ThreadPoolExecutor(torch.get_num_threads()) as pool,
           progress(desc=f'decode {path.stem}', total=len(files), show=show) as bar):
@@ -519,8 +683,15 @@ def _open_cache(
     if end.get('format') != FORMAT: return None, {}, 'was written by another version'
     if end.get('key') != key: return None, {}, 'was made of other files'
     broken = end.get('broken')
-    if not isinstance(broken, dict) or not broken.keys() <= files or array.dtype != np.uint8 or array.shape != (len(files)-len(broken), *shape): return None, {}, 'is cut or damaged'
-    if end.get('sha256') not in (None, hashlib.sha256(array).hexdigest()): return None, {}, 'is cut or damaged' # caches of before have no hash
+    if (
+        not isinstance(broken, dict)
+        or not broken.keys() <= files
+        or array.dtype != np.uint8
+        or array.shape != (len(files) - len(broken), *shape)
+    ):
+        return None, {}, 'is cut or damaged'
+    # caches of before have no hash
+    if end.get('sha256') not in (None, hashlib.sha256(array).hexdigest()): return None, {}, 'is cut or damaged'
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'The given NumPy array is not writable') # nobody writes to images
         return torch.from_numpy(array), broken, ''
@@ -536,13 +707,16 @@ def decoded(
     show:bool=True,    # a progress bar
 )->tuple[Tensor, dict[str, str]]: # (N, C, S, S) uint8 of the readable files, memory-mapped; reason for each other one
     "Images from the cache, decoded into it first if need be."
-    key = fingerprint([FORMAT, 'bilinear', size, channels, there, [hashlib.sha256(p.read_bytes()).hexdigest() for p in lists]])
+    key = fingerprint(
+        [FORMAT, 'bilinear', size, channels, there, [hashlib.sha256(p.read_bytes()).hexdigest() for p in lists]]
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     for part in path.parent.glob(f'{path.name}.*.part'): # of killed runs
         if time.time()-part.stat().st_mtime > 3600: part.unlink(missing_ok=True)
     asked = key, {file for file, *_ in there}, channels, size, size
     images, broken, why = _open_cache(path, *asked)
-    if any(not isinstance(_attempt(os.path.join(folder, file), size, channels), str) for file in broken): images, why = None, 'lacks images that can be read now'
+    if any(not isinstance(_attempt(os.path.join(folder, file), size, channels), str) for file in broken):
+        images, why = None, 'lacks images that can be read now'
     if why: print(f'The cache {path.name} {why} and is made anew.')
     if images is None:
         _decode_into(path, folder, [file for file, *_ in there], key=key, size=size, channels=channels, show=show)
@@ -554,7 +728,9 @@ def decoded(
 def _limited(sides:Mapping[str, list[tuple]], train_classes:int|None, test_classes:int|None)->dict[str, list[tuple]]:
     "The images of the first classes of each side; query and gallery count as one."
     out = {}
-    for group, name, limit in ((list(sides)[:1], 'train_classes', train_classes), (list(sides)[1:], 'test_classes', test_classes)):
+    for group, name, limit in (
+        (list(sides)[:1], 'train_classes', train_classes), (list(sides)[1:], 'test_classes', test_classes)
+    ):
         if limit is not None: check_between(name, limit, 1, math.inf)
         kept = set(sorted({n for side in group for n, _ in sides[side]})[:limit])
         out |= {side: [item for item in sides[side] if item[0] in kept] for side in group}
@@ -564,20 +740,32 @@ def _image_set(items:list[tuple[int|str, str]], images:Tensor, names:Mapping, cr
     "Images whose labels count the classes in sorted order."
     if not items: raise ValueError('each side of a split needs a readable image, found none; unpack the archive again')
     number = {n: k for k, n in enumerate(sorted({n for n, _ in items}))}
-    return ImageSet(images, torch.tensor([number[n] for n, _ in items]), tuple(names.get(n, str(n)) for n in number), crop)
+    return ImageSet(
+        images, torch.tensor([number[n] for n, _ in items]), tuple(names.get(n, str(n)) for n in number), crop
+    )
 
 def _from_array(found:Listing, files:list[str], size:int, channels:int)->Tensor: # (N, C, S, S) uint8
     "Images of a set that is one array, resized if need be."
     row = {file: k for k, (_, file) in enumerate(item for items in found.sides.values() for item in items)}
     assert found.pixels is not None
     images = found.pixels if len(files) == len(row) else found.pixels[[row[file] for file in files]]
-    if size != images.shape[-1]: images = np.stack([np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)) for image in images])
+    if size != images.shape[-1]:
+        images = np.stack(
+            [np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)) for image in images]
+        )
     return torch.from_numpy(images)[:, None].expand(-1, channels, -1, -1)
 
-def _photographs(name:str, folder:Path, lists:tuple[Path, ...], files:list[str], *, size:int, channels:int, cache:Any, limits:str, show:bool)->tuple[Tensor, dict[str, str]]:
+def _photographs(
+    name: str, folder: Path, lists: tuple[Path, ...], files: list[str], *, size: int, channels: int, cache: Any,
+    limits: str, show: bool
+) -> tuple[Tensor, dict[str, str]]:
     "Images of a set of files, from its cache."
     there, absent = missing(folder, files)
-    if absent: raise FileNotFoundError(f'{folder} must hold {len(files)} listed images of {name}, found {len(absent)} missing: {_some(absent)}; {_remedy(name, folder.parent, folder)}')
+    if absent:
+        raise FileNotFoundError(
+            f'{folder} must hold {len(files)} listed images of {name}, found {len(absent)} missing: {_some(absent)};'
+            f' {_remedy(name, folder.parent, folder)}'
+        )
     path = cache_folder(name, folder, cache)/f'{name}-{size}-{("grey", "rgb")[channels == 3]}{limits}.npy'
     return decoded(path, folder, there, lists=lists, size=size, channels=channels, show=show)
 
@@ -596,22 +784,36 @@ def read(
 )->Split:                      # a `QueryGallery` for inshop
     "A data set of the papers, from the files as they are distributed."
     about = SETS[check_choice('dataset', name, SETS)]
-    size, channels = check_between('size', size or about.size, 8, 4096), check_choice('channels', channels or about.channels, (1, 3))
+    size, channels = check_between('size', size or about.size, 8, 4096), check_choice(
+        'channels', channels or about.channels, (1, 3)
+    )
     if crop is not None: check_between('crop', crop, 1, size)
     folder = find(name, root)
     found = listing(name, folder)
-    if unlike := differences(name, found): warnings.warn(f'{name} in {folder} is not the published set: {"; ".join(unlike)}', stacklevel=2)
+    if unlike := differences(name, found):
+        warnings.warn(f'{name} in {folder} is not the published set: {"; ".join(unlike)}', stacklevel=2)
     sides = _limited(found.sides, train_classes, test_classes)
     files = [file for items in sides.values() for _, file in items]
     limits = '' if train_classes is None is test_classes else f'-{train_classes or "all"}-{test_classes or "all"}'
-    images, broken = ((_from_array(found, files, size, channels), {}) if found.pixels is not None else
-                      _photographs(name, folder, found.lists, files, size=size, channels=channels, cache=cache, limits=limits, show=show))
+    images, broken = (
+        (_from_array(found, files, size, channels), {})
+        if found.pixels is not None
+        else _photographs(
+            name, folder, found.lists, files, size=size, channels=channels, cache=cache, limits=limits, show=show
+        )
+    )
     if broken and not skip_unreadable:
         some = _some(f'{file} ({why})' for file, why in broken.items())
-        raise ValueError(f'all {len(files)} images of {name} must be readable, found {len(broken)} that are not: {some}; unpack them again, or set skip_unreadable=True')
+        raise ValueError(
+            f'all {len(files)} images of {name} must be readable, found {len(broken)} that are not: {some}; unpack them'
+            ' again, or set skip_unreadable=True'
+        )
     train, *test = ([item for item in items if item[1] not in broken] for items in sides.values())
     n = len(train)
-    both:dict[str, Any] = dict(train=_image_set(train, images[:n], found.names, crop), test=_image_set(sum(test, []), images[n:], found.names, crop), skipped=tuple(broken))
+    both: dict[str, Any] = dict(
+        train=_image_set(train, images[:n], found.names, crop),
+        test=_image_set(sum(test, []), images[n:], found.names, crop), skipped=tuple(broken)
+    )
     return Split(name, **both) if len(test) == 1 else QueryGallery(name, **both, queries=len(test[0]))
 
 # %% ../../nbs/data/01_archives.ipynb #6e293ead
@@ -639,7 +841,11 @@ def load(
         return read(dataset, root or '.', cache=cache, **options)
     path = Path(root or '.')/dataset
     held = [name for name in SETS if dataset and locate(name, path)]
-    if held: raise ValueError(f'{path} must be a folder of class folders, found the files of {" or ".join(held)}; set dataset to {held[0]} and root to {path}')
+    if held:
+        raise ValueError(
+            f'{path} must be a folder of class folders, found the files of {" or ".join(held)}; set dataset to'
+            f' {held[0]} and root to {path}'
+        )
     return load_data(dataset, root=root, **options)
 
 # %% ../../nbs/data/01_archives.ipynb #7d2d14c0
@@ -656,8 +862,10 @@ def check(
     about, asked, root = SETS[check_choice('dataset', name, SETS)], root, Path(os.path.realpath(_expanded(root)))
     check_choice('full', full, (True, False))
     if not locate(name, root): root = installed(name, asked) or root
-    report = dict(dataset=name, root=str(root), folder=None, expected={side: list(pair) for side, pair in about.counts.items()}, sides={},
-                  differences=[], missing=[], unreadable=None, problem='', complete=False)
+    report = dict(
+        dataset=name, root=str(root), folder=None, expected={side: list(pair) for side, pair in about.counts.items()},
+        sides={}, differences=[], missing=[], unreadable=None, problem='', complete=False
+    )
     try:
         folder = find(name, root)
         report['folder'] = str(folder)
@@ -667,10 +875,17 @@ def check(
     absent = [] if found.pixels is not None else missing(folder, files)[1]
     broken = {} if found.pixels is not None else None
     if full and broken is None and not absent:
-        broken = _photographs(name, folder, found.lists, files, size=size or about.size, channels=about.channels, cache=cache, limits='', show=show)[1]
+        broken = _photographs(
+            name, folder, found.lists, files, size=size or about.size, channels=about.channels, cache=cache, limits='',
+            show=show
+        )[1]
     unlike = differences(name, found)
-    return dict(report, sides={side: _side_report(items) for side, items in found.sides.items()}, differences=unlike, missing=absent, unreadable=broken,
-                problem=f'{len(absent)} listed images are missing: {_remedy(name, folder.parent, folder)}' if absent else '', complete=not (unlike or absent or broken))
+    return dict(
+        report, sides={side: _side_report(items) for side, items in found.sides.items()}, differences=unlike,
+        missing=absent, unreadable=broken,
+        problem=f'{len(absent)} listed images are missing: {_remedy(name, folder.parent, folder)}' if absent else '',
+        complete=not (unlike or absent or broken)
+    )
 
 def _side_report(items:list[tuple[int|str, str]])->dict:
     "Counts of one side."
@@ -685,12 +900,18 @@ def describe(
     name, lines = report['dataset'], [f'{report["dataset"]} in {report["folder"] or report["root"]}']
     for side, (images, classes) in report['expected'].items():
         if here := report['sides'].get(side):
-            lines.append(f'  {side}: {here["images"]} images of {here["classes"]} classes, {here["first"]} to {here["last"]} (published: {images} of {classes})')
+            lines.append(
+                f'  {side}: {here["images"]} images of {here["classes"]} classes, {here["first"]} to {here["last"]}'
+                f' (published: {images} of {classes})'
+            )
     lines += [f'  differs: {text}' for text in report['differences']]
     if report['missing']: lines.append(f'  missing: {len(report["missing"])} files: {_some(report["missing"])}')
     broken = report['unreadable']
     if broken is None and report['sides']: lines.append('  unreadable: not looked for (full=True decodes every image)')
-    if broken is not None: lines.append(f'  unreadable: {len(broken)} images'+''.join(f'\n    {file}: {why}' for file, why in broken.items()))
+    if broken is not None:
+        lines.append(
+            f'  unreadable: {len(broken)} images' + ''.join(f'\n    {file}: {why}' for file, why in broken.items())
+        )
     if report['problem']: lines.append(f'  problem: {report["problem"]}')
     if not report['folder'] or report['missing'] or report['problem']: lines += ['', instructions(name, report['root'])]
     verdict = ('no files' if not report['folder'] else 'not the published set' if not report['complete'] else
@@ -709,5 +930,6 @@ def parameters(
     if unknown: raise ValueError(f'unknown parameter {", ".join(unknown)}; the valid ones are {", ".join(PARAMETERS)}')
     values = {k: namespace.get(k, default) for k, default in PARAMETERS.items()}
     for name, value in values.items():
-        if type(value) is not type(PARAMETERS[name]): raise ValueError(f'parameter {name} must be of type {type(PARAMETERS[name]).__name__}, found {value!r}')
+        if type(value) is not type(PARAMETERS[name]):
+            raise ValueError(f'parameter {name} must be of type {type(PARAMETERS[name]).__name__}, found {value!r}')
     return values

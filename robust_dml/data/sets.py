@@ -55,11 +55,19 @@ def _check_set(self:'ImageSet')->None:
     if len(self.images.shape) != 4 or not N:
         raise ValueError(f'images must have shape (N, C, H, W) with N > 0, found {tuple(self.images.shape)}')
     if not str(self.images.dtype).endswith('uint8'):
-        raise ValueError(f'images must be stored as uint8 in 0 to 255, found {self.images.dtype}; convert floats in [0, 1] with (x*255).round().to(torch.uint8)')
+        raise ValueError(
+            f'images must be stored as uint8 in 0 to 255, found {self.images.dtype}; convert floats in [0, 1] with'
+            ' (x*255).round().to(torch.uint8)'
+        )
     if tuple(self.labels.shape) != (N,) or self.labels.dtype != torch.long:
-        raise ValueError(f'labels must have shape ({N},) and type long, found {tuple(self.labels.shape)} and {self.labels.dtype}')
+        raise ValueError(
+            f'labels must have shape ({N},) and type long, found {tuple(self.labels.shape)} and {self.labels.dtype}'
+        )
     if self.labels.unique().tolist() != list(range(K)):
-        raise ValueError(f'labels must use each of 0 to {K-1}, found {len(self.labels.unique())} values from {self.labels.min()} to {self.labels.max()}')
+        raise ValueError(
+            f'labels must use each of 0 to {K-1}, found {len(self.labels.unique())} values from {self.labels.min()} to'
+            f' {self.labels.max()}'
+        )
     if self.crop is not None: check_between('crop', self.crop, 1, min(self.images.shape[-2:]))
 
 # %% ../../nbs/data/00_sets.ipynb #82fbfd20
@@ -103,7 +111,9 @@ class ImageSet:
 def _summary(self:ImageSet)->dict:
     "Counts of a set: JSON values only."
     singles = int((self.labels.bincount() == 1).sum())
-    return dict(images=len(self), classes=len(self.classes), singles=singles, shape=list(self.images.shape[1:]), crop=self.crop)
+    return dict(
+        images=len(self), classes=len(self.classes), singles=singles, shape=list(self.images.shape[1:]), crop=self.crop
+    )
 
 # %% ../../nbs/data/00_sets.ipynb #be849ce1
 def _checksum(self:ImageSet)->str:
@@ -124,13 +134,31 @@ class Split:
     def card(self)->dict:
         "What a result must say about its data: JSON values only."
         checksum = fingerprint([self.train.checksum(), self.test.checksum()])
-        return dict(name=self.name, train=self.train.summary(), test=self.test.summary(), checksum=checksum, skipped=list(self.skipped))
+        return dict(
+            name=self.name, train=self.train.summary(), test=self.test.summary(), checksum=checksum,
+            skipped=list(self.skipped)
+        )
 
 # %% ../../nbs/data/00_sets.ipynb #646912dc
-FONTS = (*(f'DejaVu{family}{style}' for family, slant in (('Sans', 'Oblique'), ('SansMono', 'Oblique'), ('Serif', 'Italic'))
-           for style in ('', '-Bold', f'-{slant}', f'-Bold{slant}')),
-         'STIXGeneral', 'STIXGeneralBol', 'STIXGeneralItalic', 'STIXGeneralBolIta', 'cmr10', 'cmb10', 'cmss10', 'cmti10', 'cmtt10') # files in Matplotlib's font folder
-BLOCKS = ((0x21, 0x7e), (0x391, 0x3c9), (0x401, 0x45f), (0x2190, 0x21ff), (0x2200, 0x22ff), (0x25a0, 0x25ff)) # ASCII, Greek, Cyrillic, arrows, mathematics, shapes
+FONTS = (
+    *(
+        f'DejaVu{family}{style}'
+        for family, slant in (('Sans', 'Oblique'), ('SansMono', 'Oblique'), ('Serif', 'Italic'))
+        for style in ('', '-Bold', f'-{slant}', f'-Bold{slant}')
+    ),
+    # files in Matplotlib's font folder
+    'STIXGeneral',
+    'STIXGeneralBol',
+    'STIXGeneralItalic',
+    'STIXGeneralBolIta',
+    'cmr10',
+    'cmb10',
+    'cmss10',
+    'cmti10',
+    'cmtt10',
+)
+# ASCII, Greek, Cyrillic, arrows, mathematics, shapes
+BLOCKS = ((0x21, 0x7e), (0x391, 0x3c9), (0x401, 0x45f), (0x2190, 0x21ff), (0x2200, 0x22ff), (0x25a0, 0x25ff))
 
 # %% ../../nbs/data/00_sets.ipynb #8dc9131e
 def load_fonts(
@@ -139,8 +167,15 @@ def load_fonts(
     "The fonts that glyphs are drawn with, from the installed Matplotlib."
     folder = Path(need('matplotlib', 'the data set glyphs').get_data_path())/'fonts'/'ttf'
     absent = [name for name in FONTS if not (folder/f'{name}.ttf').is_file()]
-    if absent: raise FileNotFoundError(f'glyphs need {absent[0]}.ttf in {folder}, found no such file; install Matplotlib from its own wheel, which brings its fonts')
-    return {name: ImageFont.truetype(str(folder/f'{name}.ttf'), px, layout_engine=ImageFont.Layout.BASIC) for name in FONTS}
+    if absent:
+        raise FileNotFoundError(
+            f'glyphs need {absent[0]}.ttf in {folder}, found no such file; install Matplotlib from its own wheel, which'
+            ' brings its fonts'
+        )
+    return {
+        name: ImageFont.truetype(str(folder / f'{name}.ttf'), px, layout_engine=ImageFont.Layout.BASIC)
+        for name in FONTS
+    }
 
 # %% ../../nbs/data/00_sets.ipynb #4ac799d6
 def _ink(font:ImageFont.FreeTypeFont, char:str)->Image.Image:
@@ -190,7 +225,12 @@ def characters(
     inks = {name: _covered(font, plain if name.startswith('cm') else block) for name, font in load_fonts(32).items()}
     found = {char: names for char in block if len(names := [name for name in inks if char in inks[name]]) >= min_fonts}
     blank = torch.zeros(256)
-    alike = difference(torch.stack([torch.stack([bitmap(ink[c]) if c in ink else blank for c in found]) for ink in inks.values()])) < threshold
+    alike = (
+        difference(
+            torch.stack([torch.stack([bitmap(ink[c]) if c in ink else blank for c in found]) for ink in inks.values()])
+        )
+        < threshold
+    )
     kept = []
     for k in range(len(found)):
         if not alike[k, kept].any(): kept.append(k)
@@ -201,8 +241,10 @@ def _affine(
     size:int,            # side of the canvas in pixels
     centre:Iterable[float], # x and y of the point to be mapped to the centre of the canvas, give or take the shift
     u:list[float],       # six numbers in [0, 1)
-)->tuple[float, ...]: # six coefficients as `Image.transform` takes them: from a pixel of the result to one of the source
-    "A random map: scale .75 to 1.2, width times and height over 1/1.15 to 1.15, rotation +-15 degrees, shear +-.2, shift +-1/16."
+# six coefficients as `Image.transform` takes them: from a pixel of the result to one of the source
+)->tuple[float, ...]:
+    """A random map: scale .75 to 1.2, width times and height over 1/1.15 to 1.15, rotation +-15 degrees, shear +-.2,
+    shift +-1/16."""
     scale, aspect, angle, shear = .75+.45*u[0], 1.15**(2*u[1]-1), math.radians(30*u[2]-15), .4*u[3]-.2
     cos, sin = math.cos(angle), math.sin(angle)
     forward = np.array([[cos, -sin], [sin, cos]])@np.array([[1, shear], [0, 1]])@np.diag([scale*aspect, scale/aspect])
@@ -253,7 +295,9 @@ def _draw_set(
         for k in range(per_class):
             u = torch.rand(14, generator=generator(seed, 'glyph', ord(char), k)).tolist()
             out.append(_paint(_glyph(fonts[names[k%len(names)]], char, size, u), channels, u[8:]))
-    return ImageSet(torch.from_numpy(np.stack(out)), torch.arange(len(found)).repeat_interleave(per_class), tuple(found))
+    return ImageSet(
+        torch.from_numpy(np.stack(out)), torch.arange(len(found)).repeat_interleave(per_class), tuple(found)
+    )
 
 # %% ../../nbs/data/00_sets.ipynb #8c07a126
 def glyphs(
@@ -266,22 +310,36 @@ def glyphs(
     per_class:int=20,      # images of each character
 )->Split:
     "Characters in the fonts of Matplotlib, bright on dark."
-    check_between('size', size, 8, 512), check_choice('channels', channels, (1, 3)), check_between('per_class', per_class, 1, math.inf)
+    check_between('size', size, 8, 512), check_choice('channels', channels, (1, 3)), check_between(
+        'per_class', per_class, 1, math.inf
+    )
     found = characters()
     check_between('train_classes', train_classes, 1, len(found)-1)
     check_between('test_classes', test_classes, 1, len(found)-train_classes)
     chars = list(found)
     order = [chars[i] for i in torch.randperm(len(chars), generator=generator(seed, 'glyph split')).tolist()]
-    def draw(some): return _draw_set({char: found[char] for char in some}, size=size, channels=channels, seed=seed, per_class=per_class)
+    def draw(some):
+        return _draw_set(
+            {char: found[char] for char in some}, size=size, channels=channels, seed=seed, per_class=per_class
+        )
     return Split('glyphs', draw(order[:train_classes]), draw(order[:-test_classes-1:-1]))
 
 # %% ../../nbs/data/00_sets.ipynb #d85aa2aa
-SUFFIXES = ('.avif', '.bmp', '.gif', '.jp2', '.jpeg', '.jpg', '.pbm', '.pcx', '.pgm', '.png', '.pnm', '.ppm', '.tga', '.tif', '.tiff', '.webp') # what counts as an image file
-FORMATS = ('AVIF', 'BMP', 'GIF', 'JPEG', 'JPEG2000', 'PCX', 'PNG', 'PPM', 'TGA', 'TIFF', 'WEBP') # what Pillow may decode
+# what counts as an image file
+SUFFIXES = (
+    '.avif', '.bmp', '.gif', '.jp2', '.jpeg', '.jpg', '.pbm', '.pcx', '.pgm', '.png', '.pnm', '.ppm', '.tga', '.tif',
+    '.tiff', '.webp'
+)
+# what Pillow may decode
+FORMATS = ('AVIF', 'BMP', 'GIF', 'JPEG', 'JPEG2000', 'PCX', 'PNG', 'PPM', 'TGA', 'TIFF', 'WEBP')
 
 def _why(error:Exception)->str: # a decoder may fail in any way
     "Why an image cannot be read, in a few words."
-    return 'not an image' if isinstance(error, UnidentifiedImageError) else (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return (
+        'not an image'
+        if isinstance(error, UnidentifiedImageError)
+        else (str(error).splitlines() or [type(error).__name__])[0][:200]
+    )
 
 # %% ../../nbs/data/00_sets.ipynb #a685a731
 def read_image(
@@ -293,7 +351,8 @@ def read_image(
     with warnings.catch_warnings():
         warnings.simplefilter('error', Image.DecompressionBombWarning)
         with Image.open(file, formats=FORMATS) as image:
-            if image.mode.startswith(('I', 'F')): raise ValueError(f'8 bits per channel expected, found mode {image.mode}')
+            if image.mode.startswith(('I', 'F')):
+                raise ValueError(f'8 bits per channel expected, found mode {image.mode}')
             return image.convert({1: 'L', 3: 'RGB'}[channels])
 
 # %% ../../nbs/data/00_sets.ipynb #bb0bf813
@@ -321,7 +380,9 @@ def _side(
     if not keep: raise ValueError(f'each side of a split needs a readable image, found none among {len(items)} files')
     names = [items[k][0] for k in keep]
     number = {name: k for k, name in enumerate(dict.fromkeys(names))}
-    return ImageSet(pixels[keep] if broken else pixels, torch.tensor([number[name] for name in names]), tuple(number), crop)
+    return ImageSet(
+        pixels[keep] if broken else pixels, torch.tensor([number[name] for name in names]), tuple(number), crop
+    )
 
 # %% ../../nbs/data/00_sets.ipynb #2a483493
 def _first(items:list[tuple[str, str]], name:str, limit:int|None)->list[tuple[str, str]]:
@@ -346,13 +407,18 @@ def _split(name:str,
     pixels, broken = _read_files([file for _, file in train+test], read, shape)
     if broken and not skip_unreadable:
         some = ', '.join(f'{file} ({why})' for file, why in list(broken.items())[:5])
-        raise ValueError(f'all {len(pixels)} images of {name} must be readable, found {len(broken)} that are not: {some}'
-                         f'{", ..." if len(broken) > 5 else ""}; repair or remove them, or set skip_unreadable=True')
+        raise ValueError(
+            f'all {len(pixels)} images of {name} must be readable, found {len(broken)} that are not: {some}'
+            f'{", ..." if len(broken) > 5 else ""}; repair or remove them, or set skip_unreadable=True'
+        )
     n = len(train)
     return Split(name, _side(train, pixels[:n], broken, crop), _side(test, pixels[n:], broken, crop), tuple(broken))
 
 # %% ../../nbs/data/00_sets.ipynb #63d5110c
-ARCHIVES = (('omniglot', 'images_background.zip', 'images_evaluation.zip'), ('omniglot_small', 'images_background_small1.zip', 'images_background_small2.zip'))
+ARCHIVES = (
+    ('omniglot', 'images_background.zip', 'images_evaluation.zip'),
+    ('omniglot_small', 'images_background_small1.zip', 'images_background_small2.zip')
+)
 
 # %% ../../nbs/data/00_sets.ipynb #c8f09827
 def _archives(folder:Path)->tuple[str, Path, Path]: # name of the data set, archive to train on, archive to test on
@@ -363,8 +429,10 @@ def _archives(folder:Path)->tuple[str, Path, Path]: # name of the data set, arch
         if any(found): break
     else: pair = ARCHIVES[0][1:]
     absent = [file for file in pair if not (folder/file).is_file()]
-    raise FileNotFoundError(f'omniglot needs {" and ".join(absent)} in {folder} (or the pair {" and ".join(ARCHIVES[1][1:])}), found no such file; '
-                            'download from the Omniglot project page: github.com/brendenlake/omniglot, folder python')
+    raise FileNotFoundError(
+        f'omniglot needs {" and ".join(absent)} in {folder} (or the pair {" and ".join(ARCHIVES[1][1:])}), found no'
+        ' such file; download from the Omniglot project page: github.com/brendenlake/omniglot, folder python'
+    )
 
 # %% ../../nbs/data/00_sets.ipynb #31a8ea28
 def _stroke_image(
@@ -379,8 +447,14 @@ def _stroke_image(
 # %% ../../nbs/data/00_sets.ipynb #bd14a5cf
 def _members(archive:zipfile.ZipFile)->list[tuple[str, str]]: # (Alphabet/character, member), sorted
     "The drawings in an archive, which lie in folder/Alphabet/character/."
-    found = sorted(m for m in archive.namelist() if m.endswith('.png') and m.count('/') == 3 and not m.startswith('__MACOSX'))
-    if not found: raise ValueError(f'{archive.filename} must hold folder/Alphabet/character/*.png, found none among its {len(archive.namelist())} members')
+    found = sorted(
+        m for m in archive.namelist() if m.endswith('.png') and m.count('/') == 3 and not m.startswith('__MACOSX')
+    )
+    if not found:
+        raise ValueError(
+            f'{archive.filename} must hold folder/Alphabet/character/*.png, found none among its'
+            f' {len(archive.namelist())} members'
+        )
     return [('/'.join(m.split('/')[1:3]), m) for m in found]
 
 # %% ../../nbs/data/00_sets.ipynb #6d2cb803
@@ -394,7 +468,8 @@ _DRAWING = 2**24 # bytes that a drawing may have, unpacked; those of Omniglot ha
 
 def _drawing(archive:zipfile.ZipFile, member:str)->Image.Image: # mode 'L'
     "One member, read where it lies: nothing is ever extracted."
-    if (size := archive.getinfo(member).file_size) > _DRAWING: raise ValueError(f'a drawing of at most {_DRAWING} bytes expected, found {size}')
+    if (size := archive.getinfo(member).file_size) > _DRAWING:
+        raise ValueError(f'a drawing of at most {_DRAWING} bytes expected, found {size}')
     with archive.open(member) as file: return read_image(file, channels=1)
 
 # %% ../../nbs/data/00_sets.ipynb #614880be
@@ -414,13 +489,21 @@ def omniglot(
         test = [(name, member) for name, member in test if name.split('/')[0] not in known]
         home = {member: archive for archive, items in ((first, train), (second, test)) for _, member in items}
         def read(member): return _stroke_image(_drawing(home[member], member), size)
-        return _split(name, train, test, read, (channels, size, size), skip_unreadable=skip_unreadable, train_classes=train_classes, test_classes=test_classes)
+        return _split(
+            name, train, test, read, (channels, size, size), skip_unreadable=skip_unreadable,
+            train_classes=train_classes, test_classes=test_classes
+        )
 
 # %% ../../nbs/data/00_sets.ipynb #1d5dc893
 def _class_files(folder:Path)->list[str]: # 'class/file', sorted
     "The image files of one class; other files and hidden ones are ignored."
-    files = sorted(f.name for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith('.') and f.is_file())
-    if not files: raise ValueError(f'each class folder must hold an image ({" ".join(SUFFIXES)}), found none in {folder}; remove or fill it')
+    files = sorted(
+        f.name for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith('.') and f.is_file()
+    )
+    if not files:
+        raise ValueError(
+            f'each class folder must hold an image ({" ".join(SUFFIXES)}), found none in {folder}; remove or fill it'
+        )
     return [f'{folder.name}/{file}' for file in files]
 
 def _pixels(folder:Path, size:int, channels:int, file:str)->np.ndarray: # (C, S, S) uint8
@@ -442,13 +525,20 @@ def image_folder(
     check_between('size', size, 8, 4096), check_choice('channels', channels, (1, 3))
     if crop is not None: check_between('crop', crop, 1, size)
     folder = Path(root)
-    if not os.path.isdir(folder): raise FileNotFoundError(f'a folder of class folders is needed, found nothing of that kind at {folder}')
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f'a folder of class folders is needed, found nothing of that kind at {folder}')
     classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith(('.', '__')))
-    if len(classes) < 2: raise ValueError(f'{folder} must hold one folder per class, at least two, found {len(classes)}')
-    train, test = ([(name, file) for name in side for file in _class_files(folder/name)] for side in (classes[:len(classes)//2], classes[len(classes)//2:]))
+    if len(classes) < 2:
+        raise ValueError(f'{folder} must hold one folder per class, at least two, found {len(classes)}')
+    train, test = (
+        [(name, file) for name in side for file in _class_files(folder / name)]
+        for side in (classes[: len(classes) // 2], classes[len(classes) // 2 :])
+    )
     read = partial(_pixels, folder, size, channels)
-    return _split(folder.resolve().name, train, test, read, (channels, size, size), crop=crop, skip_unreadable=skip_unreadable,
-                  train_classes=train_classes, test_classes=test_classes)
+    return _split(
+        folder.resolve().name, train, test, read, (channels, size, size), crop=crop, skip_unreadable=skip_unreadable,
+        train_classes=train_classes, test_classes=test_classes
+    )
 
 # %% ../../nbs/data/00_sets.ipynb #7c1e0a02
 @dataclass(frozen=True, eq=False)
@@ -459,7 +549,11 @@ class QueryGallery(Split):
     def card(self)->dict:
         "As of a `Split`, with the number of queries, also in words."
         card, gallery = super().card(), len(self.test)-self.queries
-        return dict(card, queries=self.queries, gallery=gallery, search=f'queries and gallery apart: {self.queries} queries, {gallery} gallery images', checksum=fingerprint([card['checksum'], self.queries]))
+        return dict(
+            card, queries=self.queries, gallery=gallery,
+            search=f'queries and gallery apart: {self.queries} queries, {gallery} gallery images',
+            checksum=fingerprint([card['checksum'], self.queries])
+        )
 
 # %% ../../nbs/data/00_sets.ipynb #7c1e0a03
 def sides(
@@ -472,8 +566,10 @@ def sides(
         if found.keys() >= {*form}: return tuple(found[name].name for name in form)
     others = sorted(found.keys() - {'train'})
     if set(others) <= {'val', 'valid', 'validation', 'dev', 'query', 'gallery'}:
-        raise ValueError(f'{folder} must hold train and test, or train, query and gallery, found train and {", ".join(others) or "nothing else"};'
-                         ' rename or add the folder of classes to test on')
+        raise ValueError(
+            f'{folder} must hold train and test, or train, query and gallery, found train and'
+            f' {", ".join(others) or "nothing else"}; rename or add the folder of classes to test on'
+        )
     return ()
 
 # %% ../../nbs/data/00_sets.ipynb #7c1e0a04
@@ -488,7 +584,8 @@ def split_folder(
 )->Split:              # a `QueryGallery` where queries and gallery are apart
     "A folder of class folders that is split already."
     folder, names = Path(root), sides(Path(root))
-    if not names: raise ValueError(f'{folder} must hold train and test, or train, query and gallery, found none of these forms')
+    if not names:
+        raise ValueError(f'{folder} must hold train and test, or train, query and gallery, found none of these forms')
     items = [_side_files(folder, name) for name in names]
     known, asked = ({label for label, _ in side} for side in items[:2])
     held = {label for label, _ in items[-1]}
@@ -499,8 +596,10 @@ def split_folder(
     print(f'{folder} is read as split already: {sizes}')
     _say_overlap(folder, names, known & (asked | held), asked - held)
     read, shape = partial(_pixels, folder, size, channels), (channels, size, size)
-    split = _split(folder.resolve().name, items[0], sum(items[1:], []), read, shape, crop=crop, skip_unreadable=skip_unreadable,
-                   train_classes=train_classes, test_classes=test_classes)
+    split = _split(
+        folder.resolve().name, items[0], sum(items[1:], []), read, shape, crop=crop, skip_unreadable=skip_unreadable,
+        train_classes=train_classes, test_classes=test_classes
+    )
     if len(names) == 2: return split
     kept = {label for label, _ in _first(sum(items[1:], []), 'test_classes', test_classes)}
     queries = [file for label, file in items[1] if label in kept and file not in split.skipped]
@@ -514,7 +613,10 @@ def _side_files(folder:Path, side:str)->list[tuple[str, str]]: # (class, file re
 def _say_overlap(folder:Path, names:tuple[str, ...], shared:set[str], alone:set[str])->None:
     "Warn about classes that are trained and tested on, and about queries that can find nothing."
     if shared:
-        warnings.warn(f'{folder} trains and tests on {len(shared)} of the same classes ({min(shared)}, ...): the numbers are not those of unseen classes')
+        warnings.warn(
+            f'{folder} trains and tests on {len(shared)} of the same classes ({min(shared)}, ...): the numbers are not'
+            ' those of unseen classes'
+        )
     if alone and len(names) == 3:
         warnings.warn(f'{folder} has queries of {len(alone)} classes that are not in its gallery ({min(alone)}, ...):'
                       ' R@1 and mAP leave them out')
@@ -535,13 +637,26 @@ def load(
     limits = {k: v for k, v in (('train_classes', train_classes), ('test_classes', test_classes)) if v is not None}
     if dataset == 'glyphs': split = glyphs(size=size, channels=channels, seed=seed, **limits)
     elif dataset == 'omniglot':
-        if root is None: raise ValueError('omniglot needs root, the folder that holds images_background.zip and images_evaluation.zip (or the two small ones) of github.com/brendenlake/omniglot, found None')
+        if root is None:
+            raise ValueError(
+                'omniglot needs root, the folder that holds images_background.zip and images_evaluation.zip (or the two'
+                ' small ones) of github.com/brendenlake/omniglot, found None'
+            )
         split = omniglot(root, size=size, channels=channels, skip_unreadable=skip_unreadable, **limits)
     elif dataset and os.path.isdir(Path(root or '.')/dataset):
         folder = Path(root or '.')/dataset
-        split = (split_folder if sides(folder) else image_folder)(folder, size=size, channels=channels, crop=crop, skip_unreadable=skip_unreadable, **limits)
-    else: raise ValueError(f"dataset must be 'glyphs', 'omniglot' or the path of a folder of class folders, found {dataset!r}")
-    return split if crop is None else replace(split, train=replace(split.train, crop=crop), test=replace(split.test, crop=crop))
+        split = (split_folder if sides(folder) else image_folder)(
+            folder, size=size, channels=channels, crop=crop, skip_unreadable=skip_unreadable, **limits
+        )
+    else:
+        raise ValueError(
+            f"dataset must be 'glyphs', 'omniglot' or the path of a folder of class folders, found {dataset!r}"
+        )
+    return (
+        split
+        if crop is None
+        else replace(split, train=replace(split.train, crop=crop), test=replace(split.test, crop=crop))
+    )
 
 # %% ../../nbs/data/00_sets.ipynb #09d9fb12
 def partners(
@@ -555,7 +670,8 @@ def partners(
     order = label.argsort(stable=True)
     count = label.bincount()
     start = count.cumsum(0)-count
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(label)))-start[label] # of each row within its class
+    # of each row within its class
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(label)))-start[label]
     n, least = count[label], 0 if allow_self else 1
     steps = least+(torch.rand(len(label), generator=gen, dtype=torch.double)*(n-least)).long()
     return order[start[label]+(place+steps)%n]
@@ -611,7 +727,8 @@ def training_batches(
     device:Any='cpu',
     dtype:torch.dtype=torch.float32,
     ahead:bool|None=None,     # prepare the next batch in a thread; None: on a GPU, and for images outside of memory
-)->Generator[tuple[Tensor, Tensor], None, None]: # images (B, C, S, S) in [0, 1] and labels (B,), on `device`; close it when stopping early
+# images (B, C, S, S) in [0, 1] and labels (B,), on `device`; close it when stopping early
+)->Generator[tuple[Tensor, Tensor], None, None]:
     "Augmented images and labels of each batch."
     def make():
         for rows in batches: yield dataset.augment(rows, gen, device, dtype), to_device(dataset.labels[rows], device)

@@ -99,7 +99,8 @@ def perturb(
     steps:int,
     stop:Callable|None=None, # early stop of `pgd`
 )->Perturbed:
-    "Move the images of `parts` jointly to raise `objective`, eq. (3) of COLO-TRIDE; everything else stays clean and constant."
+    """Move the images of `parts` jointly to raise `objective`, eq. (3) of COLO-TRIDE; everything else stays clean and
+    constant."""
     images,known = (dict(zip('apn', take(v, triplets))) for v in (x, emb))
     if step_size == 0: return Perturbed(tuple(images.values()), 0)
     def on_triplets(moved): return objective(*(known | dict(zip(parts, moved.chunk(len(parts))))).values())
@@ -123,7 +124,8 @@ def mean_shift(
     after:tuple,  # the same after the perturbation
     parts:str,    # the perturbed elements
 )->Tensor:        # () float; NaN if nothing was perturbed
-    "Mean distance that the perturbed images moved in the embedding space, Figure 4 of COLO-TRIDE before its division by the mean distance."
+    """Mean distance that the perturbed images moved in the embedding space, Figure 4 of COLO-TRIDE before its division
+    by the mean distance."""
     moved = [paired_distance(after[k], before[k]) for k in map('apn'.index, parts)]
     return torch.cat(moved).mean() if moved else before[0].new_tensor(torch.nan)
 
@@ -137,13 +139,17 @@ def training_log(
     steps:int=0,           # PGD updates done
     assisted:float=0.,     # 1: the perturbation lowered the hardness
 )->dict[str, float]:
-    "Hardness, share of hard triplets, distances, separability and collapseness (near, λ = 10) of the batch before and after the perturbation."
+    """Hardness, share of hard triplets, distances, separability and collapseness (near, λ = 10) of the batch before
+    and after the perturbation."""
     clean = take(emb, triplets)
     after = tuple(e.detach() for e in after) if after else tuple(e*torch.nan for e in clean)
     d,d_adv = triplet_distances(*clean),triplet_distances(*after)
-    values = dict(hardness=hardness(*d).mean(), hard_share=(hardness(*d) > 0).float().mean(), dist_ap=d[0].mean(), dist_an=d[1].mean(), separability=separability(*d),
-        collapseness=collapseness(*d, lam=10.), adv_hardness=hardness(*d_adv).mean(),
-        adv_collapseness=collapseness(*d_adv, lam=10.), shift=mean_shift(clean, after, parts if steps else ''))
+    values = dict(
+        hardness=hardness(*d).mean(), hard_share=(hardness(*d) > 0).float().mean(), dist_ap=d[0].mean(),
+        dist_an=d[1].mean(), separability=separability(*d), collapseness=collapseness(*d, lam=10.0),
+        adv_hardness=hardness(*d_adv).mean(), adv_collapseness=collapseness(*d_adv, lam=10.0),
+        shift=mean_shift(clean, after, parts if steps else '')
+    )
     floats = torch.stack(list(values.values())).tolist() # one transfer from the device
     return dict(zip(values, floats), assisted=float(assisted), steps_done=float(steps),
                 image_steps=float(steps*len(parts)*len(triplets.a)))
@@ -159,7 +165,8 @@ def check_inner(
     check_between('eps', eps, 0, 1)
     check_between('step_size', step_size, 0, 1)
     check_between('margin', margin, 0, 2)
-    if step_size == 0: raise ValueError('step_size must be positive, found 0; use eps=0 or steps=0 to train without perturbation')
+    if step_size == 0:
+        raise ValueError('step_size must be positive, found 0; use eps=0 or steps=0 to train without perturbation')
     if not isinstance(steps, int) or steps < 0: raise ValueError(f'steps must be a whole number >= 0, found {steps!r}')
 
 # %% ../../nbs/defenses/00_base.ipynb #962d5795
@@ -195,7 +202,8 @@ def act(
     steps:int,
     margin:float,         # γ of the loss
     miner:str='random',   # ACT[R]
-    miner_margin:float|None=None, # None: `margin`; the reference code hands 1.0 to the miner (matters for semihard only)
+    # None: `margin`; the reference code hands 1.0 to the miner (matters for semihard only)
+    miner_margin:float|None=None,
 )->Defense:
     "Anti-collapse triplet defence, ACT: clean anchors against positives and negatives that were pushed together."
     check_inner(eps, step_size, steps, margin)
@@ -232,7 +240,10 @@ def pseudo_hardness(
     if isinstance(kind, (int, float)): return float(kind)
     check_choice('pseudo', kind, ('gLGA', 'g_B', 'g_2', 'g_1/2'))
     level = min(max(loss, 0.), cap)/cap
-    return {'gLGA': -margin*level, 'g_B': -margin*level + .1*(1 - level), 'g_2': -margin*level**2, 'g_1/2': -margin*sqrt(level)}[kind]
+    return {
+        'gLGA': -margin * level, 'g_B': -margin * level + 0.1 * (1 - level), 'g_2': -margin * level**2,
+        'g_1/2': -margin * sqrt(level)
+    }[kind]
 
 # %% ../../nbs/defenses/00_base.ipynb #f0d140bc
 def ics_loss(
@@ -246,22 +257,31 @@ def ics_loss(
 # %% ../../nbs/defenses/00_base.ipynb #9cfa92de
 def _settled(loss, previous): return previous is not None and bool((loss - previous).abs() < 1e-7)
 
-def _hm_step(model, x, label, *, state, clock, gen, eps, step_size, steps, margin, ics, source, destination, pseudo, loss_cap, allow_self):
+def _hm_step(
+    model, x, label, *, state, clock, gen, eps, step_size, steps, margin, ics, source, destination, pseudo, loss_cap,
+    allow_self
+):
     "One HM update; keywords as in `hm`."
     still = streamlined(model)
     emb = clean_embedding(still, x)
     mine = dict(MINERS, softhard=partial(softhard, allow_self=allow_self))
     triplets = mine[source](emb, label, gen=gen, margin=margin)
-    if pseudo is None: target = hardness(*triplet_distances(*take(emb, mine[destination](emb, label, gen=gen, margin=margin))))
+    if pseudo is None:
+        target = hardness(*triplet_distances(*take(emb, mine[destination](emb, label, gen=gen, margin=margin))))
     else: target = pseudo_hardness(state['loss'], margin=margin, cap=loss_cap, kind=pseudo)
     if pseudo is None and source == destination: steps = 0 # drawn alike: there is nowhere to go
     def objective(a, p, n): return hm_objective(*triplet_distances(a, p, n), target)
-    adv = perturb(still, x, emb, triplets, objective, parts='apn', eps=eps, step_size=step_size, steps=steps, stop=_settled)
+    adv = perturb(
+        still, x, emb, triplets, objective, parts='apn', eps=eps, step_size=step_size, steps=steps, stop=_settled
+    )
     clean = take(x, triplets)[:2] if ics else ()
     a_adv,p_adv,n_adv,*rest = embed_together(model, *adv.images, *clean)
     fit = triplet_loss(*triplet_distances(a_adv, p_adv, n_adv), margin=margin).mean()
     loss = fit + ics*ics_loss(rest[0], a_adv, rest[1]) if ics else fit
-    return Step(loss, dict(state, loss=fit.item()), training_log(emb, triplets, (a_adv, p_adv, n_adv), parts='apn', steps=adv.steps))
+    return Step(
+        loss, dict(state, loss=fit.item()),
+        training_log(emb, triplets, (a_adv, p_adv, n_adv), parts='apn', steps=adv.steps)
+    )
 
 # %% ../../nbs/defenses/00_base.ipynb #cc95653a
 def hm(
@@ -275,14 +295,17 @@ def hm(
     destination:str='semihard', # miner of the benign destination; used only if `pseudo` is None
     pseudo:Literal['gLGA', 'g_B', 'g_2', 'g_1/2']|float|None='gLGA', # a number is a constant; None: benign destination
     loss_cap:float|None=None, # u of the gradual adversary; None: the margin
-    allow_self:bool=True,     # whether the softhard miner may fall back to an anchor as its own positive, as the reference code does
+    # whether the softhard miner may fall back to an anchor as its own positive, as the reference code does
+    allow_self:bool=True,
 )->Defense:
     "Hardness manipulation, HM[S, gLGA]&ICS by default."
     check_inner(eps, step_size, steps, margin)
     for key,miner in dict(source=source, destination=destination).items(): check_choice(key, miner, tuple(MINERS))
     cap = margin if loss_cap is None else loss_cap
-    options = dict(eps=eps, step_size=step_size, steps=steps, margin=margin, ics=ics, source=source, destination=destination,
-                   pseudo=pseudo, loss_cap=cap, allow_self=allow_self)
+    options = dict(
+        eps=eps, step_size=step_size, steps=steps, margin=margin, ics=ics, source=source, destination=destination,
+        pseudo=pseudo, loss_cap=cap, allow_self=allow_self
+    )
     if cap <= 0: raise ValueError(f'loss_cap must be positive, found {cap}')
     check_between('ics', ics, 0, float('inf'))
     if pseudo is not None: pseudo_hardness(2., margin=margin, cap=cap, kind=pseudo)

@@ -92,7 +92,11 @@ def est(
         triplets = MINERS[miner](after.detach(), label, gen=gen, margin=margin)
         loss = triplet_loss(*triplet_distances(*take(after, triplets)), margin=margin).mean()
         return Step(loss, dict(state), batch_log(emb, triplets, after, steps=adv.steps))
-    return Defense('est', dict(eps=eps, step_size=step_size, steps=steps, margin=margin, miner=miner, freeze_batchnorm=freeze_batchnorm), dict, step)
+    return Defense(
+        'est',
+        dict(eps=eps, step_size=step_size, steps=steps, margin=margin, miner=miner, freeze_batchnorm=freeze_batchnorm),
+        dict, step
+    )
 
 # %% ../../nbs/defenses/02_baselines.ipynb #0afc9cf3
 def ses(
@@ -117,7 +121,9 @@ def ses(
         fit = triplet_loss(*triplet_distances(*take(clean, triplets)), margin=margin).mean()
         loss = fit + weight*paired_distance(after, clean, offset=OFFSET).mean()
         return Step(loss, dict(state), batch_log(emb, triplets, after, steps=adv.steps))
-    return Defense('ses', dict(eps=eps, step_size=step_size, steps=steps, margin=margin, miner=miner, weight=weight), dict, step)
+    return Defense(
+        'ses', dict(eps=eps, step_size=step_size, steps=steps, margin=margin, miner=miner, weight=weight), dict, step
+    )
 
 # %% ../../nbs/defenses/02_baselines.ipynb #35f70c86
 def minmax_objective(
@@ -217,7 +223,8 @@ def free(
     "Free adversarial training: each batch is repeated, and the update's own gradient moves the perturbation."
     check_inner(eps, step_size, 1, margin)
     check_choice('miner', miner, tuple(MINERS))
-    if not isinstance(repeats, int) or repeats < 1: raise ValueError(f'repeats must be a whole number >= 1, found {repeats!r}')
+    if not isinstance(repeats, int) or repeats < 1:
+        raise ValueError(f'repeats must be a whole number >= 1, found {repeats!r}')
     options = dict(eps=eps, step_size=step_size, margin=margin, repeats=repeats, miner=miner)
     return Defense('free', options, partial(dict, done=0, sigma='', images=''), partial(_free_step, **options))
 
@@ -231,7 +238,10 @@ def loss_value(
     "A loss of a batch, in full precision."
     with torch.autocast(emb.device.type, enabled=False): value = loss(emb, label, *found)
     if isinstance(value, Tensor) and value.shape == (): return value
-    raise ValueError(f'loss(embeddings, labels) must return a tensor of shape (), found {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}')
+    raise ValueError(
+        'loss(embeddings, labels) must return a tensor of shape (), found'
+        f' {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}'
+    )
 
 # %% ../../nbs/defenses/02_baselines.ipynb #df2ff6e6
 @contextmanager
@@ -253,7 +263,8 @@ def _with_rows(values, rows, new):
     return values
 
 def robust_loss(
-    loss:Callable,      # (embeddings (N, D) of unit length, labels (N,)) -> () float; with a miner, (embeddings, labels, what it found)
+    # (embeddings (N, D) of unit length, labels (N,)) -> () float; with a miner, (embeddings, labels, what it found)
+    loss:Callable,
     *,
     name:str,           # of the defence
     eps:float,          # radius in [0, 1]
@@ -277,7 +288,9 @@ def robust_loss(
             def on_batch(e): return loss_value(loss, _with_rows(emb, rows, e), label, *found)
             adv = pgd(still, on_batch, x[rows], eps=eps, step_size=step_size, steps=steps)
             after,*clean = embed_together(model, _with_rows(x, rows, adv.images), *([x] if clean_weight else []))
-            value = loss_value(loss, after, label, *found) + sum(clean_weight*loss_value(loss, e, label, *found) for e in clean)
+            value = loss_value(loss, after, label, *found) + sum(
+                clean_weight * loss_value(loss, e, label, *found) for e in clean
+            )
         triplets = MINERS['random'](emb, label, gen=gen) # for the log alone
         return Step(value, dict(state), batch_log(emb, triplets, after.detach(), steps=adv.steps, rows=rows))
     own = dict(eps=eps, step_size=step_size, steps=steps, moved=moved, clean_weight=clean_weight)
@@ -296,7 +309,8 @@ def multi_similarity_loss(
     above = emb @ emb.T - base
     same = label[:,None] == label
     mates = same & ~torch.eye(len(emb), dtype=torch.bool, device=emb.device)
-    def soft(values, kept): return pad(values.masked_fill(~kept, -torch.inf), (0, 1)).logsumexp(1) # the padded 0 is the 1 in the logarithm
+    # the padded 0 is the 1 in the logarithm
+    def soft(values, kept): return pad(values.masked_fill(~kept, -torch.inf), (0, 1)).logsumexp(1)
     return (soft(-alpha*above, mates)/alpha + soft(beta*above, ~same)/beta).mean()
 
 # %% ../../nbs/defenses/02_baselines.ipynb #980abb5a
@@ -314,8 +328,10 @@ def multi_similarity(
     "Robust training with the multi-similarity loss."
     if min(alpha, beta) <= 0: raise ValueError(f'alpha and beta must be positive, found {alpha} and {beta}')
     options:dict[str, Any] = dict(alpha=alpha, beta=beta, base=base)
-    return robust_loss(partial(multi_similarity_loss, **options), name='multi_similarity', eps=eps, step_size=step_size, steps=steps,
-                       moved=moved, clean_weight=clean_weight, options=options)
+    return robust_loss(
+        partial(multi_similarity_loss, **options), name='multi_similarity', eps=eps, step_size=step_size, steps=steps,
+        moved=moved, clean_weight=clean_weight, options=options
+    )
 
 # %% ../../nbs/defenses/02_baselines.ipynb #b42f2a31
 def topweighted_loss(
@@ -347,8 +363,10 @@ def topweighted(
     check_inner(eps, step_size, steps, margin)
     check_between('top', top, 0, 1)
     options:dict[str, Any] = dict(margin=margin, top=top)
-    return robust_loss(partial(topweighted_loss, **options), name='topweighted', eps=eps, step_size=step_size, steps=steps,
-                       moved=moved, clean_weight=clean_weight, options=options)
+    return robust_loss(
+        partial(topweighted_loss, **options), name='topweighted', eps=eps, step_size=step_size, steps=steps,
+        moved=moved, clean_weight=clean_weight, options=options
+    )
 
 # %% ../../nbs/defenses/02_baselines.ipynb #dc89266c
 def _from_library(kind:str, name:str, options:dict|None):
@@ -356,9 +374,17 @@ def _from_library(kind:str, name:str, options:dict|None):
     library = need(f"pytorch_metric_learning.{'losses' if kind == 'loss' else 'miners'}", 'library_loss')
     check_choice(kind, name, [c for c in dir(library) if c.endswith(kind.capitalize()) and not c.startswith('Base')])
     try: made = getattr(library, name)(**(options or {}))
-    except (TypeError, KeyError) as err: raise TypeError(f'{kind}_options must be keywords of {name}, found {options}: {err}') from err
-    if any(True for _ in made.parameters()): raise ValueError(f'{kind} must have no weights of its own, found {name} with some; the optimiser would not update them')
-    if name == 'DynamicSoftMarginLoss': raise ValueError(f'{kind} must have no memory of its own, found {name}, which keeps a histogram of all its calls; a checkpoint would lose it')
+    except (TypeError, KeyError) as err:
+        raise TypeError(f'{kind}_options must be keywords of {name}, found {options}: {err}') from err
+    if any(True for _ in made.parameters()):
+        raise ValueError(
+            f'{kind} must have no weights of its own, found {name} with some; the optimiser would not update them'
+        )
+    if name == 'DynamicSoftMarginLoss':
+        raise ValueError(
+            f'{kind} must have no memory of its own, found {name}, which keeps a histogram of all its calls; a'
+            ' checkpoint would lose it'
+        )
     return made
 
 def library_loss(
@@ -374,12 +400,20 @@ def library_loss(
     clean_weight:float=0., # weight of the loss on clean images
 )->Defense:
     "Robust training with a loss, and a miner if wanted, of pytorch-metric-learning."
-    made,chosen = _from_library('loss', loss, loss_options),_from_library('miner', miner, miner_options) if miner else None
-    return robust_loss(made, name='library_loss', eps=eps, step_size=step_size, steps=steps, moved=moved, clean_weight=clean_weight, miner=chosen,
-                       options=dict(loss=loss, loss_options=loss_options or {}, miner=miner, miner_options=miner_options or {}))
+    made, chosen = _from_library('loss', loss, loss_options), (
+        _from_library('miner', miner, miner_options) if miner else None
+    )
+    return robust_loss(
+        made, name='library_loss', eps=eps, step_size=step_size, steps=steps, moved=moved, clean_weight=clean_weight,
+        miner=chosen,
+        options=dict(loss=loss, loss_options=loss_options or {}, miner=miner, miner_options=miner_options or {})
+    )
 
 # %% ../../nbs/defenses/02_baselines.ipynb #a3ecaa7e
-BASELINES = dict[str, Callable[..., Defense]](est=est, ses=ses, minmax=minmax, free=free, multi_similarity=multi_similarity, topweighted=topweighted, library_loss=library_loss)
+BASELINES = dict[str, Callable[..., Defense]](
+    est=est, ses=ses, minmax=minmax, free=free, multi_similarity=multi_similarity, topweighted=topweighted,
+    library_loss=library_loss
+)
 
 def valid_options(
     name:str,       # key of `defenses.colo_tride.DEFENSES` or of `BASELINES`
@@ -395,5 +429,6 @@ def make(
     "A defence by name; `make(d.name, **d.options)` gives `d` again."
     valid = valid_options(name)
     if name not in BASELINES: return colo_tride.make(name, **options)
-    if unknown := sorted(set(options) - set(valid)): raise TypeError(f'{name} has no option {", ".join(unknown)}; it has {", ".join(valid)}')
+    if unknown := sorted(set(options) - set(valid)):
+        raise TypeError(f'{name} has no option {", ".join(unknown)}; it has {", ".join(valid)}')
     return BASELINES[name](**options)

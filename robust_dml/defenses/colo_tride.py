@@ -36,7 +36,9 @@ def direction(
     on_collapse:int=1,           # what 'colo' does at C >= 0: 1 assist, 0 nothing, -1 attack all the same
 )->Tensor:                       # () float: -1 attack, +1 assist, 0 clean
     "Sign of J in eq. (8): negative while the batch is healthy, positive when a collapse impends."
-    healthy,collapsing = {'colo': (-1, on_collapse), 'attack': (-1, -1), 'assist': (1, 1), 'assist_else_clean': (0, 1)}[orientation]
+    healthy, collapsing = {
+        'colo': (-1, on_collapse), 'attack': (-1, -1), 'assist': (1, 1), 'assist_else_clean': (0, 1)
+    }[orientation]
     return torch.where(collapse < 0, float(healthy), float(collapsing))
 
 # %% ../../nbs/defenses/01_colo_tride.ipynb #5a3e62ba
@@ -175,16 +177,21 @@ class Switches:
     orientation:str='colo'         # colo | attack | assist | assist_else_clean
 
 # %% ../../nbs/defenses/01_colo_tride.ipynb #cddb0f7e
-CHOICES = dict(weighting=('near', 'far', 'uniform'), collapse_eval=('once_clean', 'per_step'), collapse_miner=(None, *MINERS),
-    adv_distance=('mean', 'weighted'), cap_on_collapse=('assist', 'stop'), cap_hinge=(True, False), anp_main=('attack', 'assist_only'),
-    top_term=(True, False), top_term_on_collapse=(True, False), top_gain=('clean', 'per_step'), top_rank=('per_step', 'clean'),
-    disabled_mode=('clean', 'attack'), top_loss_in=('anp', 'both'), step_schedule=('linear0', 'linear1', 'const'), early_stop=(True, False),
+CHOICES = dict(
+    weighting=('near', 'far', 'uniform'), collapse_eval=('once_clean', 'per_step'), collapse_miner=(None, *MINERS),
+    adv_distance=('mean', 'weighted'), cap_on_collapse=('assist', 'stop'), cap_hinge=(True, False),
+    anp_main=('attack', 'assist_only'), top_term=(True, False), top_term_on_collapse=(True, False),
+    top_gain=('clean', 'per_step'), top_rank=('per_step', 'clean'), disabled_mode=('clean', 'attack'),
+    top_loss_in=('anp', 'both'), step_schedule=('linear0', 'linear1', 'const'), early_stop=(True, False),
     miner=tuple(MINERS), miner_margin=('gradual', 'linear', 'const'), phase=('alternate', 'cap', 'anp', 'sip'),
-    orientation=('colo', 'attack', 'assist', 'assist_else_clean'))
+    orientation=('colo', 'attack', 'assist', 'assist_else_clean')
+)
 
 PAPER = {f.name: f.default for f in fields(Switches)[5:]}
-OFFICIAL = PAPER | dict(weighting='far', collapse_eval='per_step', adv_distance='weighted', cap_on_collapse='stop', cap_hinge=True,
-    anp_main='assist_only', top_term_on_collapse=True, top_gain='per_step', assist_start_frac=0., top_loss_in='both')
+OFFICIAL = PAPER | dict(
+    weighting='far', collapse_eval='per_step', adv_distance='weighted', cap_on_collapse='stop', cap_hinge=True,
+    anp_main='assist_only', top_term_on_collapse=True, top_gain='per_step', assist_start_frac=0.0, top_loss_in='both'
+)
 PAPER_RANGE = PAPER | dict(miner='range')
 PAPER_STEPS = PAPER | dict(collapse_eval='per_step')
 PROFILES = dict[str, dict[str, Any]](
@@ -198,15 +205,22 @@ def switches(
     "The profile with `options` put over it, checked."
     check_choice('profile', profile, tuple(PROFILES))
     known = [f.name for f in fields(Switches)]
-    if unknown := sorted(set(options) - set(known)): raise TypeError(f'unknown option {", ".join(unknown)}; COLO-TRIDE has {", ".join(known)}')
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f'unknown option {", ".join(unknown)}; COLO-TRIDE has {", ".join(known)}')
     s = Switches(**PROFILES[profile] | options)
     check_inner(s.eps, s.step_size, s.steps, s.margin)
     for key,valid in CHOICES.items(): check_choice(key, getattr(s, key), valid)
     check_between('assist_start_frac', s.assist_start_frac, 0, 1)
     if s.orientation == 'attack' and (s.cap_hinge or s.anp_main != 'attack'):
-        raise ValueError("orientation='attack' needs cap_hinge=False and anp_main='attack', found switches that end the attack at C = 0; set both")
+        raise ValueError(
+            "orientation='attack' needs cap_hinge=False and anp_main='attack', found switches that end the attack at C"
+            " = 0; set both"
+        )
     if s.steps == 1 and s.step_schedule != 'const':
-        raise ValueError(f"a single PGD step has the length eps, found steps=1 with step_schedule={s.step_schedule!r}; use step_schedule='const'")
+        raise ValueError(
+            f"a single PGD step has the length eps, found steps=1 with step_schedule={s.step_schedule!r}; use"
+            " step_schedule='const'"
+        )
     for key in ('lam', 'top_beta', 'top_margin'): check_between(key, getattr(s, key), 0, float('inf'))
     return s
 
@@ -235,7 +249,9 @@ def inner_objective(
     def objective(a, p, n):
         d_ap,d_an = triplet_distances(a, p, n)
         now = collapseness(d_ap.detach(), d_an.detach(), lam=s.lam, weighting=s.weighting)
-        sign = direction(now if s.collapse_eval == 'per_step' else C, orientation=s.orientation, on_collapse=on_collapse)
+        sign = direction(
+            now if s.collapse_eval == 'per_step' else C, orientation=s.orientation, on_collapse=on_collapse
+        )
         signs.append(sign)
         J = gap(d_ap, d_an, lam=s.lam, weighting=s.weighting, adv_distance=s.adv_distance)
         if phase != 'anp': return cap_objective(J, sign, hinge=s.cap_hinge)
@@ -285,15 +301,21 @@ def _tride_step(model, x, label, *, state, clock, gen, s):
     idle = s.collapse_eval == 'once_clean' and direction(C, orientation=s.orientation, on_collapse=react) == 0
     _,d_an = triplet_distances(*take(emb, triplets))
     objective = inner_objective(s, phase, react, C, emb[triplets.a], d_an, signs)                    # eq. (8)
-    adv = perturb(still, x, emb, triplets, objective, parts=PARTS[phase], eps=s.eps, steps=0 if idle else s.steps,
-        step_size=s.step_size*step_factor(clock.epoch, clock.epochs, schedule=s.step_schedule), stop=stop_rule(s, phase))
+    adv = perturb(
+        still, x, emb, triplets, objective, parts=PARTS[phase], eps=s.eps, steps=0 if idle else s.steps,
+        step_size=s.step_size * step_factor(clock.epoch, clock.epochs, schedule=s.step_schedule),
+        stop=stop_rule(s, phase)
+    )
     after = embed_together(model, *adv.images)
     d_adv = triplet_distances(*after)
     loss = update_loss(*d_adv, phase=phase, margin=s.margin, in_phase=s.top_loss_in, beta=s.top_beta,
         top_margin=s.top_margin)                                                                     # eq. (9)
     own = C if s.collapse_eval == 'once_clean' else collapseness(*d_adv, lam=s.lam, weighting=s.weighting)
     log = training_log(emb, triplets, after, parts=PARTS[phase], steps=adv.steps, assisted=_assists(signs, adv.steps))
-    return Step(loss, dict(state, phase=next_phase(phase, s.phase)), dict(log, own_collapseness=own.item(), collapsing=float(own >= 0)))
+    return Step(
+        loss, dict(state, phase=next_phase(phase, s.phase)),
+        dict(log, own_collapseness=own.item(), collapsing=float(own >= 0))
+    )
 
 # %% ../../nbs/defenses/01_colo_tride.ipynb #95963325
 def tride(
@@ -303,7 +325,8 @@ def tride(
     steps:int,       # PGD steps; the paper: 16
     margin:float,    # γ of loss and miner
     lam:float,       # λ of the collapseness
-    profile:Literal['paper', 'paper_range', 'paper_steps', 'official']='paper', # values of all switches that are not given
+    # values of all switches that are not given
+    profile:Literal['paper', 'paper_range', 'paper_steps', 'official']='paper',
     **options,       # any field of `Switches`
 )->Defense:
     "COLO-TRIDE: collapse-aware adversary with triplet decoupling, Algorithm 1."
@@ -312,8 +335,13 @@ def tride(
     return Defense('colo_tride', asdict(s), partial(dict, phase=first), partial(_tride_step, s=s))
 
 # %% ../../nbs/defenses/01_colo_tride.ipynb #301b6fdc
-NAIVE = {f'naive_{name}': dict[str, Any](phase=phase, orientation='attack', step_schedule='const', miner_margin='const', cap_hinge=False, anp_main='attack')
-         for name,phase in dict(cap='cap', anp='anp', tride='alternate', sip='sip').items()}
+NAIVE = {
+    f'naive_{name}': dict[str, Any](
+        phase=phase, orientation='attack', step_schedule='const', miner_margin='const', cap_hinge=False,
+        anp_main='attack'
+    )
+    for name, phase in dict(cap='cap', anp='anp', tride='alternate', sip='sip').items()
+}
 
 def naive(
     name:str,  # key of `NAIVE`
@@ -324,7 +352,9 @@ def naive(
     return replace(tride(**NAIVE[name] | options), name=name)
 
 # %% ../../nbs/defenses/01_colo_tride.ipynb #c4d3d91a
-DEFENSES = dict[str, Callable[..., Defense]](natural=natural, act=act, hm=hm, colo_tride=tride, **{name: partial(naive, name) for name in NAIVE})
+DEFENSES = dict[str, Callable[..., Defense]](
+    natural=natural, act=act, hm=hm, colo_tride=tride, **{name: partial(naive, name) for name in NAIVE}
+)
 
 def valid_options(
     name:str,       # key of `DEFENSES`
@@ -340,5 +370,6 @@ def make(
 )->Defense:
     "A defence by name; `make(d.name, **d.options)` gives `d` again."
     valid = valid_options(name)
-    if unknown := sorted(set(options) - set(valid)): raise TypeError(f'{name} has no option {", ".join(unknown)}; it has {", ".join(valid)}')
+    if unknown := sorted(set(options) - set(valid)):
+        raise TypeError(f'{name} has no option {", ".join(unknown)}; it has {", ".join(valid)}')
     return DEFENSES[name](**options)

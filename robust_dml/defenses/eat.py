@@ -50,11 +50,17 @@ def pal(
     "Proxy-Anchor loss of a batch, as pytorch-metric-learning computes it, in float32 or better."
     if known is not None and not known.all(): label, proxies = (known.cumsum(0) - 1)[label], proxies[known]
     library = need('pytorch_metric_learning.losses', 'training with proxies')
-    formula = library.ProxyAnchorLoss(num_classes=len(proxies), embedding_size=1, margin=margin, alpha=scale, weight_init_func=nn.init.zeros_)
+    formula = library.ProxyAnchorLoss(
+        num_classes=len(proxies), embedding_size=1, margin=margin, alpha=scale, weight_init_func=nn.init.zeros_
+    )
     with torch.autocast(emb.device.type, enabled=False):
         emb = emb if emb.dtype == torch.float64 else emb.float()
         value = functional_call(formula, {'proxies': proxies.to(emb.dtype)}, (emb, label))
-    if not value.isfinite(): raise FloatingPointError(f"expected a finite proxy loss, found {value.item()}; train with precision='float32' or a lower learning rate (the last whole epoch is kept)")
+    if not value.isfinite():
+        raise FloatingPointError(
+            f"expected a finite proxy loss, found {value.item()}; train with precision='float32' or a lower learning"
+            " rate (the last whole epoch is kept)"
+        )
     return value
 
 # %% ../../nbs/defenses/04_eat.ipynb #4f4b3128
@@ -117,7 +123,8 @@ def ensemble(
     **options,   # of `models.networks.build`
 )->Ensemble:
     "Members by name with their own heads and proxies; the first one is `build(name, seed=seed)`."
-    if not isinstance(members, int) or members < 1: raise ValueError(f'members must be a whole number >= 1, found {members!r}')
+    if not isinstance(members, int) or members < 1:
+        raise ValueError(f'members must be a whole number >= 1, found {members!r}')
     seeds = [seed, *(generator(seed, 'member', m).initial_seed() for m in range(1, members))]
     proxies = (torch.randn(classes, dim, generator=generator(s, 'proxies'))*sqrt(2/classes) for s in seeds)
     return Ensemble((build(name, dim=dim, seed=s, **options) for s in seeds), map(nn.Parameter, proxies))
@@ -141,7 +148,10 @@ def _pulled_back(member:nn.Module, slope:Tensor, x:Tensor)->Tensor:
         return torch.autograd.grad(embed(member, x), x, slope)[0]
 
 # %% ../../nbs/defenses/04_eat.ipynb #0d2166a7
-COMBINE = dict(full=lambda m, j, n, r: True, leave_one_out=lambda m, j, n, r: j != m, focus=lambda m, j, n, r: j == m, r_of_n=lambda m, j, n, r: (j - m) % n < r)
+COMBINE = dict(
+    full=lambda m, j, n, r: True, leave_one_out=lambda m, j, n, r: j != m, focus=lambda m, j, n, r: j == m,
+    r_of_n=lambda m, j, n, r: (j - m) % n < r
+)
 
 class Parts(NamedTuple):
     "Which images and which proxies belong to which member."
@@ -184,9 +194,16 @@ def split(
     missing = (~has & (label.cpu().bincount(minlength=classes) > 0)).nonzero()
     if unit == 'sample' and absent == 'refuse' and len(missing):
         m, k = missing[0].tolist()
-        raise ValueError(f"every member must see every class, found class {k} with {int((label == k).sum())} images and none of them among those of member {m} of {members}; "
-                         "use fewer members, another `combine`, split_unit='class' or absent='negative'")
-    if not has.any(1).all(): raise ValueError(f'every member must have images, found none for member {int((~has.any(1)).nonzero()[0])} of {members}; use fewer members')
+        raise ValueError(
+            f"every member must see every class, found class {k} with {int((label == k).sum())} images and none of them"
+            f" among those of member {m} of {members}; use fewer members, another `combine`, split_unit='class' or"
+            " absent='negative'"
+        )
+    if not has.any(1).all():
+        raise ValueError(
+            f'every member must have images, found none for member {int((~has.any(1)).nonzero()[0])} of {members}; use'
+            ' fewer members'
+        )
     return Parts(seen, has if unit == 'class' else torch.ones_like(has))
 
 # %% ../../nbs/defenses/04_eat.ipynb #91192d96
@@ -215,13 +232,28 @@ class Shared:
 
     def __post_init__(self):
         check_inner(self.eps, self.step_size, self.steps, self.margin)
-        for name,choices in dict(combine=tuple(COMBINE), split_unit=('sample', 'class'), absent=('refuse', 'negative'), craft_loss=tuple(CRAFT), on_collapse=('halve', 'ignore')).items(): check_choice(name, getattr(self, name), choices)
-        for name in ('warm_epochs', 'clean_epochs', 'ramp_epochs', 'decay_every', 'decay'): check_between(name, getattr(self, name), 0, float('inf'))
-        if min(self.scale, self.proxy_lr, self.clip) <= 0: raise ValueError(f'scale, proxy_lr and clip must be positive, found {self.scale}, {self.proxy_lr} and {self.clip}')
-        if not isinstance(self.members, int) or self.members < 1: raise ValueError(f'members must be a whole number >= 1, found {self.members!r}')
-        if self.combine == 'leave_one_out' and self.members < 2: raise ValueError("leave_one_out needs at least 2 members, found 1; use combine='full'")
-        if self.combine == 'r_of_n' and not 1 <= self.r <= self.members: raise ValueError(f'r must lie in [1, members], found {self.r} of {self.members}')
-        if self.craft_loss != 'pal_sample' and self.craft_loss != 'selfshift' and self.split_unit == 'class': raise ValueError(f"split_unit='class' needs craft_loss 'pal_sample' or 'selfshift', found {self.craft_loss!r}: a member lacks the proxies of some images")
+        for name, choices in dict(
+            combine=tuple(COMBINE), split_unit=('sample', 'class'), absent=('refuse', 'negative'),
+            craft_loss=tuple(CRAFT), on_collapse=('halve', 'ignore')
+        ).items():
+            check_choice(name, getattr(self, name), choices)
+        for name in ('warm_epochs', 'clean_epochs', 'ramp_epochs', 'decay_every', 'decay'):
+            check_between(name, getattr(self, name), 0, float('inf'))
+        if min(self.scale, self.proxy_lr, self.clip) <= 0:
+            raise ValueError(
+                f'scale, proxy_lr and clip must be positive, found {self.scale}, {self.proxy_lr} and {self.clip}'
+            )
+        if not isinstance(self.members, int) or self.members < 1:
+            raise ValueError(f'members must be a whole number >= 1, found {self.members!r}')
+        if self.combine == 'leave_one_out' and self.members < 2:
+            raise ValueError("leave_one_out needs at least 2 members, found 1; use combine='full'")
+        if self.combine == 'r_of_n' and not 1 <= self.r <= self.members:
+            raise ValueError(f'r must lie in [1, members], found {self.r} of {self.members}')
+        if self.craft_loss != 'pal_sample' and self.craft_loss != 'selfshift' and self.split_unit == 'class':
+            raise ValueError(
+                f"split_unit='class' needs craft_loss 'pal_sample' or 'selfshift', found {self.craft_loss!r}: a member"
+                " lacks the proxies of some images"
+            )
 
 def strength(
     shared:Shared,
@@ -256,15 +288,29 @@ class ProxyDefense(Defense):
     def parts(self, model:Ensemble, dataset:ImageSet, seed:int)->Parts:
         "The split of a training set."
         s, found = self.shared, len(model.proxies[0])
-        if found != len(dataset.classes): raise ValueError(f'the ensemble must have proxies for the {len(dataset.classes)} training classes, found {found}; make one with defenses.eat.ensemble(classes=...)')
-        return split(dataset.labels, classes=len(dataset.classes), members=s.members, combine=s.combine, seed=seed, r=s.r, unit=s.split_unit, absent=s.absent)
+        if found != len(dataset.classes):
+            raise ValueError(
+                f'the ensemble must have proxies for the {len(dataset.classes)} training classes, found {found}; make'
+                ' one with defenses.eat.ensemble(classes=...)'
+            )
+        return split(
+            dataset.labels, classes=len(dataset.classes), members=s.members, combine=s.combine, seed=seed, r=s.r,
+            unit=s.split_unit, absent=s.absent
+        )
 
 def check_ensemble(model:nn.Module, shared:Shared)->None:
     "Refuse a model that a defence with proxies cannot train."
     if not isinstance(model, Ensemble) or len(model.proxies) != len(model.members):
-        raise TypeError(f'a defence with proxies trains an Ensemble with proxies for each member, found {type(model).__name__}; make one with defenses.eat.ensemble')
-    if len(model.members) != shared.members: raise ValueError(f'the ensemble must have members={shared.members}, as its defence has, found {len(model.members)}')
-    if shared.warm_epochs and not all(hasattr(m, 'backbone') for m in model.members): raise ValueError('warm_epochs needs members with a `backbone` and a head, found one without; set warm_epochs=0')
+        raise TypeError(
+            f'a defence with proxies trains an Ensemble with proxies for each member, found {type(model).__name__};'
+            ' make one with defenses.eat.ensemble'
+        )
+    if len(model.members) != shared.members:
+        raise ValueError(
+            f'the ensemble must have members={shared.members}, as its defence has, found {len(model.members)}'
+        )
+    if shared.warm_epochs and not all(hasattr(m, 'backbone') for m in model.members):
+        raise ValueError('warm_epochs needs members with a `backbone` and a head, found one without; set warm_epochs=0')
 
 # %% ../../nbs/defenses/04_eat.ipynb #f962905f
 class Batch(NamedTuple):
@@ -311,7 +357,10 @@ def craft(
 def own_loss(b:Batch, m:int, label:Tensor, clean:Tensor)->Callable:
     "What the adversary of member m raises, of the member's embeddings."
     s = b.shared
-    return partial(CRAFT[s.craft_loss], label=label, proxies=b.still.proxies[m].detach(), known=b.parts.known[m], scale=s.scale, margin=s.margin, clean=clean)
+    return partial(
+        CRAFT[s.craft_loss], label=label, proxies=b.still.proxies[m].detach(), known=b.parts.known[m], scale=s.scale,
+        margin=s.margin, clean=clean
+    )
 
 def climb(b:Batch, model:nn.Module, objective:Callable, x:Tensor, **options)->tuple[Tensor, int]:
     "PGD in the current ball from a random start; images and images times steps."
@@ -339,15 +388,19 @@ def member_update(
     lesson:Lesson,
     b:Batch,
     warm:bool,     # hold the backbone
-)->tuple[Tensor, dict[Tensor, Tensor], float]: # loss, gradients by weight, mean shift of the perturbed images (NaN: none)
+# loss, gradients by weight, mean shift of the perturbed images (NaN: none)
+)->tuple[Tensor, dict[Tensor, Tensor], float]:
     "Loss and gradients of one member on its own images."
     rows, member, s = b.parts.seen[m], model.members[m], b.shared
     if not rows.any(): return b.x.new_zeros(()), {}, torch.nan
     with held(member.backbone if warm else None):
         weights = [w for w in (*member.parameters(), model.proxies[m]) if w.requires_grad]
         embs = embed_together(member, *(v.images[rows] for v in lesson.views))
-        loss:Any = sum(weight*pal(emb, label[rows], model.proxies[m], scale=s.scale, margin=s.margin, known=b.parts.known[m])
-                       for view,emb in zip(lesson.views, embs) for weight,label in view.targets)
+        loss: Any = sum(
+            weight * pal(emb, label[rows], model.proxies[m], scale=s.scale, margin=s.margin, known=b.parts.known[m])
+            for view, emb in zip(lesson.views, embs)
+            for weight, label in view.targets
+        )
         if lesson.extra: loss = loss + lesson.extra(embs, rows)
         grads = torch.autograd.grad(loss, weights, allow_unused=True)
     shift = paired_distance(embs[0].detach(), b.clean[m][rows]).mean().item() if lesson.moved else torch.nan
@@ -371,7 +424,11 @@ def monitored(
     if epoch != state['epoch']:
         mean = state['cosine']/state['batches'] if state['batches'] else 0.
         halve = mean > .9 and shared.on_collapse == 'halve'
-        if halve: warnings.warn(f'mean cosine of different classes was {mean:.2f} over epoch {state["epoch"]}, the embeddings collapse: ε and its step are halved')
+        if halve:
+            warnings.warn(
+                f'mean cosine of different classes was {mean:.2f} over epoch {state["epoch"]}, the embeddings collapse:'
+                ' ε and its step are halved'
+            )
         state = dict(radius=state['radius']*(.5 if halve else 1.), epoch=epoch, cosine=0., batches=0)
     active = strength(shared, epoch) > 0 and cosine == cosine
     return dict(state, cosine=state['cosine'] + (cosine if active else 0.), batches=state['batches'] + active)
@@ -388,11 +445,20 @@ def everything(
     label:Tensor, # (B,) long
 )->Parts:
     "All images and all proxies for all members."
-    return Parts(*(torch.ones(len(model.members), n, dtype=torch.bool, device=label.device) for n in (len(label), len(model.proxies[0]))))
+    return Parts(
+        *(
+            torch.ones(len(model.members), n, dtype=torch.bool, device=label.device)
+            for n in (len(label), len(model.proxies[0]))
+        )
+    )
 
 def _check_proxies(model:Ensemble)->None:
     sound = torch.stack([p.detach().isfinite().all() for p in model.proxies]).tolist()
-    if not all(sound): raise FloatingPointError(f"expected finite proxies, found NaN or infinity in those of member {sound.index(False)}; train with precision='float32' or a lower learning rate (the last whole epoch is kept)")
+    if not all(sound):
+        raise FloatingPointError(
+            f"expected finite proxies, found NaN or infinity in those of member {sound.index(False)}; train with"
+            " precision='float32' or a lower learning rate (the last whole epoch is kept)"
+        )
 
 def _step(model, x, label, *, state, clock, gen, parts=None, shared, rule)->Step:
     "One batch: the rule's lessons, then the members one after the other."
@@ -408,14 +474,21 @@ def _step(model, x, label, *, state, clock, gen, parts=None, shared, rule)->Step
     loss, grads = torch.stack([d[0] for d in done]).mean(), {w: g for d in done for w,g in d[1].items()}
     if lessons.joint: loss, grads = _with_joint(model, b, lessons.joint, loss, grads)
     moved = torch.tensor([d[2] for d in done])
-    log = dict(training_log(emb, triplets), shift=moved.nanmean().item(), cosine=cosine, eps=shared.eps*b.strength, image_steps=float(lessons.work), steps_done=float(shared.steps if lessons.work else 0))
+    log = dict(
+        training_log(emb, triplets), shift=moved.nanmean().item(), cosine=cosine, eps=shared.eps * b.strength,
+        image_steps=float(lessons.work), steps_done=float(shared.steps if lessons.work else 0)
+    )
     return Step(with_gradients(loss, grads, (g.clamp(-shared.clip, shared.clip) for g in grads.values())), state, log)
 
 def _with_joint(model, b, joint, loss, grads):
     "Loss and gradients with a term that all members share."
     weights, extra = [w for w in model.parameters() if w.requires_grad], joint(model, b)
     more = torch.autograd.grad(extra, weights, allow_unused=True)
-    return loss + extra.detach(), {w: sum(g for g in (grads.get(w), new) if g is not None) for w,new in zip(weights, more) if new is not None or w in grads}
+    return loss + extra.detach(), {
+        w: sum(g for g in (grads.get(w), new) if g is not None)
+        for w, new in zip(weights, more)
+        if new is not None or w in grads
+    }
 
 # %% ../../nbs/defenses/04_eat.ipynb #785d6a52
 def proxy_defense(
@@ -426,9 +499,15 @@ def proxy_defense(
 )->ProxyDefense:
     "A defence from a rule."
     unknown = sorted(shared.keys() - {f.name for f in fields(Shared)})
-    if unknown: raise TypeError(f'{name} has no option {", ".join(unknown)}; it has {", ".join((*own, *(f.name for f in fields(Shared))))}')
+    if unknown:
+        raise TypeError(
+            f'{name} has no option {", ".join(unknown)}; it has {", ".join((*own, *(f.name for f in fields(Shared))))}'
+        )
     s = Shared(**shared)
-    return ProxyDefense(name, own | asdict(s), partial(dict, radius=1., epoch=-1, cosine=0., batches=0), partial(_step, shared=s, rule=partial(rule, **own)), s)
+    return ProxyDefense(
+        name, own | asdict(s), partial(dict, radius=1.0, epoch=-1, cosine=0.0, batches=0),
+        partial(_step, shared=s, rule=partial(rule, **own)), s
+    )
 
 # %% ../../nbs/defenses/04_eat.ipynb #ff49d932
 def _mixed(b:Batch, images:Tensor, w_clean:float)->list[View]:
@@ -437,7 +516,9 @@ def _mixed(b:Batch, images:Tensor, w_clean:float)->list[View]:
 
 def _at_rule(b:Batch, *, w_clean)->Lessons:
     found = [craft(b, m) for m in range(len(b.still.members))]
-    return Lessons([Lesson(_mixed(b, images, w_clean), moved=True) for images,_ in found], sum(work for _,work in found))
+    return Lessons(
+        [Lesson(_mixed(b, images, w_clean), moved=True) for images, _ in found], sum(work for _, work in found)
+    )
 
 def pal_natural(
     **shared, # of `Shared`
@@ -463,11 +544,16 @@ def _mixup_rule(b:Batch, *, w_clean)->Lessons:
     def views(*pairs): return [_mix(b, images, weight, lam, order) for images,weight in pairs if weight]
     if w_clean == 1: return Lessons([Lesson(views((b.x, 1.))) for _ in b.still.members])
     found = [craft(b, m) for m in range(len(b.still.members))]
-    return Lessons([Lesson(views((images, 1 - w_clean), (b.x, w_clean))) for images,_ in found], sum(work for _,work in found))
+    return Lessons(
+        [Lesson(views((images, 1 - w_clean), (b.x, w_clean))) for images, _ in found], sum(work for _, work in found)
+    )
 
 def _whole(name:str, shared:dict)->dict:
     "Refuse a split where images of other members would enter."
-    if shared.get('combine', 'full') != 'full': raise ValueError(f"{name} needs combine='full', found {shared['combine']!r}: it uses the whole batch for every member")
+    if shared.get('combine', 'full') != 'full':
+        raise ValueError(
+            f"{name} needs combine='full', found {shared['combine']!r}: it uses the whole batch for every member"
+        )
     return shared
 
 def pal_mixup(
@@ -494,7 +580,10 @@ def _away(clean:Tensor)->Callable:
 def _trades_rule(b:Batch, *, beta)->Lessons:
     found = [climb(b, member, _away(clean), b.x) for member,clean in zip(b.still.members, b.clean)]
     def apart(embs, rows): return beta*(1 - (embs[0]*embs[1]).sum(1)).mean()
-    return Lessons([Lesson([View(images, ()), View(b.x, ((1., b.label),))], apart, True) for images,_ in found], sum(work for _,work in found))
+    return Lessons(
+        [Lesson([View(images, ()), View(b.x, ((1.0, b.label),))], apart, True) for images, _ in found],
+        sum(work for _, work in found)
+    )
 
 def _alp_rule(b:Batch, *, w_clean, lam)->Lessons:
     found = _at_rule(b, w_clean=w_clean)
@@ -546,11 +635,18 @@ def peers(
     update:int,
 )->list[int]: # distances around the circle of members
     "Whose adversarial images a member meets besides its own."
-    return {'rotate': lambda: [1 + update % (members - 1)], 'distil': lambda: [1 + update % (members - 1)], 'all': lambda: list(range(1, members))}.get(self_transfer, list)()
+    return {
+        'rotate': lambda: [1 + update % (members - 1)], 'distil': lambda: [1 + update % (members - 1)],
+        'all': lambda: list(range(1, members))
+    }.get(self_transfer, list)()
 
 def _eat_rule(b:Batch, *, self_transfer, w_clean, w_transfer, relation)->Lessons:
     count, shifts = len(b.still.members), peers(self_transfer, len(b.still.members), b.update)
-    found = [_craft_joint(b)] if self_transfer == 'ensemble' else [craft(b, m, rows=None if shifts else b.parts.seen[m]) for m in range(count)]
+    found = (
+        [_craft_joint(b)]
+        if self_transfer == 'ensemble'
+        else [craft(b, m, rows=None if shifts else b.parts.seen[m]) for m in range(count)]
+    )
     images, others = [f[0] for f in found]*(count//len(found)), w_transfer if shifts else 0.
     def lesson(m):
         own, *clean = _mixed(b, images[m], w_clean)
@@ -574,9 +670,15 @@ def eat(
 )->ProxyDefense:
     "Ensemble adversarial training with a split and self-transfer, our reconstruction of arXiv 2501.01025."
     check_choice('self_transfer', self_transfer, SELF_TRANSFER)
-    check_between('w_clean', w_clean, 0, 1), check_between('w_transfer', w_transfer, 0, 1 - w_clean), check_between('relation', relation, 0, float('inf'))
-    if self_transfer not in ('none', 'ensemble') and members == 1: raise ValueError(f"self_transfer {self_transfer!r} needs at least 2 members, found 1; use 'none'")
-    return proxy_defense('eat', _eat_rule, dict(shared, members=members, combine=combine), self_transfer=self_transfer, w_clean=w_clean, w_transfer=w_transfer, relation=relation)
+    check_between('w_clean', w_clean, 0, 1), check_between('w_transfer', w_transfer, 0, 1 - w_clean), check_between(
+        'relation', relation, 0, float('inf')
+    )
+    if self_transfer not in ('none', 'ensemble') and members == 1:
+        raise ValueError(f"self_transfer {self_transfer!r} needs at least 2 members, found 1; use 'none'")
+    return proxy_defense(
+        'eat', _eat_rule, dict(shared, members=members, combine=combine), self_transfer=self_transfer, w_clean=w_clean,
+        w_transfer=w_transfer, relation=relation
+    )
 
 def ensemble_at(
     *,
@@ -594,7 +696,10 @@ def joint_at(
     **shared,         # of `Shared`
 )->ProxyDefense:
     "Adversarial training of the whole ensemble on images made against all members at once, without a split."
-    made = eat(members=members, w_clean=w_clean, w_transfer=0., self_transfer='ensemble', **_whole('joint_at', shared) | dict(combine='full'))
+    made = eat(
+        members=members, w_clean=w_clean, w_transfer=0.0, self_transfer='ensemble',
+        **_whole('joint_at', shared) | dict(combine='full')
+    )
     return replace(made, name='joint_at', options=dict(w_clean=w_clean) | asdict(made.shared))
 
 # %% ../../nbs/defenses/04_eat.ipynb #2493b8cb
@@ -624,7 +729,10 @@ def gal_term(
     "Weighted log-sum-exp of the cosines between the members' input gradients."
     x, s = b.x.detach().requires_grad_(), b.shared
     train_mode(model)
-    losses = [pal_sample(embed(m, x), b.label, p, known=b.parts.known[0], scale=s.scale, margin=s.margin).sum() for m,p in zip(model.members, model.proxies)]
+    losses = [
+        pal_sample(embed(m, x), b.label, p, known=b.parts.known[0], scale=s.scale, margin=s.margin).sum()
+        for m, p in zip(model.members, model.proxies)
+    ]
     slopes = [normalise(torch.autograd.grad(loss, x, create_graph=True)[0].flatten(1)) for loss in losses]
     return weight*torch.stack([(u*v).sum(1) for u,v in combinations(slopes, 2)]).logsumexp(0).mean()
 
@@ -646,7 +754,10 @@ def adp(
 )->ProxyDefense:
     "Adaptive diversity promoting, for embeddings."
     check_between('w_clean', w_clean, 0, 1)
-    return proxy_defense('adp', partial(_joint_rule, term=adp_term), dict(_whole('adp', shared), members=_several('adp', members)), entropy=entropy, diversity=diversity, w_clean=w_clean)
+    return proxy_defense(
+        'adp', partial(_joint_rule, term=adp_term), dict(_whole('adp', shared), members=_several('adp', members)),
+        entropy=entropy, diversity=diversity, w_clean=w_clean
+    )
 
 def gal(
     *,
@@ -657,13 +768,21 @@ def gal(
 )->ProxyDefense:
     "Gradient alignment loss, for embeddings."
     check_between('w_clean', w_clean, 0, 1)
-    return proxy_defense('gal', partial(_joint_rule, term=gal_term), dict(_whole('gal', shared), members=_several('gal', members)), weight=weight, w_clean=w_clean)
+    return proxy_defense(
+        'gal', partial(_joint_rule, term=gal_term), dict(_whole('gal', shared), members=_several('gal', members)),
+        weight=weight, w_clean=w_clean
+    )
 
 def _dverge_rule(b:Batch, *, feature_eps, feature_step, feature_steps, w_clean)->Lessons:
     order, count, seen = torch.randperm(len(b.x), generator=b.gen).to(b.label.device), len(b.still.members), []
     for member,clean in zip(b.still.members, b.clean):
         def alike(emb): return -(emb - clean[order]).square().sum(1)
-        seen.append(pgd(member, alike, b.x, eps=feature_eps*b.strength, step_size=feature_step*b.strength, steps=feature_steps))
+        seen.append(
+            pgd(
+                member, alike, b.x, eps=feature_eps * b.strength, step_size=feature_step * b.strength,
+                steps=feature_steps
+            )
+        )
     def lesson(m):
         others = [View(seen[j].images, (((1 - w_clean)/(count - 1), b.label),)) for j in range(count) if j != m]
         return Lesson([*others, *([View(b.x, ((w_clean, b.label),))] if w_clean else [])])
@@ -680,11 +799,16 @@ def dverge(
 )->ProxyDefense:
     "Diversified vulnerabilities: each member learns from images in which the others see something else."
     check_between('w_clean', w_clean, 0, 1), check_inner(feature_eps, feature_step, feature_steps, 0.)
-    return proxy_defense('dverge', _dverge_rule, dict(shared, members=_several('dverge', members)), feature_eps=feature_eps, feature_step=feature_step, feature_steps=feature_steps, w_clean=w_clean)
+    return proxy_defense(
+        'dverge', _dverge_rule, dict(shared, members=_several('dverge', members)), feature_eps=feature_eps,
+        feature_step=feature_step, feature_steps=feature_steps, w_clean=w_clean
+    )
 
 # %% ../../nbs/defenses/04_eat.ipynb #c6cfd97a
-PROXY = dict(pal_natural=pal_natural, pal_at=pal_at, pal_mixup=pal_mixup, pal_mixup_at=pal_mixup_at, pal_trades=pal_trades, pal_alp=pal_alp,
-             eat=eat, ensemble_at=ensemble_at, joint_at=joint_at, adp=adp, gal=gal, dverge=dverge)
+PROXY = dict(
+    pal_natural=pal_natural, pal_at=pal_at, pal_mixup=pal_mixup, pal_mixup_at=pal_mixup_at, pal_trades=pal_trades,
+    pal_alp=pal_alp, eat=eat, ensemble_at=ensemble_at, joint_at=joint_at, adp=adp, gal=gal, dverge=dverge
+)
 
 def valid_options(
     name:str,       # key of `PROXY`, or a defence of `tuples` and `baselines`
@@ -709,7 +833,11 @@ def network(
     **options,       # of `models.networks.build`
 )->nn.Module:
     "The untrained model that a defence trains."
-    return ensemble(name, members=defense.shared.members, classes=classes, **options) if isinstance(defense, ProxyDefense) else build(name, **options)
+    return (
+        ensemble(name, members=defense.shared.members, classes=classes, **options)
+        if isinstance(defense, ProxyDefense)
+        else build(name, **options)
+    )
 
 # %% ../../nbs/defenses/04_eat.ipynb #2000eb76
 def transfer_matrix(
@@ -727,13 +855,23 @@ def transfer_matrix(
 )->Tensor:            # (M, M) float: outcome of the attack made on the row's model, seen by the column's
     "Attacked outcome of every model on the images made against every other."
     models = list(models)
-    shelves = [Gallery(embed_all(m, images, batch_size=batch_size, device=device), images.labels.to(device)) for m in models]
+    shelves = [
+        Gallery(embed_all(m, images, batch_size=batch_size, device=device), images.labels.to(device)) for m in models
+    ]
     total = torch.zeros(len(models), len(models), dtype=torch.float64)
     for rows in torch.arange(len(images)).split(batch_size):
         x = images.batch(rows, device, dtype_of(models[0]))
         for i,(model,shelf) in enumerate(zip(models, shelves)):
-            found = run_attack(model, attack, x, as_queries(shelf, rows.to(device)), shelf, eps=eps, step_size=step_size, steps=steps, seed=seed)
-            total[i] += torch.stack([_seen_by(m, g, attack, found.images, rows.to(device), seed)[outcome].sum() for m,g in zip(models, shelves)]).cpu()
+            found = run_attack(
+                model, attack, x, as_queries(shelf, rows.to(device)), shelf, eps=eps, step_size=step_size, steps=steps,
+                seed=seed
+            )
+            total[i] += torch.stack(
+                [
+                    _seen_by(m, g, attack, found.images, rows.to(device), seed)[outcome].sum()
+                    for m, g in zip(models, shelves)
+                ]
+            ).cpu()
     return total/len(images)
 
 def _seen_by(model, shelf, attack, images, rows, seed)->dict[str, Tensor]:

@@ -27,30 +27,64 @@ class Row(NamedTuple):
     defense:str      # a name that `defenses.eat.make` knows
     options:dict={}  # over those of preset and profile
 
-_STEPWISE = dict(profile='paper', collapse_eval='per_step') # the paper's text, with C measured at every step of the inner search
+# the paper's text, with C measured at every step of the inner search
+_STEPWISE = dict(profile='paper', collapse_eval='per_step')
 DEFENSES = dict(
-    natural=Row('Natural', 'natural'), act=Row('ACT', 'act'), hm=Row('HM', 'hm'), colo_tride=Row('COLO-TRIDE', 'colo_tride'),
-    naive_cap=Row('Naive CAP', 'naive_cap'), naive_anp=Row('Naive ANP', 'naive_anp'), naive_tride=Row('Naive TRIDE', 'naive_tride'), naive_sip=Row('Naive SIP', 'naive_sip'),
-    colo_cap=Row('COLO-CAP', 'colo_tride', dict(phase='cap')), colo_anp=Row('COLO-ANP', 'colo_tride', dict(phase='anp')),
+    natural=Row('Natural', 'natural'), act=Row('ACT', 'act'), hm=Row('HM', 'hm'),
+    colo_tride=Row('COLO-TRIDE', 'colo_tride'), naive_cap=Row('Naive CAP', 'naive_cap'),
+    naive_anp=Row('Naive ANP', 'naive_anp'), naive_tride=Row('Naive TRIDE', 'naive_tride'),
+    naive_sip=Row('Naive SIP', 'naive_sip'), colo_cap=Row('COLO-CAP', 'colo_tride', dict(phase='cap')),
+    colo_anp=Row('COLO-ANP', 'colo_tride', dict(phase='anp')),
     assist_part=Row('Assist, else clean', 'colo_tride', dict(_STEPWISE, orientation='assist_else_clean')),
-    assist_full=Row('Always assist', 'colo_tride', dict(profile='paper', orientation='assist', assist_start_frac=0.)),
+    assist_full=Row('Always assist', 'colo_tride', dict(profile='paper', orientation='assist', assist_start_frac=0.0)),
     colo_steps=Row('COLO-TRIDE (paper, C per step)', 'colo_tride', _STEPWISE),
-    colo_early=Row('COLO-TRIDE (paper, C per step), assist from the start', 'colo_tride', dict(_STEPWISE, assist_start_frac=0.)),
-    range_part=Row('Assist, else clean (paper_range)', 'colo_tride', dict(profile='paper_range', orientation='assist_else_clean')),
-    range_full=Row('Always assist (paper_range)', 'colo_tride', dict(profile='paper_range', orientation='assist', assist_start_frac=0.)),
-    range_early=Row('COLO-TRIDE (paper_range), assist from the start', 'colo_tride', dict(profile='paper_range', assist_start_frac=0.)),
-    est=Row('EST', 'est'), ses=Row('SES', 'ses'), minmax=Row('Min-max', 'minmax'), free=Row('Free AT', 'free'), multi_similarity=Row('Multi-similarity', 'multi_similarity'),
-    pal_natural=Row('Natural (PAL)', 'pal_natural'), pal_at=Row('AT (PAL)', 'pal_at'), pal_mixup=Row('Mix-up (PAL)', 'pal_mixup'), pal_mixup_at=Row('Mix-up + AT (PAL)', 'pal_mixup_at'),
-    pal_trades=Row('TRADES-E', 'pal_trades'), pal_alp=Row('ALP-E', 'pal_alp'), ensemble_at=Row('Ensemble-AT', 'ensemble_at'), joint_at=Row('Joint ensemble AT', 'joint_at'),
-    adp=Row('ADP-E', 'adp'), gal=Row('GAL-E', 'gal'), dverge=Row('DVERGE-E', 'dverge'), eat=Row('EAT (our reconstruction)', 'eat'),
-    eat_none=Row('EAT, split only', 'eat', dict(self_transfer='none')), eat_ensemble=Row('EAT, shared images', 'eat', dict(self_transfer='ensemble')),
-    natural_triplet=Row('Natural (tuples, triplet)', 'tuples', dict(loss='triplet', attack_rate=0.)), tuples_triplet=Row('Robust tuples, triplet', 'tuples', dict(loss='triplet')),
-    natural_contrastive=Row('Natural (tuples, contrastive)', 'tuples', dict(loss='contrastive', attack_rate=0.)), tuples_contrastive=Row('Robust tuples, contrastive', 'tuples', dict(loss='contrastive')),
-    topweighted=Row('Top-weighted', 'topweighted', dict(top=.5)), library_loss=Row('Contrastive', 'library_loss', dict(loss='ContrastiveLoss')))
+    colo_early=Row(
+        'COLO-TRIDE (paper, C per step), assist from the start', 'colo_tride', dict(_STEPWISE, assist_start_frac=0.0)
+    ),
+    range_part=Row(
+        'Assist, else clean (paper_range)', 'colo_tride', dict(profile='paper_range', orientation='assist_else_clean')
+    ),
+    range_full=Row(
+        'Always assist (paper_range)', 'colo_tride',
+        dict(profile='paper_range', orientation='assist', assist_start_frac=0.0)
+    ),
+    range_early=Row(
+        'COLO-TRIDE (paper_range), assist from the start', 'colo_tride',
+        dict(profile='paper_range', assist_start_frac=0.0)
+    ),
+    est=Row('EST', 'est'),
+    ses=Row('SES', 'ses'),
+    minmax=Row('Min-max', 'minmax'),
+    free=Row('Free AT', 'free'),
+    multi_similarity=Row('Multi-similarity', 'multi_similarity'),
+    pal_natural=Row('Natural (PAL)', 'pal_natural'),
+    pal_at=Row('AT (PAL)', 'pal_at'),
+    pal_mixup=Row('Mix-up (PAL)', 'pal_mixup'),
+    pal_mixup_at=Row('Mix-up + AT (PAL)', 'pal_mixup_at'),
+    pal_trades=Row('TRADES-E', 'pal_trades'),
+    pal_alp=Row('ALP-E', 'pal_alp'),
+    ensemble_at=Row('Ensemble-AT', 'ensemble_at'),
+    joint_at=Row('Joint ensemble AT', 'joint_at'),
+    adp=Row('ADP-E', 'adp'),
+    gal=Row('GAL-E', 'gal'),
+    dverge=Row('DVERGE-E', 'dverge'),
+    eat=Row('EAT (our reconstruction)', 'eat'),
+    eat_none=Row('EAT, split only', 'eat', dict(self_transfer='none')),
+    eat_ensemble=Row('EAT, shared images', 'eat', dict(self_transfer='ensemble')),
+    natural_triplet=Row('Natural (tuples, triplet)', 'tuples', dict(loss='triplet', attack_rate=0.0)),
+    tuples_triplet=Row('Robust tuples, triplet', 'tuples', dict(loss='triplet')),
+    natural_contrastive=Row('Natural (tuples, contrastive)', 'tuples', dict(loss='contrastive', attack_rate=0.0)),
+    tuples_contrastive=Row('Robust tuples, contrastive', 'tuples', dict(loss='contrastive')),
+    topweighted=Row('Top-weighted', 'topweighted', dict(top=0.5)),
+    library_loss=Row('Contrastive', 'library_loss', dict(loss='ContrastiveLoss')),
+)
 TABLE_DEFENSES = ('natural', 'act', 'hm', 'colo_tride')
 
 # %% ../../nbs/defenses/07_lines.ipynb #237071bc
-_FLOATS = {f.name for kind in (Switches, Shared) for f in fields(kind) if f.type is float} | {'attack_rate', 'apart', 'cutoff', 'far', 'w_clean', 'w_transfer', 'relation', 'entropy', 'diversity', 'feature_eps', 'feature_step', 'weight', 'alpha', 'beta', 'base', 'clean_weight', 'ics', 'pseudo', 'top'}
+_FLOATS = {f.name for kind in (Switches, Shared) for f in fields(kind) if f.type is float} | {
+    'attack_rate', 'apart', 'cutoff', 'far', 'w_clean', 'w_transfer', 'relation', 'entropy', 'diversity', 'feature_eps',
+    'feature_step', 'weight', 'alpha', 'beta', 'base', 'clean_weight', 'ics', 'pseudo', 'top'
+}
 
 def table_lines(
     text:str,      # comma-separated
@@ -66,16 +100,27 @@ def table_row(entry:str)->Row:
     row = DEFENSES[check_choice('defenses', name, tuple(DEFENSES))]
     if not text: return row
     pairs = [part.partition('=') for part in text.split('+')]
-    if not all(key and value for key,_,value in pairs): raise ValueError(f"switches must be written as in 'colo_tride:lam=10+phase=cap', found {entry!r}")
+    if not all(key and value for key,_,value in pairs):
+        raise ValueError(f"switches must be written as in 'colo_tride:lam=10+phase=cap', found {entry!r}")
     options = {key: _value(key, value) for key,_,value in pairs}
-    valid = (*valid_options(row.defense), *(('profile',) if row.defense in ('act', 'hm') and options.get('profile') == 'tuned' else ()))
-    if unknown := sorted(options.keys() - {*valid}): raise ValueError(f'{row.defense} has no switch {", ".join(unknown)}, found in {entry!r}; it has {", ".join(valid)}')
+    valid = (
+        *valid_options(row.defense),
+        *(('profile',) if row.defense in ('act', 'hm') and options.get('profile') == 'tuned' else ())
+    )
+    if unknown := sorted(options.keys() - {*valid}):
+        raise ValueError(
+            f'{row.defense} has no switch {", ".join(unknown)}, found in {entry!r}; it has {", ".join(valid)}'
+        )
     base = f"{row.label} ({options['profile']})" if 'profile' in options else row.label
     texts = {key: f'{options[key]:.3g}' if type(options[key]) is float else value for key,_,value in pairs}
-    return Row(', '.join([base, *(f'{key} = {text}' for key,text in texts.items() if key != 'profile')]), row.defense, row.options | options)
+    return Row(
+        ', '.join([base, *(f'{key} = {text}' for key, text in texts.items() if key != 'profile')]), row.defense,
+        row.options | options
+    )
 
 def _value(key:str, text:str):
-    "A switch's value: a number, true, false or text; as a float where the switch is one, so that 2 and 2.0 are the same run."
+    """A switch's value: a number, true, false or text; as a float where the switch is one, so that 2 and 2.0 are the
+    same run."""
     try: value = json.loads(text)
     except (ValueError, RecursionError): return text
     return typed(key, value, 0.) if type(value) is int and key in _FLOATS else value
@@ -98,9 +143,21 @@ def tuned(
 )->dict[str, Any]:       # for `resolve`; empty: the default is the chosen setting
     "The tuned setting of a method."
     file = path or resources.files('robust_dml')/'tuned.json'
-    if not file.is_file(): raise FileNotFoundError("tuned settings must lie in robust_dml/tuned.json, found no such file; make it with: make tune && python -c \"from robust_dml.study import tuning; tuning.keep('reports/tune-glyphs-quick')\"")
-    try: methods = {name: chosen['candidate'] for name,chosen in json.loads(file.read_text(encoding='utf-8'))['methods'].items()}
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error: raise ValueError(f'expected tuned settings in {file}, found another file ({error!r}); make it again with make tune and study.tuning.keep') from error
+    if not file.is_file():
+        raise FileNotFoundError(
+            "tuned settings must lie in robust_dml/tuned.json, found no such file; make it with: make tune && python -c"
+            " \"from robust_dml.study import tuning; tuning.keep('reports/tune-glyphs-quick')\""
+        )
+    try:
+        methods = {
+            name: chosen['candidate']
+            for name, chosen in json.loads(file.read_text(encoding='utf-8'))['methods'].items()
+        }
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'expected tuned settings in {file}, found another file ({error!r}); make it again with make tune and'
+            ' study.tuning.keep'
+        ) from error
     return methods[check_choice('method', method, tuple(methods))]
 
 # %% ../../nbs/defenses/07_lines.ipynb #5f813257
@@ -118,9 +175,17 @@ class Setting:
 def versions(row:Row, profiles:tuple[str,...])->list[tuple[str, str]]:
     "Profiles and labels of a line; naive adversaries know no COLO, for which profiles differ: one is enough."
     if 'profile' in row.options: return [(row.options['profile'], row.label)]
-    plain, own = [p for p in profiles if p != 'tuned'], [('tuned', f'{row.label} (tuned)')] if 'tuned' in profiles and row.defense in TUNABLE and not row.options else []
+    plain, own = [p for p in profiles if p != 'tuned'], (
+        [('tuned', f'{row.label} (tuned)')]
+        if 'tuned' in profiles and row.defense in TUNABLE and not row.options
+        else []
+    )
     if row.defense in ('natural', 'act', 'hm', 'tuples', *BASELINES, *PROXY): return [('', row.label), *own]
-    return [(plain[0], row.label), *own] if row.defense.startswith('naive') else [*((profile, f'{row.label} ({profile})') for profile in plain), *own]
+    return (
+        [(plain[0], row.label), *own]
+        if row.defense.startswith('naive')
+        else [*((profile, f'{row.label} ({profile})') for profile in plain), *own]
+    )
 
 # %% ../../nbs/defenses/07_lines.ipynb #ce933ae3
 def defense_of(
@@ -138,13 +203,14 @@ def defense_of(
     "The defence of a line with all its switches."
     inner:dict[str, Any] = dict(eps=s.eps, step_size=s.step_size, margin=margin)
     shared:dict[str, Any] = dict(eps=s.eps, step_size=s.step_size, steps=s.steps)
-    if epochs: shared |= dict(warm_epochs=0, clean_epochs=min(1, epochs - 1), ramp_epochs=epochs//3) # nothing to warm up without pretrained weights
-    base:dict[str, dict[str, Any]] = dict.fromkeys(PROXY, shared) | {
-        'natural': dict(margin=margin, miner=natural_miner),
-        'act': dict(inner, steps=s.steps),
+    # nothing to warm up without pretrained weights
+    if epochs: shared |= dict(warm_epochs=0, clean_epochs=min(1, epochs - 1), ramp_epochs=epochs//3)
+    base: dict[str, dict[str, Any]] = dict.fromkeys(PROXY, shared) | {
+        'natural': dict(margin=margin, miner=natural_miner), 'act': dict(inner, steps=s.steps),
         'hm': dict(inner, steps=s.steps, ics=ics),
-        **dict.fromkeys(('est', 'ses', 'minmax', 'topweighted', 'tuples'), dict(inner, steps=s.steps)),
-        'free': inner, **dict.fromkeys(('multi_similarity', 'library_loss'), dict(eps=s.eps, step_size=s.step_size, steps=s.steps))}
+        **dict.fromkeys(('est', 'ses', 'minmax', 'topweighted', 'tuples'), dict(inner, steps=s.steps)), 'free': inner,
+        **dict.fromkeys(('multi_similarity', 'library_loss'), dict(eps=s.eps, step_size=s.step_size, steps=s.steps))
+    }
     given = base.get(row.defense, dict(inner, steps=s.colo_steps, lam=lam, profile=profile))
     if as_tuned: given = given | resolve(tuned(row.defense), given)
     return make(row.defense, **given | {k: v for k,v in row.options.items() if (k, v) != ('profile', 'tuned')})

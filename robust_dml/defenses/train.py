@@ -34,7 +34,8 @@ def save_checkpoint(
 )->None:
     "Store weights, optimiser and progress; the previous checkpoint goes only when this one is complete."
     tensors = {f'model.{k}': v for k,v in model.state_dict().items()}
-    for i,moments in optimizer.state_dict()['state'].items(): tensors |= {f'optimizer.{i}.{k}': v for k,v in moments.items()}
+    for i,moments in optimizer.state_dict()['state'].items():
+        tensors |= {f'optimizer.{i}.{k}': v for k,v in moments.items()}
     name = f'checkpoint-{progress["epoch"]}.safetensors'
     run.write('checkpoint.json', dict(progress, file=name, sha256=save_tensors(run, name, tensors)))
     _drop_checkpoints(run, keep=name)
@@ -48,19 +49,28 @@ def load_checkpoint(
     if not run.has('checkpoint.json'): return {}
     progress = run.read('checkpoint.json', 'epoch', 'file', 'sha256', 'state', 'log')
     tensors = load_tensors(run, progress['file'], progress['sha256'])
-    _fill(model, {k.removeprefix('model.'): v for k,v in tensors.items() if k.startswith('model.')}, run.folder/progress['file'])
+    _fill(
+        model, {k.removeprefix('model.'): v for k, v in tensors.items() if k.startswith('model.')},
+        run.folder / progress['file']
+    )
     weights, moments = [p for group in optimizer.param_groups for p in group['params']], {}
     for key,value in tensors.items():
         if key.startswith(('optimizer.', 'adam.')): # the second name is that of older checkpoints
             _,i,name = key.split('.')
             like = weights[int(i)] # the fused update wants moments in the memory layout of their weights
-            moments.setdefault(int(i), {})[name] = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+            moments.setdefault(int(i), {})[name] = (
+                torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+            )
     optimizer.load_state_dict(dict(optimizer.state_dict(), state=moments))
     return progress
 
 def _fill(model:nn.Module, weights:dict[str, Tensor], path:Path)->None:
     try: model.load_state_dict(weights)
-    except RuntimeError as error: raise StoreError(f'expected the weights of this model in {path}, found other names or shapes; delete the folder {path.parent.name} and run again') from error
+    except RuntimeError as error:
+        raise StoreError(
+            f'expected the weights of this model in {path}, found other names or shapes; delete the folder'
+            f' {path.parent.name} and run again'
+        ) from error
 
 def _drop_checkpoints(run:Run, keep:str='')->None:
     for path in run.folder.glob('checkpoint-*.safetensors'):
@@ -77,11 +87,13 @@ def mean_log(
 # %% ../../nbs/defenses/05_train.ipynb #41ad21ef
 class NotFinite(FloatingPointError):
     "A loss or a gradient is NaN or infinite."
-    def __init__(self, message:str, update:dict[str, Any]): # Clock, state, generator state, rows, images and labels of the update
+    # Clock, state, generator state, rows, images and labels of the update
+    def __init__(self, message:str, update:dict[str, Any]):
         super().__init__(message)
         self.update = update
 
-def _gradient_norm(model:nn.Module)->float: return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+def _gradient_norm(model:nn.Module)->float:
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
 
 # %% ../../nbs/defenses/05_train.ipynb #c9334579
 def train_epoch(
@@ -109,9 +121,19 @@ def train_epoch(
         for i,(x, label) in enumerate(watch.each('data', batches)):
             now, before = Clock(clock.epoch, clock.epochs, clock.update+i), (state, draws.get_state())
             def check(what, value):
-                if not math.isfinite(value): raise NotFinite(f'expected a finite {what}, found {value} at epoch {clock.epoch}, batch {i} of {defense.name}; lower the learning rate or the budget (the last whole epoch is kept)',
-                                                             dict(clock=now, state=before[0], draws=before[1], rows=rows[i], x=x, label=label, precision=precision))
-            with watch('defence'), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == 'bfloat16'):
+                if not math.isfinite(value):
+                    raise NotFinite(
+                        f'expected a finite {what}, found {value} at epoch {clock.epoch}, batch {i} of {defense.name};'
+                        ' lower the learning rate or the budget (the last whole epoch is kept)',
+                        dict(
+                            clock=now, state=before[0], draws=before[1], rows=rows[i], x=x, label=label,
+                            precision=precision
+                        ),
+                    )
+            with (
+                watch('defence'),
+                torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == 'bfloat16')
+            ):
                 loss,state,log = defense.step(model, x, label, state=state, clock=now, gen=draws, **own(i))
                 value = loss.item()
             check('loss', value)
@@ -133,8 +155,17 @@ def keep_fault(
 )->None:
     "Store the update at which a training stopped."
     u = error.update
-    tensors = {f'model.{k}': v for k,v in model.state_dict().items()} | {key: u[key] for key in ('draws', 'rows', 'x', 'label')}
-    run.write('fault.json', dict(message=str(error), defense=defense.name, options=defense.options, clock=asdict(u['clock']), state=u['state'], rows=u['rows'].tolist(), precision=u['precision'], sha256=save_tensors(run, 'fault.safetensors', tensors)))
+    tensors = {f'model.{k}': v for k, v in model.state_dict().items()} | {
+        key: u[key] for key in ('draws', 'rows', 'x', 'label')
+    }
+    run.write(
+        'fault.json',
+        dict(
+            message=str(error), defense=defense.name, options=defense.options, clock=asdict(u['clock']),
+            state=u['state'], rows=u['rows'].tolist(), precision=u['precision'],
+            sha256=save_tensors(run, 'fault.safetensors', tensors)
+        ),
+    )
 
 def replay(
     run:Run,         # whose training stopped
@@ -144,10 +175,15 @@ def replay(
     "Repeat the update at which a training stopped."
     fault = run.read('fault.json', 'clock', 'state', 'precision', 'sha256')
     tensors = load_tensors(run, 'fault.safetensors', fault['sha256'])
-    _fill(model, {k.removeprefix('model.'): v for k,v in tensors.items() if k.startswith('model.')}, run.folder/'fault.safetensors')
+    _fill(
+        model, {k.removeprefix('model.'): v for k, v in tensors.items() if k.startswith('model.')},
+        run.folder / 'fault.safetensors'
+    )
     gen = torch.Generator().set_state(tensors['draws'])
     with torch.autocast('cpu', torch.bfloat16, enabled=fault['precision'] == 'bfloat16'):
-        loss, *_ = defense.step(model, tensors['x'], tensors['label'], state=fault['state'], clock=Clock(**fault['clock']), gen=gen)
+        loss, *_ = defense.step(
+            model, tensors['x'], tensors['label'], state=fault['state'], clock=Clock(**fault['clock']), gen=gen
+        )
     model.zero_grad(set_to_none=True)
     loss.backward()
     return loss.item(), _gradient_norm(model)
@@ -207,72 +243,100 @@ def train(
     weight_decay:float=0., # L2, added to the gradient by Adam and SGD
     seed:int=0,        # of batches, mining and augmentation
     allow_self:bool=False,
-    precision:Literal['float32','bfloat16']='float32', # of the network; losses, distances, weights and the optimiser stay in float32
+    # of the network; losses, distances, weights and the optimiser stay in float32
+    precision:Literal['float32','bfloat16']='float32',
     device:str='cpu',
     run:Run|None=None, # where checkpoints and the result are kept
     show:bool=True,    # progress bar
     desc:str='',       # title of the bar
-)->dict:               # log (one row per epoch), state, updates, image_steps (perturbed images times PGD steps), seconds, parts (seconds by name), device
+# log (one row per epoch), state, updates, image_steps (perturbed images times PGD steps), seconds, parts (seconds by
+# name), device
+)->dict:
     "Train a model with a defence; goes on from the run folder's last checkpoint."
-    # over 30 lines: one update after the other, with the checkpoint of each epoch and what may go wrong in between, all around `done`
+    # over 30 statements: one update after the other, with the checkpoint of each epoch and what may go wrong in
+    # between, all around `done`
     _check(dataset, epochs, pairs)
     check_choice('precision', precision, ('float32', 'bfloat16'))
     check_choice('optimizer', optimizer, OPTIMIZERS), check_choice('schedule', schedule, SCHEDULES)
     model.to(device)
     if run and agreed(run.has('result.json') and run.has('model.safetensors')): return load_trained(run, model)
-    proxies, whole = defense if isinstance(defense, ProxyDefense) else None, cast(Any, model) # an `Ensemble` where there are proxies
+    # an `Ensemble` where there are proxies
+    proxies, whole = defense if isinstance(defense, ProxyDefense) else None, cast(Any, model)
     if proxies: rule = proxies.optimizer(whole, lr=lr, head_lr=head_lr, weight_decay=weight_decay)
     else: rule = make_optimizer(optimizer, learning_rates(model, lr=lr, head_lr=head_lr), weight_decay)
     base = [group['lr'] for group in rule.param_groups]
     parts = proxies.parts(whole, dataset, seed) if proxies else None
     _check_start(model, dataset)
     with channels_last(model), spread(*(whole.members if proxies else (model,))):
-        done:dict[str, Any] = dict(epoch=0, state=defense.init(), log=[], updates=0, image_steps=0, seconds=0., parts={}, device=str(device))
+        done: dict[str, Any] = dict(
+            epoch=0, state=defense.init(), log=[], updates=0, image_steps=0, seconds=0.0, parts={}, device=str(device)
+        )
         if run: done |= load_checkpoint(run, model, rule)
         batches, watch = math.ceil(len(dataset)/pairs), Stopwatch(device, seconds=done['parts'])
         began = watch.now() - done['seconds']
         def times(): return dict(seconds=watch.now()-began, parts=dict(watch.seconds))
-        with progress(desc=desc or f'train {defense.name}', total=epochs*batches, initial=done['epoch']*batches, show=show and leads()) as bar:
+        with progress(
+            desc=desc or f'train {defense.name}', total=epochs * batches, initial=done['epoch'] * batches,
+            show=show and leads()
+        ) as bar:
             for epoch in range(done['epoch'], epochs):
                 share = schedule_factor(schedule, epoch, epochs)
                 if proxies: share *= proxies.decayed(epoch)
                 for group,start in zip(rule.param_groups, base): group['lr'] = start*share
-                try: state,log = train_epoch(model, dataset, defense, rule, done['state'], Clock(epoch, epochs, epoch*batches),
-                                             pairs=pairs, seed=seed, allow_self=allow_self, precision=precision, device=device, bar=bar, watch=watch, parts=parts)
+                try:
+                    state, log = train_epoch(
+                        model, dataset, defense, rule, done['state'], Clock(epoch, epochs, epoch * batches),
+                        pairs=pairs, seed=seed, allow_self=allow_self, precision=precision, device=device, bar=bar,
+                        watch=watch, parts=parts
+                    )
                 except NotFinite as error:
                     if run and leads(): keep_fault(run, model, defense, error)
                     raise
                 except torch.OutOfMemoryError as error:
-                    raise RuntimeError(f'expected room for {pairs} pairs of images on {device}, found too little; take fewer pairs, precision bfloat16, or several processes, which share the images of a batch (the last whole epoch is kept)') from error
+                    raise RuntimeError(
+                        f'expected room for {pairs} pairs of images on {device}, found too little; take fewer pairs,'
+                        ' precision bfloat16, or several processes, which share the images of a batch (the last whole'
+                        ' epoch is kept)'
+                    ) from error
                 _check_end(model, state, epoch)
-                done |= dict(epoch=epoch+1, state=state, log=[*done['log'], dict(log, epoch=epoch)], updates=(epoch+1)*batches,
-                             image_steps=done['image_steps'] + round(log.get('image_steps', 0)*batches), **times())
+                done |= dict(
+                    epoch=epoch + 1, state=state, log=[*done['log'], dict(log, epoch=epoch)],
+                    updates=(epoch + 1) * batches,
+                    image_steps=done['image_steps'] + round(log.get('image_steps', 0) * batches), **times()
+                )
                 if run and leads():
                     with watch('checkpoint'): save_checkpoint(run, model, rule, done)
     if run and leads():
         with watch('checkpoint'): sha256 = save_tensors(run, 'model.safetensors', model.state_dict())
-        small = {k: v for k,v in done['state'].items() if not isinstance(v, str) or len(v) < 100} # free adversarial training keeps images in its state
+        # free adversarial training keeps images in its state
+        small = {k: v for k,v in done['state'].items() if not isinstance(v, str) or len(v) < 100}
         done = finish(run, dict(done, sha256=sha256, state=small, **times()))
     return agreed(done)
 
 def _check_start(model:nn.Module, dataset:ImageSet)->None:
     "Refuse processes that begin with different weights or labels."
-    if process_count() > 1: check_same('initial weights and training labels', [checksum(model), fingerprint(dataset.labels.tolist())])
+    if process_count() > 1:
+        check_same('initial weights and training labels', [checksum(model), fingerprint(dataset.labels.tolist())])
 
 def _check_end(model:nn.Module, state:dict, epoch:int)->None:
     "Refuse processes whose weights have parted."
     if process_count() > 1: check_same(f'weights after epoch {epoch}', [checksum(model), fingerprint(state)])
 
 def _check(dataset:ImageSet, epochs:int, pairs:int)->None:
-    if epochs < 1 or pairs < 2: raise ValueError(f'expected at least 1 epoch and 2 pairs per batch, found {epochs} and {pairs}')
-    if len(dataset.labels.unique()) < 2: raise ValueError(f'expected at least 2 training classes, found {len(dataset.labels.unique())}; a triplet needs a negative')
+    if epochs < 1 or pairs < 2:
+        raise ValueError(f'expected at least 1 epoch and 2 pairs per batch, found {epochs} and {pairs}')
+    if len(dataset.labels.unique()) < 2:
+        raise ValueError(
+            f'expected at least 2 training classes, found {len(dataset.labels.unique())}; a triplet needs a negative'
+        )
 
 # %% ../../nbs/defenses/05_train.ipynb #f59e9a30
 def finish(
     run:Run,
     result:dict, # progress after the last epoch, with the hash of the stored weights
 )->dict:         # `result`
-    "Store the result, then drop the checkpoints; a warning when a training whose weights were not kept ends in others than before."
+    """Store the result, then drop the checkpoints; a warning when a training whose weights were not kept ends in
+    others than before."""
     _check_again(run, result['sha256'])
     run.write('result.json', result)
     for name in ('checkpoint.json', 'fault.json', 'fault.safetensors'): (run.folder/name).unlink(missing_ok=True)
@@ -284,8 +348,12 @@ def _check_again(run:Run, sha256:str)->None:
     try: before = run.read('result.json', 'sha256')['sha256'] if run.has('result.json') else sha256
     except StoreError: return # a damaged file says nothing about them
     if before != sha256:
-        warnings.warn(f'expected {run.address} to end in the weights that it had before they were deleted or left out ({before[:12]}), found others ({sha256[:12]}): another machine, library or number of threads rounds differently; '
-                      'what the store measured on the old weights does not belong to the new ones, so give out a folder of its own')
+        warnings.warn(
+            f'expected {run.address} to end in the weights that it had before they were deleted or left out'
+            f' ({before[:12]}), found others ({sha256[:12]}): another machine, library or number of threads rounds'
+            ' differently; what the store measured on the old weights does not belong to the new ones, so give out a'
+            ' folder of its own'
+        )
 
 def load_trained(
     run:Run,

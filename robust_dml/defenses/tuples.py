@@ -20,7 +20,8 @@ from . import baselines
 from ..attacks.suite import Attack, Gallery, Queries
 from ..core import check_between, check_choice
 from ..data.sets import ImageSet
-from .base import OFFSET, Defense, Step, check_inner, clean_embedding, embed_together, take, training_log, triplet_distances
+from .base import OFFSET, Defense, Step, check_inner, clean_embedding, embed_together, take
+from .base import training_log, triplet_distances
 from ..triplets.distances import paired_distance, pairwise_distance, triplet_loss
 from ..metrics.retrieval import retrieval
 from ..triplets.mining import Triplets, _draw
@@ -30,11 +31,19 @@ from ..attacks.strong import BALLS, random_start
 
 # %% ../../nbs/defenses/03_tuples.ipynb #c04bdd99
 def _check_batch(label:Tensor)->None:
-    "Refuse a batch in which an image has no positive; speak of one without negatives, as the last batch of an epoch may be, which has no tuple."
+    """Refuse a batch in which an image has no positive; speak of one without negatives, as the last batch of an epoch
+    may be, which has no tuple."""
     classes, count = label.unique(return_counts=True)
-    if len(classes) < 2: warnings.warn(f'expected at least 2 classes in a batch, found {len(classes)} in one of {len(label)} images: it has no negative, so no tuple, and changes nothing; more pairs per batch leave no such rest')
+    if len(classes) < 2:
+        warnings.warn(
+            f'expected at least 2 classes in a batch, found {len(classes)} in one of {len(label)} images: it has no'
+            ' negative, so no tuple, and changes nothing; more pairs per batch leave no such rest'
+        )
     if (lone := classes[count < 2]).numel():
-        raise ValueError(f'every class of a batch must have at least 2 images, found 1 of class {lone[0].item()}: it has no positive; draw batches with data.sets.pair_batches')
+        raise ValueError(
+            f'every class of a batch must have at least 2 images, found 1 of class {lone[0].item()}: it has no'
+            ' positive; draw batches with data.sets.pair_batches'
+        )
 
 def mine(
     emb:Tensor,       # (N, D) float: unit length
@@ -70,7 +79,9 @@ def tuple_terms(
 )->tuple[Tensor, ...]: # one or two of (n,) float >= 0
     "What each tuple adds to the loss."
     dist_ap, dist_an = triplet_distances(*take(emb, tuples))
-    return (triplet_loss(dist_ap, dist_an, margin=margin),) if loss == 'triplet' else (dist_ap, (apart - dist_an).relu())
+    return (
+        (triplet_loss(dist_ap, dist_an, margin=margin),) if loss == 'triplet' else (dist_ap, (apart - dist_an).relu())
+    )
 
 def tuple_loss(
     terms:tuple[Tensor, ...], # of `tuple_terms`
@@ -104,7 +115,10 @@ def per_tuple(emb, tuples, chosen, *, role, **_)->Aim:
     attacked = Triplets(*(rows[chosen] for rows in tuples))
     place = tuples[ROLES[role]].clone()
     place[chosen] = len(emb) + torch.arange(len(attacked.a), device=emb.device)
-    return Aim(attacked[ROLES[role]], partial(surrogate, tuples=take(emb, attacked), role=role), tuples._replace(**{role[0]: place}))
+    return Aim(
+        attacked[ROLES[role]], partial(surrogate, tuples=take(emb, attacked), role=role),
+        tuples._replace(**{role[0]: place})
+    )
 
 # %% ../../nbs/defenses/03_tuples.ipynb #e6b97f48
 def _replaced(emb, tuples, chosen)->tuple[Tensor, Triplets]:
@@ -120,7 +134,9 @@ def per_image(emb, tuples, chosen, **_)->Aim:
     def objective(moved):
         all_moved = emb.index_copy(0, rows, moved)
         terms = (surrogate(all_moved[tuples[k]], clean, role) for role,k in ROLES.items())
-        return torch.zeros_like(all_moved[:,0]).index_add(0, torch.cat([tuples[k] for k in ROLES.values()]), torch.cat([*terms]))[rows]
+        return torch.zeros_like(all_moved[:, 0]).index_add(
+            0, torch.cat([tuples[k] for k in ROLES.values()]), torch.cat([*terms])
+        )[rows]
     return Aim(rows, objective, redirected)
 
 def on_batch(emb, tuples, chosen, *, terms, **_)->Aim:
@@ -161,13 +177,20 @@ def tuple_log(emb, tuples, terms, *, after=None, aim=None, steps=0)->dict[str, f
     if not len(tuples.a): log = dict.fromkeys(log, math.nan)
     shift = paired_distance(after[len(emb):].detach(), emb[aim.rows]).mean().item() if aim else math.nan
     nonzero = torch.cat([t.detach() > 0 for t in terms]).float().mean().item()
-    return log | dict(shift=shift, steps_done=float(steps), image_steps=float(steps*len(aim.rows) if aim else 0), assisted=0.,
-                      cosine=mean_cosine(emb).item(), nonzero=nonzero)
+    return log | dict(
+        shift=shift, steps_done=float(steps), image_steps=float(steps * len(aim.rows) if aim else 0), assisted=0.0,
+        cosine=mean_cosine(emb).item(), nonzero=nonzero
+    )
 
 # %% ../../nbs/defenses/03_tuples.ipynb #18e5e400
-def _step(model, x, label, *, state, clock, gen, eps, step_size, steps, loss, role, granularity, attack_rate, margin, apart, cutoff, far):
+def _step(
+    model, x, label, *, state, clock, gen, eps, step_size, steps, loss, role, granularity, attack_rate, margin, apart,
+    cutoff, far
+):
     "One update; keywords as in `tuples`."
-    terms, mined = partial(tuple_terms, loss=loss, margin=margin, apart=apart), partial(mine, label=label, gen=gen, cutoff=cutoff, far=far)
+    terms, mined = partial(tuple_terms, loss=loss, margin=margin, apart=apart), partial(
+        mine, label=label, gen=gen, cutoff=cutoff, far=far
+    )
     if not attack_rate: # mining reuses the forward of the loss
         emb, = embed_together(model, x)
         found = terms(emb, known := mined(emb.detach()))
@@ -176,12 +199,18 @@ def _step(model, x, label, *, state, clock, gen, eps, step_size, steps, loss, ro
     emb = clean_embedding(still, x)
     known = mined(emb)
     count = len(known.a) if granularity == 'tuple' else len(x)
-    chosen = torch.ones(count, dtype=torch.bool) if attack_rate == 1 else torch.rand(count, generator=gen, device=gen.device) < attack_rate
+    chosen = (
+        torch.ones(count, dtype=torch.bool)
+        if attack_rate == 1
+        else torch.rand(count, generator=gen, device=gen.device) < attack_rate
+    )
     aim = GRANULARITIES[granularity](emb, known, chosen.to(x.device), role=role, terms=terms)
     adv = craft(still, x, aim, gen=gen, eps=eps, step_size=step_size, steps=steps)
     after = torch.cat(embed_together(model, x, adv))
     found = terms(after, aim.tuples)
-    return Step(tuple_loss(found), dict(state), tuple_log(emb, known, found, after=after, aim=aim, steps=steps if eps else 0))
+    return Step(
+        tuple_loss(found), dict(state), tuple_log(emb, known, found, after=after, aim=aim, steps=steps if eps else 0)
+    )
 
 # %% ../../nbs/defenses/03_tuples.ipynb #79ea8029
 def tuples(
@@ -200,9 +229,17 @@ def tuples(
 )->Defense:
     "Robust optimisation of one element per tuple."
     check_inner(eps, step_size, steps, margin)
-    for name,value,known in (('loss', loss, LOSSES), ('role', role, tuple(ROLES)), ('granularity', granularity, tuple(GRANULARITIES))): check_choice(name, value, known)
-    check_between('attack_rate', attack_rate, 0, 1), check_between('apart', apart, 0, 2), check_between('cutoff', cutoff, 0, 2), check_between('far', far, cutoff, 2)
-    options = dict(eps=eps, step_size=step_size, steps=steps, margin=margin, loss=loss, role=role, granularity=granularity, attack_rate=attack_rate, apart=apart, cutoff=cutoff, far=far)
+    for name, value, known in (
+        ('loss', loss, LOSSES), ('role', role, tuple(ROLES)), ('granularity', granularity, tuple(GRANULARITIES))
+    ):
+        check_choice(name, value, known)
+    check_between('attack_rate', attack_rate, 0, 1), check_between('apart', apart, 0, 2), check_between(
+        'cutoff', cutoff, 0, 2
+    ), check_between('far', far, cutoff, 2)
+    options = dict(
+        eps=eps, step_size=step_size, steps=steps, margin=margin, loss=loss, role=role, granularity=granularity,
+        attack_rate=attack_rate, apart=apart, cutoff=cutoff, far=far
+    )
     return Defense('tuples', options, dict, partial(_step, **options))
 
 # %% ../../nbs/defenses/03_tuples.ipynb #8e2a9940
@@ -219,7 +256,8 @@ def make(
     "A defence by name; `make(d.name, **d.options)` gives `d` again."
     if name != 'tuples': return baselines.make(name, **options)
     valid = valid_options(name)
-    if unknown := sorted(set(options) - set(valid)): raise TypeError(f'{name} has no option {", ".join(unknown)}; it has {", ".join(valid)}')
+    if unknown := sorted(set(options) - set(valid)):
+        raise TypeError(f'{name} has no option {", ".join(unknown)}; it has {", ".join(valid)}')
     return tuples(**options)
 
 # %% ../../nbs/defenses/03_tuples.ipynb #53b58b3a
@@ -243,7 +281,13 @@ def find(
     if method == 'fgsm': return pgd(model, objective, x, eps=eps, step_size=1., steps=1).images
     for restart in range(restarts):
         start = random_start(x, queries, ball=BALLS['linf'], eps=eps, seed=seed, name=attack.name, restart=restart)
-        best = _better(best, pgd(model, objective, x, eps=eps, step_size=min(1., 2*eps/max(1, steps)) or 1., steps=steps, start=start, keep='best'))
+        best = _better(
+            best,
+            pgd(
+                model, objective, x, eps=eps, step_size=min(1.0, 2 * eps / max(1, steps)) or 1.0, steps=steps,
+                start=start, keep='best'
+            ),
+        )
     return best.images
 
 # %% ../../nbs/defenses/03_tuples.ipynb #6ebb9b27
@@ -257,14 +301,26 @@ def retrieved(
 )->dict[str, float]: # 'R@1' and 'mAP@R' in percent; 'hits' and 'queries', whose ratio R@1 is
     "Retrieval of attacked queries; queries without another image of their class are left out."
     check_choice('scope', scope, ('query', 'all')), check_choice('gate', gate, ('auto', 'off'))
-    if scope == 'all' and not torch.equal(queries.row.sort().values, torch.arange(len(gallery.label), device=queries.row.device)):
-        raise ValueError(f"scope='all' needs every item of the gallery among the queries, found {len(queries.row)} queries and {len(gallery.label)} items; use scope='query'")
+    if scope == 'all' and not torch.equal(
+        queries.row.sort().values, torch.arange(len(gallery.label), device=queries.row.device)
+    ):
+        raise ValueError(
+            f"scope='all' needs every item of the gallery among the queries, found {len(queries.row)} queries and"
+            f" {len(gallery.label)} items; use scope='query'"
+        )
     items = gallery.emb if scope == 'query' else gallery.emb.index_copy(0, queries.row, adv)
     found = retrieval(adv, queries.label, items, gallery.label, rows=queries.row)
     right = retrieval(queries.emb, queries.label, gallery.emb, gallery.label, rows=queries.row).rank == 0
     hit, known = (found.rank == 0) & (right | (gate == 'off')), found.rank >= 0
-    if not known.any(): raise ValueError(f'at least one query must have another image of its class in the gallery, found none of {len(known)}: nothing can be retrieved; add images')
-    return {'R@1': 100*hit[known].double().mean().item(), 'mAP@R': 100*found.ap_at_r[known].double().mean().item(), 'hits': int(hit.sum()), 'queries': int(known.sum())}
+    if not known.any():
+        raise ValueError(
+            f'at least one query must have another image of its class in the gallery, found none of {len(known)}:'
+            ' nothing can be retrieved; add images'
+        )
+    return {
+        'R@1': 100 * hit[known].double().mean().item(), 'mAP@R': 100 * found.ap_at_r[known].double().mean().item(),
+        'hits': int(hit.sum()), 'queries': int(known.sum())
+    }
 
 # %% ../../nbs/defenses/03_tuples.ipynb #17d9a4f0
 def under_attack(
@@ -289,7 +345,10 @@ def under_attack(
     fast, found = streamlined(model), []
     for part in torch.arange(len(queries.id), device=queries.id.device).split(batch_size):
         some = Queries(queries.emb[part], queries.label[part], queries.row[part], queries.id[part])
-        images = find(fast, attack, dataset.batch(some.id, device=device, dtype=dtype_of(model)), some, gallery, method=method, eps=eps, steps=steps, seed=seed, restarts=restarts)
+        images = find(
+            fast, attack, dataset.batch(some.id, device=device, dtype=dtype_of(model)), some, gallery, method=method,
+            eps=eps, steps=steps, seed=seed, restarts=restarts
+        )
         with frozen(fast), torch.no_grad(): found.append(embed(fast, images))
     return retrieved(torch.cat(found), queries, gallery, scope=scope, gate=gate)
 
@@ -305,8 +364,13 @@ def fold_increase(
     natural:dict[str, float], # of `retrieved`, same attack and queries
 )->Fold:
     "How many times more queries the robust model answers under attack."
-    if robust['queries'] != natural['queries']: raise ValueError(f"both models must be asked the same queries, found {robust['queries']} and {natural['queries']}")
+    if robust['queries'] != natural['queries']:
+        raise ValueError(
+            f"both models must be asked the same queries, found {robust['queries']} and {natural['queries']}"
+        )
     bound = natural['hits'] == 0
     value = robust['hits']/max(1, natural['hits']) if robust['hits'] or not bound else math.nan
-    shown = '0/0' if math.isnan(value) else f"{'≥ ' if bound else ''}{value:.1f} ({robust['R@1']:.1f}/{natural['R@1']:.1f})"
+    shown = (
+        '0/0' if math.isnan(value) else f"{'≥ ' if bound else ''}{value:.1f} ({robust['R@1']:.1f}/{natural['R@1']:.1f})"
+    )
     return Fold(value, bound, shown)

@@ -45,7 +45,10 @@ def overlap(
 )->Overlap:         # classes and clusters in the order of their numbers
     "Sizes of classes, clusters and their intersections."
     if label.shape != cluster.shape or label.ndim != 1 or not len(label):
-        raise ValueError(f'label and cluster must be vectors of one length and hold something, found {tuple(label.shape)} and {tuple(cluster.shape)}')
+        raise ValueError(
+            f'label and cluster must be vectors of one length and hold something, found {tuple(label.shape)} and'
+            f' {tuple(cluster.shape)}'
+        )
     (i, a), (j, b) = (v.unique(return_inverse=True, return_counts=True)[1:] for v in (label, cluster.to(label.device)))
     pair, shared = torch.stack([i, j], 1).unique(dim=0, return_counts=True)
     return Overlap(shared, pair, a, b)
@@ -64,10 +67,13 @@ def pairwise_f1(
 def matched_clusters(
     label:Tensor,   # (N,) long
     cluster:Tensor, # (N,) long
-)->tuple[Tensor,Tensor,int]: # which class (P,) and which cluster (P,), counted in the order of their numbers, and the images that they share
+# which class (P,) and which cluster (P,), counted in the order of their numbers, and the images that they share
+)->tuple[Tensor,Tensor,int]:
     "The best one-to-one match of classes and clusters."
     shared, pair, a, b = overlap(label, cluster)
-    table = torch.zeros(len(a), len(b), dtype=torch.long, device=shared.device).index_put((pair[:,0], pair[:,1]), shared)
+    table = torch.zeros(len(a), len(b), dtype=torch.long, device=shared.device).index_put(
+        (pair[:, 0], pair[:, 1]), shared
+    )
     row, column = need('scipy.optimize', 'Hungarian accuracy').linear_sum_assignment(table.cpu().numpy(), maximize=True)
     row, column = (torch.from_numpy(v).to(shared.device) for v in (row, column))
     return row, column, int(table[row, column].sum())
@@ -140,7 +146,10 @@ def _faiss_rounds(emb:Tensor, centre:Tensor, rounds:int)->Tensor:
     "The same by faiss, in float32 and about the mean, where its products lose least."
     faiss, mean = need('faiss', "backend='faiss'"), emb.mean(0)
     def flat(x): return (x - mean).detach().float().cpu().contiguous().numpy()
-    found = faiss.Kmeans(emb.shape[1], len(centre), niter=rounds, min_points_per_centroid=1, max_points_per_centroid=len(emb), gpu=faiss_gpus(emb.device))
+    found = faiss.Kmeans(
+        emb.shape[1], len(centre), niter=rounds, min_points_per_centroid=1, max_points_per_centroid=len(emb),
+        gpu=faiss_gpus(emb.device)
+    )
     found.train(flat(emb), init_centroids=flat(centre))
     return torch.from_numpy(found.centroids).to(emb) + mean
 
@@ -162,13 +171,21 @@ def clusters(
     backend:Literal['auto','torch','faiss']='auto', # see `neighbors.resolve_backend`
 )->Clusters:
     "k-means over all items, the same for the same seed and backend."
-    check_embeddings('emb', emb), check_choice('start', start, ('++', 'random')), check_between('restarts', restarts, 1, math.inf), check_between('rounds', rounds, 1, math.inf)
-    if not 1 <= k <= len(emb): raise ValueError(f'k-means needs at least one image per cluster, found {len(emb)} images for {k} clusters; add images or ask for fewer clusters')
+    check_embeddings('emb', emb), check_choice('start', start, ('++', 'random')), check_between(
+        'restarts', restarts, 1, math.inf
+    ), check_between('rounds', rounds, 1, math.inf)
+    if not 1 <= k <= len(emb):
+        raise ValueError(
+            f'k-means needs at least one image per cluster, found {len(emb)} images for {k} clusters; add images or ask'
+            ' for fewer clusters'
+        )
     iterate = _faiss_rounds if resolve_backend(backend, emb.device) == 'faiss' else _torch_rounds
     best:tuple[float, Any] = math.inf, None
     for restart in range(restarts):
         gen = generator(seed, 'clusters', restart)
-        rows = spread_start(emb, k, gen) if start == '++' else torch.randperm(len(emb), generator=gen)[:k].to(emb.device)
+        rows = (
+            spread_start(emb, k, gen) if start == '++' else torch.randperm(len(emb), generator=gen)[:k].to(emb.device)
+        )
         dist, member = _assign(emb, centre := iterate(emb, emb[rows], rounds))
         error = dist.square().sum().item()
         if error < best[0]: best = error, Clusters(member, centre)
@@ -182,7 +199,11 @@ def class_centres(
 )->Tensor:        # (classes, D) float, unit length
     "Normalised mean of each class."
     absent = (label.bincount(minlength=classes) == 0).nonzero()[:,0].tolist()
-    if absent: raise ValueError(f'every centre needs a member, found none for {len(absent)} of {classes} classes (first: {absent[0]}); add images of these classes or number the classes without gaps')
+    if absent:
+        raise ValueError(
+            f'every centre needs a member, found none for {len(absent)} of {classes} classes (first: {absent[0]}); add'
+            ' images of these classes or number the classes without gaps'
+        )
     return normalise(_centroids(emb, label, emb.new_zeros(len(emb)), classes))
 
 def references(
@@ -194,10 +215,16 @@ def references(
     "A random part of each class for its centre."
     classes, member, count = label.unique(return_inverse=True, return_counts=True)
     single = classes[count == 1].tolist()
-    if single: raise ValueError(f'every class needs 2 images for centre accuracy, one for its centre and one that asks, found {len(single)} classes with one (first: {single[0]}); leave these out, or the mode centre')
+    if single:
+        raise ValueError(
+            f'every class needs 2 images for centre accuracy, one for its centre and one that asks, found {len(single)}'
+            f' classes with one (first: {single[0]}); leave these out, or the mode centre'
+        )
     order = torch.randperm(len(label), generator=generator(seed, 'references')).to(label.device)
     order = order[member[order].argsort(stable=True)]
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device) - (count.cumsum(0) - count)[member[order]])
+    place = torch.empty_like(order).scatter_(
+        0, order, torch.arange(len(order), device=order.device) - (count.cumsum(0) - count)[member[order]]
+    )
     return place < torch.minimum((frac*count).round().long().clamp(min=1), count - 1)[member]
 
 # %% ../../nbs/metrics/02_clustering.ipynb #22702add
@@ -217,7 +244,10 @@ def nnpos_objective(emb, queries, targets, gallery)->Tensor:
 
 def gap_objective(emb, queries, targets, gallery)->Tensor:
     "Squared distance from the nearest image of the class, less that from the nearest image of another class."
-    with torch.no_grad(): other = gallery.emb[nearest(pairwise_distance(emb, gallery.prepared).masked_fill(~targets['stranger'], torch.inf))]
+    with torch.no_grad():
+        other = gallery.emb[
+            nearest(pairwise_distance(emb, gallery.prepared).masked_fill(~targets['stranger'], torch.inf))
+        ]
     return (emb - targets['mate']).square().sum(1).masked_fill(targets['lone'], 0.) - (emb - other).square().sum(1)
 
 # %% ../../nbs/metrics/02_clustering.ipynb #94ec383b
@@ -229,7 +259,8 @@ def centre_targets(queries, gallery, seed, *, centres=None)->dict[str,Tensor]:
 
 def centre_objective(emb, queries, targets, gallery)->Tensor:
     "Squared distance from the own centre, less that from the nearest other one."
-    with torch.no_grad(): other = nearest(pairwise_distance(emb, targets['centre']).scatter(1, targets['own'][:,None], torch.inf))
+    with torch.no_grad():
+        other = nearest(pairwise_distance(emb, targets['centre']).scatter(1, targets['own'][:,None], torch.inf))
     own, other = targets['centre'][targets['own']], targets['centre'][other]
     return (emb - own).square().sum(1) - (emb - other).square().sum(1)
 
@@ -250,11 +281,19 @@ def proxy(
     return Attack('proxy', targets, proxy_objective, partial(centre_measure, name='proxy'), ('proxy',))
 
 # %% ../../nbs/metrics/02_clustering.ipynb #929a81ec
-def _by_recall(name, objective): return Attack(name, neighbour_targets, objective, partial(hit_measure, name=name), (name,))
+def _by_recall(name, objective):
+    return Attack(name, neighbour_targets, objective, partial(hit_measure, name=name), (name,))
 
-ATTACKS = MappingProxyType({a.name: a for a in (
-    _by_recall('selfshift', selfshift_objective), _by_recall('nnpos', nnpos_objective), _by_recall('gap', gap_objective),
-    Attack('centre', centre_targets, centre_objective, partial(centre_measure, name='centre'), ('centre',)))})
+ATTACKS = MappingProxyType(
+    {
+        a.name: a
+        for a in (
+            _by_recall('selfshift', selfshift_objective), _by_recall('nnpos', nnpos_objective),
+            _by_recall('gap', gap_objective),
+            Attack('centre', centre_targets, centre_objective, partial(centre_measure, name='centre'), ('centre',))
+        )
+    }
+)
 
 # %% ../../nbs/metrics/02_clustering.ipynb #6aab32e1
 MODES = MappingProxyType({'retrieval': ('R@1',), 'centre': ('centre',), 'kmeans': ('NMI', 'AMI', 'F1', 'Hungarian')})
@@ -285,12 +324,17 @@ class ClusterProtocol:
     def __post_init__(self):
         for name,known in (('modes', tuple(MODES)), ('scopes', SCOPES)):
             chosen = getattr(self, name)
-            if isinstance(chosen, str) or not chosen or not set(chosen) <= set(known): raise ValueError(f'{name} must name some of {", ".join(known)}, found {chosen!r}')
+            if isinstance(chosen, str) or not chosen or not set(chosen) <= set(known):
+                raise ValueError(f'{name} must name some of {", ".join(known)}, found {chosen!r}')
             object.__setattr__(self, name, tuple(chosen))
-        check_choice('gate', self.gate, ('auto', 'off')), check_choice('keep', self.keep, ('last', 'best')), check_choice('kmeans_start', self.kmeans_start, ('++', 'random'))
-        for name in ('batch_size', 'restarts', 'kmeans_seeds', 'kmeans_restarts', 'kmeans_rounds'): check_between(name, getattr(self, name), 1, math.inf)
+        check_choice('gate', self.gate, ('auto', 'off')), check_choice(
+            'keep', self.keep, ('last', 'best')
+        ), check_choice('kmeans_start', self.kmeans_start, ('++', 'random'))
+        for name in ('batch_size', 'restarts', 'kmeans_seeds', 'kmeans_restarts', 'kmeans_rounds'):
+            check_between(name, getattr(self, name), 1, math.inf)
         for name in ('limit', 'recluster_rounds'): check_between(name, getattr(self, name), 0, math.inf)
-        if not 0 < self.gallery_frac < 1: raise ValueError(f'gallery_frac must lie between 0 and 1, found {self.gallery_frac}')
+        if not 0 < self.gallery_frac < 1:
+            raise ValueError(f'gallery_frac must lie between 0 and 1, found {self.gallery_frac}')
 
 # %% ../../nbs/metrics/02_clustering.ipynb #0b9c848d
 def class_rows(
@@ -328,7 +372,10 @@ class Scene:
     def cluster(self, emb:Tensor, number:int)->Clusters:
         "The clustering of `emb` by one of the seeds."
         p = self.protocol
-        return clusters(emb, k=self.classes, seed=p.seed + number, restarts=p.kmeans_restarts, rounds=p.kmeans_rounds, start=p.kmeans_start, backend=self.backend)
+        return clusters(
+            emb, k=self.classes, seed=p.seed + number, restarts=p.kmeans_restarts, rounds=p.kmeans_rounds,
+            start=p.kmeans_start, backend=self.backend
+        )
 
     def centres(self, emb:Tensor, among:Tensor|slice=slice(None))->Tensor:
         "Class centres of `emb`, by default of all its images."
@@ -343,16 +390,22 @@ def scene_of(
 )->Scene:
     "A scene with its clean clusterings."
     scene = Scene(emb, label, reference, (), protocol, backend)
-    return replace(scene, found=tuple(scene.cluster(emb, i) for i in range(protocol.kmeans_seeds))) if 'kmeans' in protocol.modes else scene
+    return (
+        replace(scene, found=tuple(scene.cluster(emb, i) for i in range(protocol.kmeans_seeds)))
+        if 'kmeans' in protocol.modes
+        else scene
+    )
 
 # %% ../../nbs/metrics/02_clustering.ipynb #4ebac65f
 def recall_hits(emb:Tensor, other:Tensor, scene:Scene)->Tensor:
-    "1 where the nearest of the `other` images, without the query's own row, is of its class, else 0; NaN where the class has no other image."
+    """1 where the nearest of the `other` images, without the query's own row, is of its class, else 0; NaN where the
+    class has no other image."""
     rank = first_match_rank(emb, scene.label, other, scene.label, rows=torch.arange(len(emb), device=emb.device))
     return (rank == 0).double().masked_fill(rank < 0, math.nan)
 
 def centre_hits(emb:Tensor, other:Tensor, scene:Scene)->Tensor:
-    "1 where the nearest centre of the references in `other` is that of the class, else 0, for the images that are no references."
+    """1 where the nearest centre of the references in `other` is that of the class, else 0, for the images that are no
+    references."""
     asks = ~scene.references
     return (_assign(emb[asks], scene.centres(other, scene.references))[1] == scene.label[asks]).double()
 
@@ -373,7 +426,11 @@ def read(
         if scene.protocol.gate == 'auto': hits = hits*_HITS[mode](scene.emb, scene.emb, scene)
         return {MODES[mode][0]: 100*hits.nanmean().item()}
     seeds = range(scene.protocol.kmeans_seeds)
-    members = [_assign(emb, scene.found[i].centre)[1] for i in seeds] if scope == 'query' else [scene.cluster(emb, i).member for i in seeds]
+    members = (
+        [_assign(emb, scene.found[i].centre)[1] for i in seeds]
+        if scope == 'query'
+        else [scene.cluster(emb, i).member for i in seeds]
+    )
     each = [agreement(scene.label, member) for member in members]
     return {name: 100*math.fsum(e[name] for e in each)/len(each) for name in MODES['kmeans']}
 
@@ -386,14 +443,22 @@ def attacked_images(
     gallery:Gallery,
     protocol:ClusterProtocol,
     gradient:Callable=autograd_gradient, # see `pgd`
-)->Attacked:         # of the search with the largest objective, image by image; `values` and `emb` are those of `images`
+# of the search with the largest objective, image by image; `values` and `emb` are those of `images`
+)->Attacked:
     "Attack one batch as the protocol says."
     p, targets = protocol, attack.targets(queries, gallery, protocol.seed)
     best:Any = None
     def objective(emb): return attack.objective(emb, queries, targets, gallery)
     for restart in range(p.restarts):
-        start = random_start(x, queries, ball=BALLS['linf'], eps=p.eps, seed=p.seed, name=attack.name, restart=restart) if restart or p.random_start else None
-        found = pgd(model, objective, x, eps=p.eps, step_size=p.step_size, steps=p.steps, start=start, keep=p.keep, gradient=gradient)
+        start = (
+            random_start(x, queries, ball=BALLS['linf'], eps=p.eps, seed=p.seed, name=attack.name, restart=restart)
+            if restart or p.random_start
+            else None
+        )
+        found = pgd(
+            model, objective, x, eps=p.eps, step_size=p.step_size, steps=p.steps, start=start, keep=p.keep,
+            gradient=gradient
+        )
         with frozen(model), torch.no_grad(): emb = embed(model, found.images)
         best = _better(best, found._replace(emb=emb, values=objective(emb).detach()))
     return best
@@ -401,7 +466,10 @@ def attacked_images(
 # %% ../../nbs/metrics/02_clustering.ipynb #dd85e761
 def _to_text(emb:Tensor)->dict[str,str]:
     "A matrix as JSON values."
-    return dict(dtype=str(emb.dtype).removeprefix('torch.'), bits=base64.b64encode(emb.cpu().contiguous().numpy().tobytes()).decode())
+    return dict(
+        dtype=str(emb.dtype).removeprefix('torch.'),
+        bits=base64.b64encode(emb.cpu().contiguous().numpy().tobytes()).decode()
+    )
 
 def _from_text(record:dict, device)->Tensor:
     "The matrix of a record, to the last bit."
@@ -429,7 +497,9 @@ class AttackAll:
         found, total = [], len(self.queries.id)
         with progress(desc=f'{attack.name} ({aim})', total=total, show=self.show) as bar:
             for rows in torch.arange(total, device=self.queries.id.device).split(self.protocol.batch_size):
-                record = self._batch(attack, aim, Queries(*(getattr(self.queries, name)[rows] for name in ('emb', 'label', 'row', 'id'))))
+                record = self._batch(
+                    attack, aim, Queries(*(getattr(self.queries, name)[rows] for name in ('emb', 'label', 'row', 'id')))
+                )
                 self.spent.append((record['queries'], record['seconds']))
                 found.append(_from_text(record, rows.device))
                 bar.update(len(rows))
@@ -443,7 +513,9 @@ class AttackAll:
         with watch('attack'):
             x = self.dataset.batch(some.id, device=some.emb.device, dtype=dtype_of(self.model))
             emb = attacked_images(self.model, attack, x, some, self.gallery, self.protocol, self.gradient).emb
-        record = dict(key=key, attack=attack.name, aim=aim, queries=len(x), seconds=watch.seconds['attack'], **_to_text(emb))
+        record = dict(
+            key=key, attack=attack.name, aim=aim, queries=len(x), seconds=watch.seconds['attack'], **_to_text(emb)
+        )
         self.save(record)
         return record
 
@@ -458,7 +530,11 @@ def aims(
     def at(centres): return replace(attack, targets=partial(centre_targets, centres=centres))
     rest = tuple(m for m in modes if m != 'centre')
     found = [('centres of all', rest, at(scene.centres(scene.emb)))] if rest else []
-    return found + ([('centres of references', ('centre',), at(scene.centres(scene.emb, scene.references)))] if 'centre' in modes else [])
+    return found + (
+        [('centres of references', ('centre',), at(scene.centres(scene.emb, scene.references)))]
+        if 'centre' in modes
+        else []
+    )
 
 def new_centres(
     scene:Scene,
@@ -483,7 +559,9 @@ def further_rounds(
     scores = []
     for number in range(scene.protocol.recluster_rounds):
         centres = new_centres(scene, emb, mode)
-        emb = attack_all(replace(attack, targets=partial(centre_targets, centres=centres)), f'{mode}, round {number + 1}')
+        emb = attack_all(
+            replace(attack, targets=partial(centre_targets, centres=centres)), f'{mode}, round {number + 1}'
+        )
         scores.append(read(scene, emb, mode=mode, scope='all'))
     return scores
 
@@ -492,8 +570,10 @@ def further_rounds(
 class Clustered:
     "One model read in several modes, clean and under attack; all scores in percent."
     clean:dict[str,float] # R@1, centre (accuracy), NMI, AMI, F1, Hungarian; those of the modes that were read
-    attacked:dict[Any,dict[str,dict[str,float]]] # scope -> attack -> score, the lower one where there were several rounds
-    rounds:dict[str,dict[str,list[dict[str,float]]]] # attack -> mode -> scores of `scope='all'` after each round, the first of them against clean centres
+    # scope -> attack -> score, the lower one where there were several rounds
+    attacked:dict[Any,dict[str,dict[str,float]]]
+    # attack -> mode -> scores of `scope='all'` after each round, the first of them against clean centres
+    rounds:dict[str,dict[str,list[dict[str,float]]]]
     images:int
     classes:int
     excluded:int  # images whose class has no other one: R@1 undefined, left out
@@ -518,7 +598,10 @@ def _under(attack_all:AttackAll, attack:Attack, scene:Scene)->tuple[dict,dict]:
             for mode in modes: table[scope] |= read(scene, emb, mode=mode, scope=scope)
         if attack.targets is not centre_targets or 'all' not in p.scopes: continue
         for mode in (m for m in modes if m != 'retrieval'):
-            rounds[mode] = [{name: table['all'][name] for name in MODES[mode]}, *further_rounds(attack_all, attack, scene, emb, mode)]
+            rounds[mode] = [
+                {name: table['all'][name] for name in MODES[mode]},
+                *further_rounds(attack_all, attack, scene, emb, mode)
+            ]
             table['all'] |= {name: min(r[name] for r in rounds[mode]) for name in MODES[mode]}
     return {scope: {name: row[name] for mode in p.modes for name in MODES[mode]} for scope,row in table.items()}, rounds
 
@@ -530,7 +613,9 @@ def _prepared(model, dataset, rows, protocol, backend, device, **how)->AttackAll
     p, fast = protocol, streamlined(model)
     emb = embed_all(fast, dataset, batch_size=p.batch_size, device=device)[rows.to(device)]
     label = dataset.labels[rows].unique(return_inverse=True)[1].to(device)
-    facts = fingerprint([checksum(model), dataset.labels.tolist(), {k: v for k,v in asdict(p).items() if k not in _READING}, backend])
+    facts = fingerprint(
+        [checksum(model), dataset.labels.tolist(), {k: v for k, v in asdict(p).items() if k not in _READING}, backend]
+    )
     queries = Queries(emb, label, torch.arange(len(rows), device=device), rows.to(device))
     return AttackAll(fast, dataset, queries, Gallery(emb, label), p, facts, spent=[], **how)
 
@@ -542,7 +627,8 @@ def clustered(
     *,
     attacks:dict[str,Attack]|None=None, # None: `ATTACKS`; add `proxy` for the training set
     known:Iterable[dict]=(),   # records of an earlier, interrupted call, for example `runs.store.read_lines(run, name)`
-    save:Callable=lambda record: None, # gets each new record, JSON-able, for example `partial(runs.store.append_line, run, name)`
+    # gets each new record, JSON-able, for example `partial(runs.store.append_line, run, name)`
+    save:Callable=lambda record: None,
     gradient:Callable=autograd_gradient, # see `pgd`
     backend:Literal['auto','faiss','torch']='auto', # of k-means
     device:str='cpu', # where the model is
@@ -550,16 +636,23 @@ def clustered(
     **protocol,       # fields of `ClusterProtocol`: `eps`, `step_size`, `steps`, `modes`, `scopes`, ...
 )->Clustered:
     "Clean and attacked scores of a model that is read by neighbours, centres and clusters."
-    p, attacks, backend = ClusterProtocol(**protocol), dict(ATTACKS if attacks is None else attacks), resolve_backend(backend, device)
+    p, attacks, backend = (
+        ClusterProtocol(**protocol), dict(ATTACKS if attacks is None else attacks), resolve_backend(backend, device)
+    )
     rows = class_rows(dataset.labels, limit=p.limit, seed=p.seed)
     label = dataset.labels[rows]
     reference = references(label, frac=p.gallery_frac, seed=p.seed).to(device) if 'centre' in p.modes else None
-    attack_all = _prepared(model, dataset, rows, p, backend, device, known={r.get('key'): r for r in known}, save=save, gradient=gradient, show=show)
+    attack_all = _prepared(
+        model, dataset, rows, p, backend, device, known={r.get('key'): r for r in known}, save=save, gradient=gradient,
+        show=show
+    )
     scene = scene_of(attack_all.gallery.emb, attack_all.gallery.label, reference, p, backend)
     found = {name: _under(attack_all, attack, scene) for name,attack in attacks.items()}
     return Clustered(
-        clean={k: v for mode in p.modes for k,v in read(scene, scene.emb, mode=mode, scope='query').items()},
-        attacked={scope: {name: table[scope] for name,(table,_) in found.items()} for scope in p.scopes},
-        rounds={name: rounds for name,(_,rounds) in found.items() if rounds}, images=len(rows), classes=scene.classes,
+        clean={k: v for mode in p.modes for k, v in read(scene, scene.emb, mode=mode, scope='query').items()},
+        attacked={scope: {name: table[scope] for name, (table, _) in found.items()} for scope in p.scopes},
+        rounds={name: rounds for name, (_, rounds) in found.items() if rounds}, images=len(rows), classes=scene.classes,
         excluded=lone_queries(label), backend=backend, protocol=asdict(p), device=str(device),
-        seconds=math.fsum(seconds for _,seconds in attack_all.spent), image_steps=p.steps*p.restarts*sum(images for images,_ in attack_all.spent))
+        seconds=math.fsum(seconds for _, seconds in attack_all.spent),
+        image_steps=p.steps * p.restarts * sum(images for images, _ in attack_all.spent)
+    )

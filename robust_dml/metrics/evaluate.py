@@ -40,14 +40,19 @@ class Protocol:
     limit:int = 0   # attack at most this many queries; 0 attacks all
     batch_size:int = 128 # queries attacked together; changes no result beyond rounding
     self_exclusion:Literal['id','drop_first'] = 'id'        # 'drop_first' is the reference code's rule
-    esd_eval:Literal['final','last_forward'] = 'final'      # 'last_forward' measures ES:D one step early, as the reference code does
-    aggregation:Literal['query','batch']='query'            # 'batch' averages the means of batches, as the reference code does
-    precision:Literal['float32','bfloat16']='float32'       # of the network while an attack searches; everything is measured in full precision
+    # 'last_forward' measures ES:D one step early, as the reference code does
+    esd_eval:Literal['final','last_forward'] = 'final'
+    # 'batch' averages the means of batches, as the reference code does
+    aggregation:Literal['query','batch']='query'
+    # of the network while an attack searches; everything is measured in full precision
+    precision:Literal['float32','bfloat16']='float32'
 
     def __post_init__(self):
         check_choice('aggregation', self.aggregation, ('query', 'batch'))
         if self.limit < 0 or self.batch_size < 1:
-            raise ValueError(f'limit must be 0 or more and batch_size 1 or more, found {self.limit} and {self.batch_size}')
+            raise ValueError(
+                f'limit must be 0 or more and batch_size 1 or more, found {self.limit} and {self.batch_size}'
+            )
 
 # %% ../../nbs/metrics/04_evaluate.ipynb #272d3af9
 def queries_and_gallery(
@@ -58,9 +63,14 @@ def queries_and_gallery(
     "What is attacked and what is searched."
     check_between('queries', queries, 0, len(emb)-1)
     if queries and not torch.isin(label[:queries], label[queries:]).any():
-        raise ValueError(f'the gallery must hold the class of at least one query, found none of those of {queries} queries: nothing can be retrieved; add images')
+        raise ValueError(
+            f'the gallery must hold the class of at least one query, found none of those of {queries} queries: nothing'
+            ' can be retrieved; add images'
+        )
     row = torch.arange(queries or len(emb), device=emb.device)
-    return Queries(emb[:len(row)], label[:len(row)], torch.full_like(row, -1) if queries else row, row), Gallery(emb[queries:], label[queries:])
+    return Queries(emb[: len(row)], label[: len(row)], torch.full_like(row, -1) if queries else row, row), Gallery(
+        emb[queries:], label[queries:]
+    )
 
 # %% ../../nbs/metrics/04_evaluate.ipynb #4e35b3fe
 def query_rows(
@@ -81,7 +91,8 @@ def attack_batches(
     attacks:dict[str,Attack],
     protocol:Protocol,
     *,
-    queries:Queries|None=None, # of the first images of `dataset`, as `queries_and_gallery` gives them; None: all images, which are the gallery
+    # of the first images of `dataset`, as `queries_and_gallery` gives them; None: all images, which are the gallery
+    queries:Queries|None=None,
     device:str='cpu',
     compiled:bool=False,  # see `models.networks.streamlined`
     run:Run|None=None,    # where finished batches are kept
@@ -91,17 +102,29 @@ def attack_batches(
     "Attack all queries with all attacks, one batch after the other, going on from what the run folder holds."
     weights, fast = checksum(model), streamlined(model, compiled=compiled)
     check_same('attacked weights', weights)
-    found, together = agreed(read_lines(run, 'queries.jsonl', 'attack', 'start', 'queries', 'weights', 'before', 'after', 'seconds') if run and leads() else []), process_count()
+    found, together = (
+        agreed(
+            read_lines(run, 'queries.jsonl', 'attack', 'start', 'queries', 'weights', 'before', 'after', 'seconds')
+            if run and leads()
+            else []
+        ),
+        process_count(),
+    )
     done = {(r['attack'], r['start']): r for r in found if r.get('weights') == weights and r['attack'] in attacks}
     if queries is None: queries, _ = queries_and_gallery(gallery.emb, gallery.label)
     rows = query_rows(len(queries.id), limit=protocol.limit, seed=protocol.seed)
     def attacked(attack, start):
         batch = rows[start:start+protocol.batch_size]
-        return dict(attack=attack.name, start=start, queries=len(batch), weights=weights, **_attack_rows(fast, dataset, picked(queries, batch), gallery, attack, protocol, device))
+        return dict(
+            attack=attack.name, start=start, queries=len(batch), weights=weights,
+            **_attack_rows(fast, dataset, picked(queries, batch), gallery, attack, protocol, device)
+        )
     for name,attack in attacks.items():
         missing = [i for i in range(0, len(rows), protocol.batch_size) if (name, i) not in done]
         before = sum(r['queries'] for r in done.values() if r['attack'] == name)
-        with progress(desc=f'{desc} {name}', total=len(rows), initial=before, show=show and leads() and bool(missing)) as bar:
+        with progress(
+            desc=f'{desc} {name}', total=len(rows), initial=before, show=show and leads() and bool(missing)
+        ) as bar:
             for turn in range(0, len(missing), together):
                 mine = missing[turn:turn+together][process_index():][:1] # the last turn may have none for this process
                 for record in (r for part in everyone([attacked(attack, start) for start in mine]) for r in part):
@@ -111,7 +134,8 @@ def attack_batches(
     return sorted(done.values(), key=lambda r: (list(attacks).index(r['attack']), r['start']))
 
 def _attack_rows(model, dataset, queries, gallery, attack, protocol, device)->dict:
-    "Outcome of one attack on a batch of queries: per query before and after, and the seconds it took; in halves where the device has no room for all."
+    """Outcome of one attack on a batch of queries: per query before and after, and the seconds it took; in halves
+    where the device has no room for all."""
     def part(rows): return _attack_at_once(model, dataset, picked(queries, rows), gallery, attack, protocol, device)
     parts = in_halves(part, torch.arange(len(queries.id)), done='attacked', device=device)
     def joined(moment): return {h: [v for p in parts for v in p[moment][h]] for h in parts[0][moment]}
@@ -121,9 +145,14 @@ def _attack_at_once(model, dataset, queries, gallery, attack, protocol, device)-
     watch = Stopwatch(device)
     with watch('attack'):
         x = dataset.batch(queries.id, device=device, dtype=dtype_of(model))
-        out = run_attack(model, attack, x, queries, gallery, eps=protocol.eps, step_size=protocol.step_size, steps=protocol.steps,
-                         seed=protocol.seed, esd_eval=protocol.esd_eval, precision=protocol.precision)
-        values = {key: {h: [None if math.isnan(v) else v for v in t.tolist()] for h,t in part.items()} for key,part in (('before', out.before), ('after', out.after))}
+        out = run_attack(
+            model, attack, x, queries, gallery, eps=protocol.eps, step_size=protocol.step_size, steps=protocol.steps,
+            seed=protocol.seed, esd_eval=protocol.esd_eval, precision=protocol.precision
+        )
+        values = {
+            key: {h: [None if math.isnan(v) else v for v in t.tolist()] for h, t in part.items()}
+            for key, part in (('before', out.before), ('after', out.after))
+        }
     return dict(values, seconds=watch.seconds['attack'])
 
 # %% ../../nbs/metrics/04_evaluate.ipynb #23505692
@@ -138,7 +167,9 @@ def mean_outcomes(
     for record in records:
         for heading,column in record[moment].items():
             defined = [v for v in column if v is not None]
-            values.setdefault(heading, []).extend(defined if aggregation == 'query' else [_mean(defined)] if defined else [])
+            values.setdefault(heading, []).extend(
+                defined if aggregation == 'query' else [_mean(defined)] if defined else []
+            )
     return {heading: _mean(column) for heading,column in values.items()}
 
 def _mean(values:list[float])->float: return math.fsum(values)/len(values) if values else math.nan
@@ -157,7 +188,9 @@ def resampled(
     for start in range(0, draws, block):
         n = min(block, draws - start)
         picked = torch.randint(rows, (n, rows), generator=gen)
-        weight = torch.zeros(n, rows, dtype=values.dtype).scatter_add_(1, picked, torch.ones(n, rows, dtype=values.dtype))
+        weight = torch.zeros(n, rows, dtype=values.dtype).scatter_add_(
+            1, picked, torch.ones(n, rows, dtype=values.dtype)
+        )
         means.append(weight@filled/(weight@known))
     return torch.cat(means)
 
@@ -166,7 +199,8 @@ def intervals(
     *,
     seed:int=0,
     draws:int=1000,
-)->dict[str,list[float]]: # [low, high] under the headings, 'R@1', 'ERS' and 'ARS' where all ten attacks were run; empty without queries
+# [low, high] under the headings, 'R@1', 'ERS' and 'ARS' where all ten attacks were run; empty without queries
+)->dict[str,list[float]]:
     "95 % bootstrap intervals over the queries."
     columns = outcomes(records)
     if len({len(c) for c in columns.values()}) != 1: return {}
@@ -175,9 +209,17 @@ def intervals(
     found = {heading: value for (moment, heading),value in of.items() if moment == 'after'}
     if ('before', 'ES:R') in of: found['R@1'] = of['before', 'ES:R']
     if set(HEADINGS) <= found.keys():
-        rows = [[{h: of[moment, h][i].item() for m,h in of if m == moment} for moment in ('before', 'after')] for i in range(draws)]
-        found |= {'ERS': torch.tensor([ers(after) for _,after in rows]), 'ARS': torch.tensor([ars(*row) for row in rows])}
-    return {name: torch.nanquantile(value.double(), torch.tensor([.025, .975], dtype=torch.float64)).tolist() for name,value in found.items()}
+        rows = [
+            [{h: of[moment, h][i].item() for m, h in of if m == moment} for moment in ('before', 'after')]
+            for i in range(draws)
+        ]
+        found |= {
+            'ERS': torch.tensor([ers(after) for _, after in rows]), 'ARS': torch.tensor([ars(*row) for row in rows])
+        }
+    return {
+        name: torch.nanquantile(value.double(), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        for name, value in found.items()
+    }
 
 # %% ../../nbs/metrics/04_evaluate.ipynb #9b5d8739
 @dataclass(frozen=True)
@@ -195,7 +237,9 @@ class Evaluation:
     backend:str                # library that clustered for NMI: 'faiss' or 'torch'
     protocol:dict
     seconds:float              # spent attacking, added up over processes
-    parts:dict[str,float]      # seconds: 'gallery' (embedding the set), each attack by its name, 'metrics' (with the intervals), 'indicators' and 'checks'
+    # seconds: 'gallery' (embedding the set), each attack by its name, 'metrics' (with the intervals), 'indicators' and
+    # 'checks'
+    parts:dict[str,float]
     image_steps:int            # images times gradient steps
     device:str
     ers:float = field(init=False)
@@ -208,10 +252,18 @@ class Evaluation:
     def __post_init__(self):
         constant = constant_before(self.before.get('ES:R', math.nan))
         whole = set(HEADINGS) <= self.after.keys()
-        scores = dict(ers=ers(self.after), ers_cells=ers_cells(self.after), ars=ars(self.before, self.after), ars_cells=ars_cells(self.before, self.after),
-                      ars_constant=ars(constant, self.after), ars_cells_constant=ars_cells(constant, self.after)) if whole else {}
+        scores = (
+            dict(
+                ers=ers(self.after), ers_cells=ers_cells(self.after), ars=ars(self.before, self.after),
+                ars_cells=ars_cells(self.before, self.after), ars_constant=ars(constant, self.after),
+                ars_cells_constant=ars_cells(constant, self.after)
+            )
+            if whole
+            else {}
+        )
         for name in ('ers', 'ars', 'ars_constant'): object.__setattr__(self, name, scores.get(name, math.nan))
-        for name in ('ers_cells', 'ars_cells', 'ars_cells_constant'): object.__setattr__(self, name, scores.get(name, {}))
+        for name in ('ers_cells', 'ars_cells', 'ars_cells_constant'):
+            object.__setattr__(self, name, scores.get(name, {}))
 
 # %% ../../nbs/metrics/04_evaluate.ipynb #7ce4d9fe
 def check_size(
@@ -225,7 +277,10 @@ def _flags(size:int, work:Callable[[int], list[Flag]], device:str)->list[Flag]:
     try: return work(size)
     except torch.OutOfMemoryError:
         if size == 1: raise
-        warnings.warn(f'expected room for the {size} queries of the flags on {device}, found too little; they are measured on {size//2}')
+        warnings.warn(
+            f'expected room for the {size} queries of the flags on {device}, found too little; they are measured on'
+            f' {size//2}'
+        )
     return _flags(size//2, work, device)
 
 @kept_memory()
@@ -244,7 +299,8 @@ def evaluate(
     self_exclusion:Literal['id','drop_first']='id',
     esd_eval:Literal['final','last_forward']='final',
     aggregation:Literal['query','batch']='query', # 'batch' averages the means of batches, as the reference code does
-    precision:Literal['float32','bfloat16']='float32', # of the network while an attack searches; everything is measured in full precision
+    # of the network while an attack searches; everything is measured in full precision
+    precision:Literal['float32','bfloat16']='float32',
     compiled:bool=False, # search with `torch.compile`: worth its half minute for a long evaluation on a GPU
     backend:Literal['auto','faiss','torch']='auto', # k-means of NMI
     device:str='cpu',  # where the model is
@@ -253,26 +309,45 @@ def evaluate(
     desc:str='attack', # title of the bars
 )->Evaluation:
     "Benign retrieval, ten attacks, ERS and ARS of a model."
-    protocol = Protocol(eps=eps, step_size=step_size, steps=steps, seed=seed, limit=limit, batch_size=batch_size, self_exclusion=self_exclusion, esd_eval=esd_eval,
-                        aggregation=aggregation, precision=precision)
+    protocol = Protocol(
+        eps=eps, step_size=step_size, steps=steps, seed=seed, limit=limit, batch_size=batch_size,
+        self_exclusion=self_exclusion, esd_eval=esd_eval, aggregation=aggregation, precision=precision
+    )
     attacks = {**suite(self_exclusion=self_exclusion), **FIXED} if attacks is None else attacks
     backend, watch = resolve_backend(backend), Stopwatch(device)
-    with watch('gallery'): emb, label = embed_split(streamlined(model), dataset, batch_size=batch_size, device=device), dataset.labels.to(device)
+    with watch('gallery'):
+        emb, label = embed_split(streamlined(model), dataset, batch_size=batch_size, device=device), dataset.labels.to(
+            device
+        )
     asked, gallery = queries_and_gallery(emb, label, queries)
-    records = attack_batches(model, dataset, gallery, attacks, protocol, queries=asked, device=device, compiled=compiled, run=run, show=show, desc=desc)
-    with watch('metrics'): clean = benign(asked.emb, asked.label, *((gallery.emb, gallery.label) if queries else ()), backend=backend, self_exclusion=self_exclusion)
+    records = attack_batches(
+        model, dataset, gallery, attacks, protocol, queries=asked, device=device, compiled=compiled, run=run, show=show,
+        desc=desc
+    )
+    with watch('metrics'):
+        clean = benign(
+            asked.emb, asked.label, *((gallery.emb, gallery.label) if queries else ()), backend=backend,
+            self_exclusion=self_exclusion
+        )
     with watch('indicators'): signs = indicators(emb, label, gen=generator(seed, 'indicators'))
     with watch('metrics'): sure = intervals(records, seed=seed)
     attacked = sum(r['queries'] for r in records if r['attack'] == next(iter(attacks)))
-    def flagged(size): return checks(streamlined(model), dataset, asked, gallery, signs, eps=eps, step_size=step_size, steps=steps, size=size, seed=seed, device=device)
+    def flagged(size):
+        return checks(
+            streamlined(model), dataset, asked, gallery, signs, eps=eps, step_size=step_size, steps=steps, size=size,
+            seed=seed, device=device
+        )
     with watch('checks'): flags = _flags(check_size(attacked), flagged, device)
     attacking = {name: math.fsum(r['seconds'] for r in records if r['attack'] == name) for name in attacks}
     return Evaluation(
         benign={h: clean[h] for h in ('R@1', 'R@2', 'mAP', 'NMI')},
-        before=mean_outcomes(records, 'before', aggregation=aggregation), after=mean_outcomes(records, 'after', aggregation=aggregation),
-        intervals=sure, indicators=signs, flags=[f._asdict() for f in flags], collapsed=is_collapsed(signs), queries=attacked,
-        excluded=clean['undefined'], backend=backend, protocol=asdict(protocol), device=str(device), seconds=math.fsum(attacking.values()),
-        parts=watch.seconds | attacking, image_steps=steps*sum(r['queries'] for r in records))
+        before=mean_outcomes(records, 'before', aggregation=aggregation),
+        after=mean_outcomes(records, 'after', aggregation=aggregation), intervals=sure, indicators=signs,
+        flags=[f._asdict() for f in flags], collapsed=is_collapsed(signs), queries=attacked,
+        excluded=clean['undefined'], backend=backend, protocol=asdict(protocol), device=str(device),
+        seconds=math.fsum(attacking.values()), parts=watch.seconds | attacking,
+        image_steps=steps * sum(r['queries'] for r in records)
+    )
 
 # %% ../../nbs/metrics/04_evaluate.ipynb #c186822d
 def examples(
@@ -283,16 +358,24 @@ def examples(
     count:int=4,     # queries shown
     queries:int=0,   # see `evaluate`
     device:str='cpu',
-)->dict[str,Tensor]: # 'clean', 'adv' (K, C, H, W) float in [0, 1]; 'before', 'after' (K, 5, C, H, W) uint8 results and their labels
+# 'clean', 'adv' (K, C, H, W) float in [0, 1]; 'before', 'after' (K, 5, C, H, W) uint8 results and their labels
+)->dict[str,Tensor]:
     "Clean and adversarial queries with their top five results, chosen at random."
     emb = embed_all(model, dataset, batch_size=protocol.batch_size, device=device)
     everyone, gallery = queries_and_gallery(emb, dataset.labels.to(device), queries)
     asked = picked(everyone, query_rows(len(everyone.id), limit=count, seed=protocol.seed))
     x = dataset.batch(asked.id, device=device, dtype=dtype_of(model))
-    def attacked(rows): return run_attack(model, SUITE['ES'], x[rows], picked(asked, rows), gallery, eps=protocol.eps, step_size=protocol.step_size, steps=protocol.steps, seed=protocol.seed).images
+    def attacked(rows):
+        return run_attack(
+            model, SUITE['ES'], x[rows], picked(asked, rows), gallery, eps=protocol.eps, step_size=protocol.step_size,
+            steps=protocol.steps, seed=protocol.seed
+        ).images
     adv = torch.cat(in_halves(attacked, torch.arange(len(x)), done='attacked', device=device))
     found = dict(clean=x, adv=adv, label=asked.label)
-    with frozen(model), torch.no_grad(): moved = torch.cat(in_halves(lambda rows: embed(model, adv[rows]), torch.arange(len(x)), done='embedded', device=device))
+    with frozen(model), torch.no_grad():
+        moved = torch.cat(
+            in_halves(lambda rows: embed(model, adv[rows]), torch.arange(len(x)), done='embedded', device=device)
+        )
     for moment,query in (('before', asked.emb), ('after', moved)):
         top = knn(query, gallery.emb, k=min(5, len(gallery.emb) - (not queries)), rows=asked.row)[1]
         found |= {moment: _thumbnails(dataset, queries + top), f'label_{moment}': gallery.label[top]}

@@ -34,7 +34,10 @@ class Flag(NamedTuple):
     says:str    # the figure in a sentence, and what it means when raised
 
 def _flag(name, value, limit, says, *, raised=None)->Flag:
-    return Flag(name, bool(value > limit if raised is None else raised), float(value), float(limit), says.format(value=value, limit=limit))
+    return Flag(
+        name, bool(value > limit if raised is None else raised), float(value), float(limit),
+        says.format(value=value, limit=limit)
+    )
 
 # %% ../../nbs/metrics/03_flags.ipynb #b9f6ed9a
 def twins(
@@ -73,7 +76,8 @@ def sample_of_classes(
 def standardised(
     x:Tensor, # (B, C, H, W) float in [0, 1]
 )->Tensor:    # (B, C, H, W) float, of mean about 0
-    "Images as networks without a normalisation of their own expect them: ImageNet's constants for three channels, else 0.5."
+    """Images as networks without a normalisation of their own expect them: ImageNet's constants for three channels,
+    else 0.5."""
     mean, std = _constants('resnet18', 3) if x.shape[1] == 3 else ((.5,)*x.shape[1],)*2
     return (x - x.new_tensor(mean).view(1, -1, 1, 1))/x.new_tensor(std).view(1, -1, 1, 1)
 
@@ -87,12 +91,24 @@ def check_range(
     "Whether the model works better on standardised images than on images in [0, 1]."
     rows = sample_of_classes(dataset.labels, size=size, each=8)
     label, x = dataset.labels[rows], [dataset.batch(r, device, dtype_of(model)) for r in rows.split(64)]
-    with frozen(model), torch.no_grad(): plain, other = (torch.cat([embed(model, change(part)) for part in x]).cpu() for change in (lambda x: x, standardised))
-    if label.unique(return_counts=True)[1].max() < 2: return _flag('range', math.nan, 5., 'No class has two images, so nothing can be said about the range of the inputs.', raised=False)
+    with frozen(model), torch.no_grad():
+        plain, other = (
+            torch.cat([embed(model, change(part)) for part in x]).cpu() for change in (lambda x: x, standardised)
+        )
+    if label.unique(return_counts=True)[1].max() < 2:
+        return _flag(
+            'range', math.nan, 5.0, 'No class has two images, so nothing can be said about the range of the inputs.',
+            raised=False
+        )
     ranks = [first_match_rank(emb, label) for emb in (plain, other)]
     hit, found = [(rank == 0)[rank >= 0].double() for rank in ranks], int((ranks[0] >= 0).sum())
     gain, error = 100*(hit[1] - hit[0]).mean().item(), 100*(hit[1] - hit[0]).abs().sum().sqrt().item()/found
-    return _flag('range', gain, max(5., 2*error), f'On standardised images R@1 is {100*hit[1].mean():.0f} %, on images in [0, 1] it is {100*hit[0].mean():.0f} %. A model that wants standardised inputs must do this inside: wrap it so that its first layer is (x - mean)/std.')
+    return _flag(
+        'range', gain, max(5.0, 2 * error),
+        f'On standardised images R@1 is {100*hit[1].mean():.0f} %, on images in [0, 1] it is {100*hit[0].mean():.0f} %.'
+        ' A model that wants standardised inputs must do this inside: wrap it so that its first layer is (x -'
+        ' mean)/std.',
+    )
 
 # %% ../../nbs/metrics/03_flags.ipynb #263e91aa
 def check_deterministic(
@@ -104,7 +120,11 @@ def check_deterministic(
         first, again = embed(model, x), embed(model, x)
         company = torch.cat([embed(model, part) for part in x.flip(0).split(max(1, len(x)//4))]).flip(0)
     moved = max((first - other).norm(dim=1).max().item() for other in (again, company))
-    return _flag('nondeterministic', moved, 1e-4, 'Embedded again, and in other batches, an embedding of length 1 moves by {value:.1g}. Beyond {limit:.0e} dropout or batch statistics are at work, and gradients point in random directions.')
+    return _flag(
+        'nondeterministic', moved, 1e-4,
+        'Embedded again, and in other batches, an embedding of length 1 moves by {value:.1g}. Beyond {limit:.0e}'
+        ' dropout or batch statistics are at work, and gradients point in random directions.',
+    )
 
 def check_gradient(
     model:nn.Module,
@@ -122,7 +142,11 @@ def check_gradient(
         grad = torch.autograd.grad(shift, start, allow_unused=True)[0] if shift.requires_grad else None
     size = torch.zeros(len(x)) if grad is None else grad.flatten(1).abs().amax(1)
     dead = 100*(~size.isfinite() | (size == 0)).double().mean().item()
-    return _flag('zero_grad', dead, 1., 'The gradient is zero or not finite for {value:.0f} % of the images. Beyond {limit:.0f} % a layer hides it, and attacks by gradient prove nothing.')
+    return _flag(
+        'zero_grad', dead, 1.0,
+        'The gradient is zero or not finite for {value:.0f} % of the images. Beyond {limit:.0f} % a layer hides it, and'
+        ' attacks by gradient prove nothing.',
+    )
 
 # %% ../../nbs/metrics/03_flags.ipynb #54f25a19
 def _outcome(out)->tuple[float, float]:
@@ -131,7 +155,10 @@ def _outcome(out)->tuple[float, float]:
 
 def _unmeasured(said, *, raised)->list[Flag]:
     "The flags of `check_attacks` when there is nothing to compare."
-    return [_flag(name, math.nan, 0., said, raised=raised) for name in ('blackbox_stronger', 'not_converged', 'restart_gain', 'eps_no_effect')]
+    return [
+        _flag(name, math.nan, 0.0, said, raised=raised)
+        for name in ('blackbox_stronger', 'not_converged', 'restart_gain', 'eps_no_effect')
+    ]
 
 def check_attacks(
     model:nn.Module,
@@ -153,7 +180,10 @@ def check_attacks(
     try: far, hit = _outcome(search(**given).after)
     except torch.OutOfMemoryError: raise # says nothing of the model
     except (RuntimeError, ValueError) as error:
-        return _unmeasured(f'The attack could not run ({str(error).splitlines()[0][:100]}), so nothing is known of a better one.', raised=True)
+        return _unmeasured(
+            f'The attack could not run ({str(error).splitlines()[0][:100]}), so nothing is known of a better one.',
+            raised=True
+        )
     blind = _outcome(square(model, attack, x, queries, gallery, eps=eps, budget=budget, seed=seed).outcome.after)[0]
     longer = _outcome(search(**{**given, 'steps': 2*steps}).after)[0]
     wide = min(max(eps, .5), 4*eps)
@@ -161,10 +191,30 @@ def check_attacks(
     restarted = _outcome(run_strong(model, attack, x, queries, gallery, restarts=3, by='ES:D', **given).after)[0]
     tiny = 1e-6
     return [
-        _flag('blackbox_stronger', 100*(blind/max(far, tiny) - 1), 5., f'Random squares move a query by {blind:.3f}, the gradient by {far:.3f}: {{value:+.0f}} %. Beyond {{limit:.0f}} % the gradient misleads, and the true robustness is lower.', raised=blind > 1.05*far + tiny),
-        _flag('not_converged', 100*(longer/max(far, tiny) - 1), 10., 'With twice the steps a query moves {value:.0f} % farther. Beyond {limit:.0f} % the attack was cut short: take more steps.'),
-        _flag('restart_gain', 100*(restarted/max(far, tiny) - 1), 10., 'From the best of three starts a query moves {value:.0f} % farther. Beyond {limit:.0f} % single runs flatter the model: use restarts.'),
-        _flag('eps_no_effect', wider, 10., f'At ε = {255*wide:.0f}/255 R@1 is {{value:.0f}} %, at {255*eps:.0f}/255 it is {hit:.0f} %. An attack that does not profit from a larger budget is not working.', raised=wider > max(10., 300/len(x), hit - 100/len(x)))] # three hits may be luck
+        _flag(
+            'blackbox_stronger', 100 * (blind / max(far, tiny) - 1), 5.0,
+            f'Random squares move a query by {blind:.3f}, the gradient by {far:.3f}: {{value:+.0f}} %. Beyond'
+            ' {limit:.0f} % the gradient misleads, and the true robustness is lower.',
+            raised=blind > 1.05 * far + tiny,
+        ),
+        _flag(
+            'not_converged', 100 * (longer / max(far, tiny) - 1), 10.0,
+            'With twice the steps a query moves {value:.0f} % farther. Beyond {limit:.0f} % the attack was cut short:'
+            ' take more steps.',
+        ),
+        _flag(
+            'restart_gain', 100 * (restarted / max(far, tiny) - 1), 10.0,
+            'From the best of three starts a query moves {value:.0f} % farther. Beyond {limit:.0f} % single runs'
+            ' flatter the model: use restarts.',
+        ),
+        # three hits may be luck
+        _flag(
+            'eps_no_effect', wider, 10.0,
+            f'At ε = {255*wide:.0f}/255 R@1 is {{value:.0f}} %, at {255*eps:.0f}/255 it is {hit:.0f} %. An attack that'
+            ' does not profit from a larger budget is not working.',
+            raised=wider > max(10.0, 300 / len(x), hit - 100 / len(x)),
+        ),
+    ]
 
 # %% ../../nbs/metrics/03_flags.ipynb #7db1199b
 def checks(
@@ -187,7 +237,21 @@ def checks(
     x, some = dataset.batch(rows, device, dtype_of(model)), picked(queries, rows)
     same = 100*twins(gallery.emb).double().mean().item()
     far = indicators['mean_distance']
-    return [check_range(model, dataset, device=device), check_deterministic(model, x), check_gradient(model, x, some.emb, eps=eps, seed=seed),
-            *check_attacks(model, x, some, gallery, eps=eps, step_size=step_size, steps=steps, seed=seed, budget=10*steps),
-            _flag('collapsed', far, .02, 'The mean distance of two images is {value:.3f}. Below {limit:.2f} all look alike to the model: attacks cannot move them, and ERS and ARS count that as robustness.', raised=is_collapsed(indicators)),
-            _flag('duplicates', same, 0., '{value:.1f} % of the gallery has a twin with the same embedding. Twins are found whatever the attacker does.')]
+    return [
+        check_range(model, dataset, device=device), check_deterministic(model, x),
+        check_gradient(model, x, some.emb, eps=eps, seed=seed),
+        *check_attacks(
+            model, x, some, gallery, eps=eps, step_size=step_size, steps=steps, seed=seed, budget=10 * steps
+        ),
+        _flag(
+            'collapsed', far, 0.02,
+            'The mean distance of two images is {value:.3f}. Below {limit:.2f} all look alike to the model: attacks'
+            ' cannot move them, and ERS and ARS count that as robustness.',
+            raised=is_collapsed(indicators),
+        ),
+        _flag(
+            'duplicates', same, 0.0,
+            '{value:.1f} % of the gallery has a twin with the same embedding. Twins are found whatever the attacker'
+            ' does.',
+        ),
+    ]

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..core import check_between, check_choice
 from ..data.sets import ImageSet, QueryGallery, Split
 from ..triplets.distances import Prepared, prepare
-from ..neighbors import block_rows, cache_rows, check_embeddings, check_rows, distances, kmeans, mask_rows_, resolve_backend, tally
+from ..neighbors import block_rows, cache_rows, check_embeddings, check_rows, distances, kmeans, mask_rows_
+from ..neighbors import resolve_backend, tally
 
 # %% ../../nbs/metrics/00_retrieval.ipynb #b026c981
 def _own_rows(dist:Tensor, rows:Tensor, self_exclusion:str)->Tensor:
@@ -39,7 +40,8 @@ def _class_sizes(label:Tensor, ordered:Tensor)->Tensor:
 
 # %% ../../nbs/metrics/00_retrieval.ipynb #2010ef89
 def _class_columns(label:Tensor, own:Tensor, order:Tensor, ordered:Tensor)->Tensor:
-    "Columns (b, P) of the gallery with the label of each query, ascending, without its own; N where there are fewer. `order` sorts the N labels into `ordered`."
+    """Columns (b, P) of the gallery with the label of each query, ascending, without its own; N where there are fewer.
+    `order` sorts the N labels into `ordered`."""
     first, size = torch.searchsorted(ordered, label), _class_sizes(label, ordered)
     place = torch.arange(max(1, int(size.max())), device=label.device)
     column = order[(first[:,None] + place).clamp(max=len(order)-1)]
@@ -49,7 +51,8 @@ def _class_columns(label:Tensor, own:Tensor, order:Tensor, ordered:Tensor)->Tens
 
 # %% ../../nbs/metrics/00_retrieval.ipynb #d3b191bd
 def _blocks(query:Tensor, gallery:Prepared, turn:Tensor, size:int)->Iterator[tuple[Tensor,Tensor]]:
-    "Rows of the queries in the order of `turn`, a few at a time, and their distances, which the next block of `size` overwrites."
+    """Rows of the queries in the order of `turn`, a few at a time, and their distances, which the next block of `size`
+    overwrites."""
     buffer = gallery.emb.new_empty(min(size, len(turn)), len(gallery.emb))
     for part in turn.split(size):
         dist = distances(query[part], gallery, buffer=buffer)
@@ -64,13 +67,19 @@ def rankings(
     gallery_label:Tensor|None=None, # (N,) long
     *,
     rows:Tensor|None=None,       # (B,) long: own row of each query in the gallery, -1 for none
-    self_exclusion:Literal['id','drop_first']='id', # 'id' leaves out `rows`, 'drop_first' the nearest item of every query that has one
+    # 'id' leaves out `rows`, 'drop_first' the nearest item of every query that has one
+    self_exclusion:Literal['id','drop_first']='id',
     block:int|None=None,         # queries per matrix product; None: see `neighbors.block_rows`
-)->Iterator[tuple[Tensor,Tensor,Tensor]]: # (b,) long: which queries; (b, N) float: their distances, infinite where left out; (b, P) long: columns that match, N for none
-    "Distances of a few queries at a time, valid until the next are asked for, and the columns of their matches; queries of small classes first."
+# (b,) long: which queries; (b, N) float: their distances, infinite where left out; (b, P) long: columns that match, N
+# for none
+)->Iterator[tuple[Tensor,Tensor,Tensor]]:
+    """Distances of a few queries at a time, valid until the next are asked for, and the columns of their matches;
+    queries of small classes first."""
     check_choice('self_exclusion', self_exclusion, ('id', 'drop_first'))
-    if (gallery is None) != (gallery_label is None): raise ValueError('gallery and gallery_label go together, found only one of them')
-    if gallery is None or gallery_label is None: gallery, gallery_label, rows = query, query_label, torch.arange(len(query))
+    if (gallery is None) != (gallery_label is None):
+        raise ValueError('gallery and gallery_label go together, found only one of them')
+    if gallery is None or gallery_label is None:
+        gallery, gallery_label, rows = query, query_label, torch.arange(len(query))
     for name, x, y in (('query', query, query_label), ('gallery', gallery, gallery_label)):
         check_embeddings(name, x), _check_labels(f'{name}_label', y, x)
     rows, label = check_rows(rows, query, gallery), query_label.long()
@@ -89,14 +98,20 @@ def _in_order(which:Iterable[Tensor], values:Iterable[Tensor])->Tensor:
 def _equals_before(dist:Tensor, row:Tensor, column:Tensor)->Tensor:
     "How many entries left of `column` equal the entry there, for each pair of a row and a column."
     here, few = torch.arange(dist.shape[1], device=dist.device), cache_rows(dist)
-    parts = [((dist[i] == dist[i,c][:,None]) & (here < c[:,None])).sum(1) for i, c in zip(row.split(few), column.split(few))]
+    parts = [
+        ((dist[i] == dist[i, c][:, None]) & (here < c[:, None])).sum(1)
+        for i, c in zip(row.split(few), column.split(few))
+    ]
     return torch.cat(parts)
 
 # %% ../../nbs/metrics/00_retrieval.ipynb #6b01490a
 def _count_places(dist:Tensor, column:Tensor)->Tensor:
     "Places (b, P) of the entries in `column` (b, P), by counting."
     value, mask = dist.gather(1, column), torch.empty_like(dist)
-    below, upto = (torch.stack([tally(test, dist, v[:,None], mask) for v in value.unbind(1)], 1).long() for test in (torch.lt, torch.le))
+    below, upto = (
+        torch.stack([tally(test, dist, v[:, None], mask) for v in value.unbind(1)], 1).long()
+        for test in (torch.lt, torch.le)
+    )
     tied = (upto - below > 1).nonzero(as_tuple=True)
     if len(tied[0]): below[tied] += _equals_before(dist, tied[0], column[tied])
     return below
@@ -149,7 +164,8 @@ def first_match_rank(
 # %% ../../nbs/metrics/00_retrieval.ipynb #a32e6e49
 def _mean(values:Tensor)->float:
     "Mean in float64, refused for nothing."
-    if not len(values): raise ValueError('at least one query needs another image of its class in the gallery, found none')
+    if not len(values):
+        raise ValueError('at least one query needs another image of its class in the gallery, found none')
     return values.double().mean().item()
 
 # %% ../../nbs/metrics/00_retrieval.ipynb #65aeb5b2
@@ -197,7 +213,9 @@ def retrieval(
 )->Retrieval:                    # of every query
     "First match and average precision in one pass over the distances."
     blocks = rankings(query, query_label, gallery, gallery_label, **options)
-    which, *found = zip(*((which, *_retrieval(match_places(dist, column), dist.shape[1])) for which, dist, column in blocks))
+    which, *found = zip(
+        *((which, *_retrieval(match_places(dist, column), dist.shape[1])) for which, dist, column in blocks)
+    )
     return Retrieval(*(_in_order(which, values) for values in found))
 
 # %% ../../nbs/metrics/00_retrieval.ipynb #864b4dab
@@ -249,10 +267,14 @@ def normalised_mutual_information(
 )->float:           # in [0, 1]; 1 if both put everything into one group
     "Agreement of two labellings, arithmetic mean of the entropies."
     if label.shape != cluster.shape or not label.numel():
-        raise ValueError(f'label and cluster must match and hold something, found {tuple(label.shape)} and {tuple(cluster.shape)}')
+        raise ValueError(
+            f'label and cluster must match and hold something, found {tuple(label.shape)} and {tuple(cluster.shape)}'
+        )
     (label, cluster), device = (v.unique(return_inverse=True)[1] for v in (label, cluster)), label.device
     def entropy(values:Tensor)->float: return -torch.xlogy(p := _probabilities(values), p).sum().item()
-    h_label, h_cluster, h_both = entropy(label), entropy(cluster), entropy(label*(cluster.max() + 1) + cluster.to(device))
+    h_label, h_cluster, h_both = (
+        entropy(label), entropy(cluster), entropy(label * (cluster.max() + 1) + cluster.to(device))
+    )
     if h_label + h_cluster == 0: return 1.
     return max(0., 2*(h_label + h_cluster - h_both)/(h_label + h_cluster))
 
@@ -294,8 +316,10 @@ def benign(
     found = retrieval(emb, label, gallery, gallery_label, **options)
     defined, backend = found.rank >= 0, resolve_backend(backend, emb.device)
     items, classes = (emb, label) if gallery is None or gallery_label is None else (gallery, gallery_label)
-    row = {'R@1': _mean(found.rank[defined] < 1), 'R@2': _mean(found.rank[defined] < 2), 'mAP': _mean(found.ap[defined]),
-           'NMI': nmi(items, classes, seed=seed, backend=backend)}
+    row = {
+        'R@1': _mean(found.rank[defined] < 1), 'R@2': _mean(found.rank[defined] < 2), 'mAP': _mean(found.ap[defined]),
+        'NMI': nmi(items, classes, seed=seed, backend=backend)
+    }
     percent = {name: 100*value for name, value in row.items()}
     return dict(**percent, undefined=lone_queries(label, gallery_label), backend=backend)
 

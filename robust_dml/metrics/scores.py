@@ -28,7 +28,9 @@ def _values(row:Mapping[str,float], headings:tuple[str,...], name:str)->dict[str
     for heading, value in values.items():
         low, high = _RANGES.get(heading, (0, 100))
         if value < low - 1e-3 or value > high + 1e-3:  # rounding may push a cosine or a distance over the edge
-            raise ValueError(f'{heading} of {name} must lie in [{low}, {high}], found {value:g}; use the units of the tables')
+            raise ValueError(
+                f'{heading} of {name} must lie in [{low}, {high}], found {value:g}; use the units of the tables'
+            )
     return values
 
 # %% ../../nbs/metrics/01_scores.ipynb #6d8558be
@@ -50,10 +52,12 @@ def ers(
 
 # %% ../../nbs/metrics/01_scores.ipynb #3af0df48
 def ars_cells(
-    before:Mapping[str,float], # the eight `ARS_HEADINGS` without attack, same targets as `after`; see also `constant_before`
+    # the eight `ARS_HEADINGS` without attack, same targets as `after`; see also `constant_before`
+    before:Mapping[str,float],
     after:Mapping[str,float],  # the same under attack, in table units; more keys are ignored
     *,
-    signed:bool=False,         # False: any move away from `before` costs, eq. (14); True: a move away from the goal counts over 100
+    # False: any move away from `before` costs, eq. (14); True: a move away from the goal counts over 100
+    signed:bool=False,
 )->dict[str,float]:            # percent, 100: no effect, 0: goal reached, not clipped; NaN marks 0/0
     "The eight components of ARS, eqs. (14), (27), (28), (30) and (31) of COLO-TRIDE."
     first, last = _values(before, ARS_HEADINGS, 'ARS before'), _values(after, ARS_HEADINGS, 'ARS after')
@@ -88,11 +92,15 @@ def scorecard(
     *,
     r_at_1:float,              # benign R@1, percent
     separability:float,        # of the clean test embeddings, from `triplets.collapse.indicators`; near 0 is a collapse
-)->dict[str,float|tuple[str,...]]: # 'R@1', 'separability', 'ERS', 'ARS' (measured), 'ARS const' and 'undefined', the headings of 0/0 cells
+# 'R@1', 'separability', 'ERS', 'ARS' (measured), 'ARS const' and 'undefined', the headings of 0/0 cells
+)->dict[str,float|tuple[str,...]]:
     "ERS and both forms of ARS beside what is needed to read them."
     fixed = constant_before(r_at_1)
     undefined = tuple(h for h, v in ars_cells(before, after).items() if math.isnan(v))
-    return {'R@1': r_at_1, 'separability': separability, 'ERS': ers(after), 'ARS': ars(before, after), 'ARS const': ars(fixed, after), 'undefined': undefined}
+    return {
+        'R@1': r_at_1, 'separability': separability, 'ERS': ers(after), 'ARS': ars(before, after),
+        'ARS const': ars(fixed, after), 'undefined': undefined
+    }
 
 # %% ../../nbs/metrics/01_scores.ipynb #356dcf16
 PAPER_MINUTES = dict(hm=550, colo_tride=470) # section 4: training on CUB, one RTX 3090, mean of five
@@ -126,7 +134,9 @@ def paper_values(
 )->dict[str,float]:   # heading to number, NaN where no number is printed
     "The numbers of one row of a table of the paper."
     check_choice(f'row of table {n}', (dataset, defense), paper_rows(n))
-    return {c['metric']: _number(c['value']) for c in paper_table(n) if (c['dataset'], c['defense']) == (dataset, defense)}
+    return {
+        c['metric']: _number(c['value']) for c in paper_table(n) if (c['dataset'], c['defense']) == (dataset, defense)
+    }
 
 # %% ../../nbs/metrics/01_scores.ipynb #7e1f0a02
 _FRACTIONS = ('R@1', 'R@2', 'mAP', 'AP@10', 'NMI')
@@ -152,9 +162,12 @@ _NOT_MEASURED = ('AP@10',) # printed, and no metric of ours: it divides by 10 wh
 def beside_printed(
     printed:Mapping[str,float],           # one row of `reference_table`
     seeds:Sequence[Mapping[str,float]],   # our results, one mapping per seed, in table units
-)->list[dict[str,str|float|bool|None]]:   # per heading we measure: 'heading', 'printed', 'ours', 'difference', 'deviation', 'within'
-    "Printed numbers beside the mean of our seeds; `within` two standard deviations is judged from three seeds on, else None."
-    if not seeds: raise ValueError('beside_printed needs the results of at least one seed, found none; compute the row first')
+# per heading we measure: 'heading', 'printed', 'ours', 'difference', 'deviation', 'within'
+)->list[dict[str,str|float|bool|None]]:
+    """Printed numbers beside the mean of our seeds; `within` two standard deviations is judged from three seeds on,
+    else None."""
+    if not seeds:
+        raise ValueError('beside_printed needs the results of at least one seed, found none; compute the row first')
     rows:list[dict[str,str|float|bool|None]] = []
     for heading, value in printed.items():
         if heading in _NOT_MEASURED: continue
@@ -163,6 +176,9 @@ def beside_printed(
         ours = [float(seed[heading]) for seed in seeds]
         mean = statistics.fmean(ours)
         deviation = statistics.stdev(ours) if len(ours) > 2 else None
-        within = None if deviation is None else abs(mean - value) <= 2*deviation + 1e-9 # three equal seeds: the mean rounds
-        rows.append(dict(heading=heading, printed=value, ours=mean, difference=mean - value, deviation=deviation, within=within))
+        # three equal seeds: the mean rounds
+        within = None if deviation is None else abs(mean - value) <= 2*deviation + 1e-9
+        rows.append(
+            dict(heading=heading, printed=value, ours=mean, difference=mean - value, deviation=deviation, within=within)
+        )
     return rows

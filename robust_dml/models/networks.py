@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..core import check_between, check_choice, check_finite, generator, in_halves, load_safetensors, need, progress
+from ..core import check_between, check_choice, check_finite, generator, in_halves, load_safetensors, need
+from ..core import progress
 from ..data.sets import ImageSet
 from ..triplets.distances import normalise
 
@@ -59,10 +60,12 @@ class EmbeddingNet(nn.Module):
 # %% ../../nbs/models/00_networks.ipynb #e405e44e
 class FoldedConv2d(nn.Conv2d):
     "A 5 x 5 convolution with stride 2 and padding 2, computed on 2 x 2 blocks of pixels."
-    def __init__(self, in_channels:int, out_channels:int): super().__init__(in_channels, out_channels, 5, stride=2, padding=2)
+    def __init__(self, in_channels:int, out_channels:int):
+        super().__init__(in_channels, out_channels, 5, stride=2, padding=2)
 
     def forward(self, x:Tensor)->Tensor:
-        kernel = nn.functional.pad(self.weight, (0, 1, 0, 1)).unflatten(3, (3, 2)).unflatten(2, (3, 2))  # (O, C, 3, 2, 3, 2)
+        # (O, C, 3, 2, 3, 2)
+        kernel = nn.functional.pad(self.weight, (0, 1, 0, 1)).unflatten(3, (3, 2)).unflatten(2, (3, 2))
         kernel = kernel.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)                                          # (O, 4C, 3, 3)
         x = nn.functional.pad(x, (0, x.shape[3]%2, 0, x.shape[2]%2))
         return nn.functional.conv2d(nn.functional.pixel_unshuffle(x, 2), kernel, self.bias, padding=1)
@@ -104,12 +107,17 @@ def _zoo()->ModuleType: return need('torchvision.models', 'a network other than 
 
 def _zoo_backbone(name:str, size:int, channels:int)->tuple[nn.Module, int]:
     "A torchvision network without its classifier; returns it and the length of its output."
-    if name == 'convnext_tiny' and size < 32: raise ValueError(f'convnext_tiny takes images of at least 32 x 32, found size {size}')
+    if name == 'convnext_tiny' and size < 32:
+        raise ValueError(f'convnext_tiny takes images of at least 32 x 32, found size {size}')
     net = getattr(_zoo(), name)(weights=None, **_ZOO[name])
     stem,conv = _named(net, nn.Conv2d)[0]
     small = name.startswith('resnet') and size < 64
     if small: net.maxpool = nn.Identity()
-    shape:dict[str, Any] = dict(kernel_size=3, stride=1, padding=1) if small else dict(kernel_size=conv.kernel_size, stride=conv.stride, padding=conv.padding)
+    shape: dict[str, Any] = (
+        dict(kernel_size=3, stride=1, padding=1)
+        if small
+        else dict(kernel_size=conv.kernel_size, stride=conv.stride, padding=conv.padding)
+    )
     if small or channels != 3:
         _replace(net, stem, nn.Conv2d(channels, conv.out_channels, bias=conv.bias is not None, **shape))
     last,linear = _named(net, nn.Linear)[-1]
@@ -131,7 +139,9 @@ def _packaged(requirement:str, file:str, sha256:str)->dict[str, Tensor]|None:
     try: path = Path(str(metadata.distribution(requirement.partition('==')[0]).locate_file(file)))
     except metadata.PackageNotFoundError: return None
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise ValueError(f'{requirement} must hold {file} with sha256 {sha256[:12]}, found another or no file; install it again')
+        raise ValueError(
+            f'{requirement} must hold {file} with sha256 {sha256[:12]}, found another or no file; install it again'
+        )
     return torch.load(path, map_location='cpu', weights_only=True)
 
 def _read_weights(name:str, weights:str|Path)->dict[str, Tensor]:
@@ -146,7 +156,10 @@ def _read_weights(name:str, weights:str|Path)->dict[str, Tensor]:
                 f'weights {weights} of {name} must be downloaded by torchvision, found no way ({err});'
                 f' pass the path of a .safetensors file{package}') from err
     if not Path(weights).suffix and not Path(weights).exists():
-        raise ValueError(f"weights of {name} must be {', '.join(map(repr, known)) or 'None'} or the path of a .safetensors file, found {str(weights)!r}")
+        raise ValueError(
+            f"weights of {name} must be {', '.join(map(repr, known)) or 'None'} or the path of a .safetensors file,"
+            f" found {str(weights)!r}"
+        )
     state = load_safetensors(weights)
     return {k.removeprefix('backbone.'): v for k,v in state.items() if k.startswith('backbone.')} or state
 
@@ -163,11 +176,16 @@ def _load_backbone(backbone:nn.Module, state:dict[str, Tensor], source:str)->Non
     own = backbone.state_dict()
     state = {k: v for k,v in state.items() if k in own or not k.startswith(_CLASSIFIER)}
     wrong = sorted(own.keys() ^ state.keys()) + [k for k in own if k in state and own[k].shape != state[k].shape]
-    if wrong: raise ValueError(f'weights must fit the backbone, found {len(wrong)} missing, unknown or misshaped entries in {source} '
-                               f'({", ".join(wrong[:3])}); check the model name, channels=3 and size >= 64 for ImageNet weights')
+    if wrong:
+        raise ValueError(
+            f'weights must fit the backbone, found {len(wrong)} missing, unknown or misshaped entries in {source} '
+            f'({", ".join(wrong[:3])}); check the model name, channels=3 and size >= 64 for ImageNet weights'
+        )
     if _untrained(state):
-        raise ValueError(f'weights must come from a training, found BatchNorm statistics of a network that saw no image in {source};'
-                         ' pass trained weights, or none to start from random ones')
+        raise ValueError(
+            f'weights must come from a training, found BatchNorm statistics of a network that saw no image in {source};'
+            ' pass trained weights, or none to start from random ones'
+        )
     backbone.load_state_dict(state)
 
 # %% ../../nbs/models/00_networks.ipynb #10a08821
@@ -203,11 +221,14 @@ def build(
 )->EmbeddingNet:                        # in training mode, on the CPU
     "A network by name, with weights determined by `seed` and, for the backbone, by `weights`."
     check_choice('model', name, MODELS)
-    for key,value,low in (('dim', dim, 1), ('size', size, 16), ('channels', channels, 1)): check_between(key, value, low, float('inf'))
+    for key,value,low in (('dim', dim, 1), ('size', size, 16), ('channels', channels, 1)):
+        check_between(key, value, low, float('inf'))
     default = _constants(name, channels)
     mean,std = default[0] if mean is None else mean, default[1] if std is None else std
     if len(mean) != channels or len(std) != channels or min(std) <= 0:
-        raise ValueError(f'mean and std must have {channels} entries (one per channel, std > 0), found {mean} and {std}')
+        raise ValueError(
+            f'mean and std must have {channels} entries (one per channel, std > 0), found {mean} and {std}'
+        )
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(generator(seed, 'build', name).get_state())
         backbone,features = _OWN[name](size, channels) if name in _OWN else _zoo_backbone(name, size, channels)
@@ -222,7 +243,8 @@ def frozen(
     model:nn.Module, # any model
 )->Iterator[nn.Module]:
     "Evaluation mode without parameter gradients inside the block; modes and flags are restored after it."
-    if not isinstance(model, nn.Module): raise TypeError(f'model must be a torch.nn.Module, found {type(model).__name__}')
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model must be a torch.nn.Module, found {type(model).__name__}')
     modes = [(m, m.training) for m in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -238,9 +260,11 @@ def foldable(
     "Pairs that `streamlined` can merge; none if the network cannot be traced."
     if not any(isinstance(m, nn.BatchNorm2d) for m in net.modules()): return ()
     try: nodes = list(torch.fx.Tracer().trace(net).nodes)
-    except Exception: return () # tracing runs a stranger's code; it may fail in any way, and the plain network is always right
+    # tracing runs a stranger's code; it may fail in any way, and the plain network is always right
+    except Exception: return ()
     calls = Counter(node.target for node in nodes if node.op == 'call_module')
-    def is_a(node, kind): return node.op == 'call_module' and calls[node.target] == 1 and isinstance(net.get_submodule(node.target), kind)
+    def is_a(node, kind):
+        return node.op == 'call_module' and calls[node.target] == 1 and isinstance(net.get_submodule(node.target), kind)
     return tuple((node.args[0].target, node.target) for node in nodes
                  if is_a(node, nn.BatchNorm2d) and is_a(node.args[0], nn.Conv2d) and len(node.args[0].users) == 1)
 
@@ -252,7 +276,10 @@ def _with(module:nn.Module, new:dict[str, nn.Module], prefix:str='')->nn.Module:
     "A copy of `module` that shares its parameters but has `new` submodules in some places."
     if prefix in new: return new[prefix]
     twin = copy.copy(module)
-    twin._modules = {name: child if child is None else _with(child, new, f'{prefix}.{name}'.lstrip('.')) for name,child in module._modules.items()}
+    twin._modules = {
+        name: child if child is None else _with(child, new, f'{prefix}.{name}'.lstrip('.'))
+        for name, child in module._modules.items()
+    }
     return twin
 
 def streamlined(
@@ -302,7 +329,10 @@ def embed(
     raw = model(x)
     if not isinstance(raw, Tensor) or raw.ndim != 2 or len(raw) != len(x):
         found = f'shape {tuple(raw.shape)}' if isinstance(raw, Tensor) else type(raw).__name__
-        raise ValueError(f'a model must return a tensor of shape ({len(x)}, D) for {len(x)} images, found {found}; wrap it so that it does')
+        raise ValueError(
+            f'a model must return a tensor of shape ({len(x)}, D) for {len(x)} images, found {found}; wrap it so that'
+            ' it does'
+        )
     return normalise(check_finite('the output of the model', raw))
 
 def checksum(
@@ -333,7 +363,13 @@ def embed_all(
     def some(rows): return embed(model, images.batch(rows, device, dtype_of(model)))
     parts = torch.arange(len(images)).split(batch_size)
     with frozen(model), torch.no_grad():
-        return torch.cat([emb for rows in progress(parts, desc='embed', show=show) for emb in in_halves(some, rows, done='embedded', device=device)])
+        return torch.cat(
+            [
+                emb
+                for rows in progress(parts, desc='embed', show=show)
+                for emb in in_halves(some, rows, done='embedded', device=device)
+            ]
+        )
 
 # %% ../../nbs/models/00_networks.ipynb #3d0a51d1
 def headless(

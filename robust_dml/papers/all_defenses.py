@@ -20,8 +20,10 @@ from typing import Any, TYPE_CHECKING
 from ..metrics.clustering import ClusterProtocol, class_rows, clustered, references
 from ..core import kept_memory, need
 from ..defenses.eat import PROXY, eat
-from ..study.experiments import Cell, Plan, alone, cells, check_weights, evaluation_config, parameters, plan, results, table_row, train_cell, trained_as
-from ..report.pages import defence_name, fixed_text, html_row, join_words, mean_spread, opening, spread_text, table_box
+from ..study.experiments import Cell, Plan, alone, cells, check_weights, evaluation_config, parameters
+from ..study.experiments import plan, results, table_row, train_cell, trained_as
+from ..report.pages import defence_name, fixed_text, html_row, join_words, mean_spread, opening
+from ..report.pages import spread_text, table_box
 from ..report.tables import provenance_part, publish, setup_part
 from ..runs.store import Run, append_line, find_run, open_run, read_lines, write_atomic
 from ..study.stress import by_label
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
 LIMITS = MappingProxyType(dict(smoke=12, quick=300, small=500, medium=500, paper=0)) # attacked images at most; 0: all
 QUERIES = 500 # of the ten attacks, in all presets but smoke and paper
 
-LEFT_OUT = ('pal_mixup', 'pal_mixup_at', 'pal_trades', 'pal_alp', 'joint_at', 'adp', 'gal', 'dverge') # in `quick`, which ends within a quarter of an hour on two cores
+# in `quick`, which ends within a quarter of an hour on two cores
+LEFT_OUT = ('pal_mixup', 'pal_mixup_at', 'pal_trades', 'pal_alp', 'joint_at', 'adp', 'gal', 'dverge')
 
 def prepare(
     namespace:dict, # globals() of a run notebook, or a dict of parameters
@@ -42,12 +45,22 @@ def prepare(
     "Check the parameters and the data and resolve them, before anything is trained."
     asked = plan('all_defenses', parameters(namespace))
     label, few = asked.data.test.labels, asked.data.train.labels.bincount().min()
-    references(label[class_rows(label, limit=LIMITS[asked.preset], seed=0)], frac=.5, seed=0) # refuses classes that cannot be read
+    # refuses classes that cannot be read
+    references(label[class_rows(label, limit=LIMITS[asked.preset], seed=0)], frac=.5, seed=0)
     lines = [d for d in asked.defenses if asked.parameters['defenses'] or asked.preset != 'quick' or d not in LEFT_OUT]
-    lines = [f'{d}:absent=negative' if d == 'eat' and few < signature(eat).parameters['members'].default else d for d in lines] # a class with fewer images than members
+    # a class with fewer images than members
+    lines = [
+        f'{d}:absent=negative' if d == 'eat' and few < signature(eat).parameters['members'].default else d
+        for d in lines
+    ]
     limit = asked.recipe.limit or (QUERIES if asked.preset in ('quick', 'small', 'medium') else 0)
     return replace(asked, defenses=tuple(lines), recipe=replace(asked.recipe, limit=limit))
-SHOWN = MappingProxyType({'R@1': 'nearest neighbour', 'centre': 'nearest class centre', 'NMI': 'k-means, NMI', 'F1': 'k-means, pairs', 'Hungarian': 'k-means, matched with the classes'})
+SHOWN = MappingProxyType(
+    {
+        'R@1': 'nearest neighbour', 'centre': 'nearest class centre', 'NMI': 'k-means, NMI', 'F1': 'k-means, pairs',
+        'Hungarian': 'k-means, matched with the classes'
+    }
+)
 
 def cluster_cell(
     plan:Plan,
@@ -58,14 +71,25 @@ def cluster_cell(
     "Read a trained model by neighbours, centres and clusters, clean and under attack; goes on where it stopped."
     r, trained = plan.recipe, trained_as(plan, cell)
     few:dict[str, Any] = dict(kmeans_seeds=1, kmeans_restarts=2, restarts=1) if plan.preset == 'smoke' else {}
-    protocol:dict[str, Any] = dict(eps=cell.setting.eps, step_size=r.eval_step_size, steps=r.eval_steps, limit=LIMITS[plan.preset], batch_size=r.eval_batch, **few)
-    run = open_run(plan.reports, 'cluster', dict(format=1, train=trained.address, protocol=asdict(ClusterProtocol(**protocol)), backend=plan.backend))
+    protocol: dict[str, Any] = dict(
+        eps=cell.setting.eps, step_size=r.eval_step_size, steps=r.eval_steps, limit=LIMITS[plan.preset],
+        batch_size=r.eval_batch, **few
+    )
+    run = open_run(
+        plan.reports, 'cluster',
+        dict(format=1, train=trained.address, protocol=asdict(ClusterProtocol(**protocol)), backend=plan.backend)
+    )
     with alone(run, 'result.json'):
         if run.has('result.json'): return run
         model,_ = train_cell(plan, cell, show=show)
         done = find_run(plan.reports, 'eval', evaluation_config(plan, cell, trained.address))
-        if done.has('result.json'): check_weights(done, model) # the ten attacks and those of clustering tell of one model
-        found = clustered(model, plan.data.test, known=read_lines(run, 'queries.jsonl'), save=partial(append_line, run, 'queries.jsonl'), backend=plan.backend, device=plan.device, show=show, **protocol)
+        # the ten attacks and those of clustering tell of one model
+        if done.has('result.json'): check_weights(done, model)
+        found = clustered(
+            model, plan.data.test, known=read_lines(run, 'queries.jsonl'),
+            save=partial(append_line, run, 'queries.jsonl'), backend=plan.backend, device=plan.device, show=show,
+            **protocol
+        )
         run.write('result.json', dict(asdict(found), worst={scope: found.worst(scope) for scope in found.attacked}))
     return run
 
@@ -101,7 +125,13 @@ def means(
     records:Sequence[Mapping[str, Any]], # of one setting
 )->dict[str, dict[str, tuple[float, float]]]: # by model and column: mean and standard deviation over the seeds
     "The numbers of the table."
-    return {label: {name: mean_spread([math.nan if (v := read(r)) is None else v for r in runs]) for name,read in COLUMNS.items()} for label,runs in by_label(records).items()}
+    return {
+        label: {
+            name: mean_spread([math.nan if (v := read(r)) is None else v for r in runs])
+            for name, read in COLUMNS.items()
+        }
+        for label, runs in by_label(records).items()
+    }
 
 # %% ../../nbs/papers/02_all_defenses.ipynb #d3b7edd2
 def ranked(
@@ -109,7 +139,9 @@ def ranked(
     column:str,
 )->list[tuple[str, float, float]]: # label, mean, spread; the largest mean first, undefined ones left out
     "The lines of a column in order."
-    return sorted(((label, *row[column]) for label,row in table.items() if not math.isnan(row[column][0])), key=lambda v: -v[1])
+    return sorted(
+        ((label, *row[column]) for label, row in table.items() if not math.isnan(row[column][0])), key=lambda v: -v[1]
+    )
 
 def best(
     table:Mapping[str, Mapping[str, tuple[float, float]]], # of `means`
@@ -121,7 +153,13 @@ def best(
     near = [label for label,m,s in rest if mean - m <= spread + s]
     return f'{name} ({fixed_text(mean, 1)})' + (f', within the spread of {", ".join(near)}' if near else '')
 
-_SAID = MappingProxyType({'ERS': 'ERS', 'ARS': 'ARS', 'R@1 attacked': 'R@1 with attacked queries', 'centre attacked': 'centre accuracy with attacked queries', 'NMI all attacked': 'NMI with all images attacked', 'F1 all attacked': 'F1 with all images attacked'})
+_SAID = MappingProxyType(
+    {
+        'ERS': 'ERS', 'ARS': 'ARS', 'R@1 attacked': 'R@1 with attacked queries',
+        'centre attacked': 'centre accuracy with attacked queries', 'NMI all attacked': 'NMI with all images attacked',
+        'F1 all attacked': 'F1 with all images attacked'
+    }
+)
 
 def _natural(record:Mapping[str, Any])->bool: return 'natural' in record['defense']
 
@@ -134,9 +172,14 @@ def leaders(
     records:Sequence[Mapping[str, Any]], # of one setting
 )->'DataFrame': # texts; a line per score, without collapsed models and natural training
     "Who leads among the defences made for retrieval, and who among those made for clustering."
-    def kind(proxies): return means([r for r in _sound(records) if not _natural(r) and (table_row(r['defense']).defense in PROXY) == proxies])
+    def kind(proxies):
+        return means(
+            [r for r in _sound(records) if not _natural(r) and (table_row(r['defense']).defense in PROXY) == proxies]
+        )
     kinds = {'Made for retrieval': kind(False), 'Made for clustering': kind(True)}
-    return need('pandas', 'a table').DataFrame([{'Score': text, **{word: best(table, name) for word,table in kinds.items()}} for name,text in _SAID.items()])
+    return need('pandas', 'a table').DataFrame(
+        [{'Score': text, **{word: best(table, name) for word, table in kinds.items()}} for name, text in _SAID.items()]
+    )
 
 def moved_together(
     records:Sequence[Mapping[str, Any]], # of one setting
@@ -146,7 +189,11 @@ def moved_together(
     if not (order := ranked(table, 'F1 all attacked')) or (top := order[0][0]) not in bare: return []
     alone, together = (table[top][f'R@1 {scope}'][0] for scope in ('attacked', 'all attacked'))
     if together <= alone: return []
-    return [f'{top} has no defence and yet leads in F1 with all images attacked: its R@1 is {fixed_text(together, 1)} then and {fixed_text(alone, 1)} when only the queries are. The images of a class move alike and stay together, so the columns with all images attacked, taken alone, show no robustness.']
+    return [
+        f'{top} has no defence and yet leads in F1 with all images attacked: its R@1 is {fixed_text(together, 1)} then'
+        f' and {fixed_text(alone, 1)} when only the queries are. The images of a class move alike and stay together, so'
+        ' the columns with all images attacked, taken alone, show no robustness.'
+    ]
 
 def words(
     records:Sequence[Mapping[str, Any]], # of one setting
@@ -156,18 +203,33 @@ def words(
     flagged = [*dict.fromkeys(r['label'] for r in records if r['eval']['collapsed'])]
     table, said, first = means(sound), [], {}
     for name,text in _SAID.items():
-        for label,mean,_ in ranked(table, name)[:1]: first.setdefault(label, []).append(f'{text} ({fixed_text(mean, 1)})')
-    if first: said.append(f'Highest of {len(table)}: ' + '; '.join(f'{label} in {join_words(scores)}' for label,scores in first.items()) + '.')
+        for label,mean,_ in ranked(table, name)[:1]:
+            first.setdefault(label, []).append(f'{text} ({fixed_text(mean, 1)})')
+    if first:
+        said.append(
+            f'Highest of {len(table)}: '
+            + '; '.join(f'{label} in {join_words(scores)}' for label, scores in first.items())
+            + '.'
+        )
     said += moved_together(sound)
     if len(table) > 3:
-        rank = spearman([row['ARS'][0] for row in table.values()], [row['centre attacked'][0] for row in table.values()])
-        if not math.isnan(rank): said.append(f'Over {len(table)} defences the rank correlation of ARS and centre accuracy under attack is {fixed_text(rank, 2)}.')
+        rank = spearman(
+            [row['ARS'][0] for row in table.values()], [row['centre attacked'][0] for row in table.values()]
+        )
+        if not math.isnan(rank):
+            said.append(
+                f'Over {len(table)} defences the rank correlation of ARS and centre accuracy under attack is'
+                f' {fixed_text(rank, 2)}.'
+            )
     if len({r['seed'] for r in records}) < 2: said.append('One seed has no spread, so no order is claimed.')
     return said + ([f'Flagged as collapsed and left out of these sentences: {", ".join(flagged)}.'] if flagged else [])
 
 # %% ../../nbs/papers/02_all_defenses.ipynb #171588ca
-_GROUPS = (('Retrieval', ('R@1', 'ERS', 'ARS', 'Mean distance')), ('Without attack', tuple(f'{k} clean' for k in SHOWN)),
-           ('Queries attacked', tuple(f'{k} attacked' for k in SHOWN)), ('All images attacked', tuple(f'{k} all attacked' for k in SHOWN)))
+_GROUPS = (
+    ('Retrieval', ('R@1', 'ERS', 'ARS', 'Mean distance')), ('Without attack', tuple(f'{k} clean' for k in SHOWN)),
+    ('Queries attacked', tuple(f'{k} attacked' for k in SHOWN)),
+    ('All images attacked', tuple(f'{k} all attacked' for k in SHOWN))
+)
 
 def _text(name:str, value:tuple[float, float])->str:
     return spread_text(*value, 3 if name == 'Mean distance' else 1, '–')
@@ -176,26 +238,69 @@ def _section(setting:str, records:Sequence[Mapping[str, Any]])->str:
     "Tables of a setting."
     table, lines = means(records), by_label(records)
     def one(title, names):
-        body = [html_row([defence_name(lines[label][0]), *(_text(n, row[n]) for n in names), 'yes' if any(r['eval']['collapsed'] for r in lines[label]) else 'no']) for label,row in table.items()]
-        return f'<h3>{escape(title)}</h3>{table_box(html_row(["Defence", *(escape(n.split(" ")[0] if n != "Mean distance" else n) for n in names), "Collapsed"], head=True), body)}'
+        body = [
+            html_row(
+                [
+                    defence_name(lines[label][0]), *(_text(n, row[n]) for n in names),
+                    'yes' if any(r['eval']['collapsed'] for r in lines[label]) else 'no'
+                ]
+            )
+            for label, row in table.items()
+        ]
+        def short(name): return escape(name if name == 'Mean distance' else name.split(' ')[0])
+        return (
+            f'<h3>{escape(title)}</h3>'
+            + table_box(html_row(['Defence', *map(short, names), 'Collapsed'], head=True), body)
+        )
     def cell(text):
         value, within, near = text.partition(', within')
         return escape(value) + (f'<span class="sd">{escape(within[2:] + near)}</span>' if near else '')
     first = leaders(records)
-    top = table_box(html_row([*map(escape, first)], head=True), [html_row([cell(text) for text in row]) for row in first.values.tolist()])
-    return f'<h2>Setting {escape(setting)}</h2><h3>Who leads among the defences</h3>{top}' + ''.join(one(*group) for group in _GROUPS)
+    top = table_box(
+        html_row([*map(escape, first)], head=True),
+        [html_row([cell(text) for text in row]) for row in first.values.tolist()]
+    )
+    return f'<h2>Setting {escape(setting)}</h2><h3>Who leads among the defences</h3>{top}' + ''.join(
+        one(*group) for group in _GROUPS
+    )
 
 def write_all(
     folder:Path,               # for example reports/all_defenses-glyphs-quick
     results:Mapping[str, Any], # of `all_results`
 )->Path:                       # index.html
     "Write index.html, table.csv and results.json."
-    sections = {r['setting']: [q for q in results['records'] if q['setting'] == r['setting']] for r in results['records']}
+    sections = {
+        r['setting']: [q for q in results['records'] if q['setting'] == r['setting']] for r in results['records']
+    }
     protocol, limit = results['records'][0]['cluster']['protocol'], results['attack'].get('limit')
-    note = (f"Percent; mean ± standard deviation over the seeds. Retrieval: {limit and f'{limit} of the queries' or 'all queries'}, ten attacks. The other tables: {results['records'][0]['cluster']['images']} images of {results['records'][0]['cluster']['classes']} whole classes, the worst of four attacks of {protocol['steps']} steps; "
-            + '; '.join(f'{k}: {v}' for k,v in SHOWN.items()) + '. An image that is wrong without attack stays wrong (R@1, centre).')
-    lines = [['setting', 'defense', *COLUMNS], *([s, label, *(f'{row[n][0]:.6g}' for n in COLUMNS)] for s,records in sections.items() for label,row in means(records).items())]
-    write_atomic(Path(folder)/'table.csv', '\n'.join(','.join(f'"{c}"' if ',' in c else c for c in line) for line in lines).encode() + b'\n')
+    note = (
+        "Percent; mean ± standard deviation over the seeds. Retrieval:"
+        f" {limit and f'{limit} of the queries' or 'all queries'}, ten attacks. The other tables:"
+        f" {results['records'][0]['cluster']['images']} images of {results['records'][0]['cluster']['classes']} whole"
+        f" classes, the worst of four attacks of {protocol['steps']} steps; "
+        + '; '.join(f'{k}: {v}' for k, v in SHOWN.items())
+        + '. An image that is wrong without attack stays wrong (R@1, centre).'
+    )
+    lines = [
+        ['setting', 'defense', *COLUMNS],
+        *(
+            [s, label, *(f'{row[n][0]:.6g}' for n in COLUMNS)]
+            for s, records in sections.items()
+            for label, row in means(records).items()
+        ),
+    ]
+    write_atomic(
+        Path(folder) / 'table.csv',
+        '\n'.join(','.join(f'"{c}"' if ',' in c else c for c in line) for line in lines).encode() + b'\n'
+    )
     smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
-    return publish(folder, results, opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', [' '.join([f'Setting {s}.', *words(records)]) for s,records in sections.items()]) + ''.join(_section(*item) for item in sections.items()) +
-                    f'<p class="note">{escape(note)}</p><h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}')
+    return publish(
+        folder, results,
+        opening(
+            results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}',
+            [' '.join([f'Setting {s}.', *words(records)]) for s, records in sections.items()]
+        )
+        + ''.join(_section(*item) for item in sections.items())
+        + f'<p class="note">{escape(note)}</p><h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>'
+          f'{provenance_part(results)}',
+    )

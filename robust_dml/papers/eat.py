@@ -24,21 +24,26 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks.suite import Gallery, members as as_queries
-from ..metrics.clustering import ATTACKS, ClusterProtocol, Scene, aims, attacked_images, class_rows, clustered, references, _prepared
+from ..metrics.clustering import ATTACKS, ClusterProtocol, Scene, aims, attacked_images, class_rows
+from ..metrics.clustering import clustered, references, _prepared
 from ..triplets.collapse import indicators, is_collapsed
 from ..study.compare import seed_interval
 from ..core import fingerprint, generator, kept_memory, listed, need, progress
 from ..data.sets import ImageSet
 from ..triplets.distances import normalise
 from ..defenses.eat import PROXY, Ensemble, make, network, sequential_gradient, transfer_matrix
-from ..study.experiments import PAPER_224, Cell, Plan, Setting, alone, check_weights, defense, overrides, parameters, plan, recipe, table_row, train_cell, trained_as, with_budget, _shareable
+from ..study.experiments import PAPER_224, Cell, Plan, Setting, alone, check_weights, defense, overrides
+from ..study.experiments import parameters, plan, recipe, table_row, train_cell, trained_as, with_budget
+from ..study.experiments import _shareable
 from ..study.cost import noise_set, _peak
 from ..runs.jobs import only_inline
 from ..models.networks import checksum, embed, streamlined
 from ..attacks.loop import autograd_gradient
-from ..report.pages import fixed_text, html_figure, html_row, join_words, look, mean_spread, new_figure, opening, png, spread_text, table_box, theme
+from ..report.pages import fixed_text, html_figure, html_row, join_words, look, mean_spread, new_figure
+from ..report.pages import opening, png, spread_text, table_box, theme
 from ..report.tables import curves, provenance_part, publish, setup_part
-from ..runs.store import Run, append_line, described, load_tensors, open_run, read_lines, save_tensors, write_atomic
+from ..runs.store import Run, append_line, described, load_tensors, open_run, read_lines, save_tensors
+from ..runs.store import write_atomic
 from ..defenses.train import train
 from .tuples import by_line, _html, _setting
 
@@ -55,18 +60,32 @@ class Line(NamedTuple):
     narrower:int=1     # divisor of the length of a member's embedding
 
 LINES = dict(
-    pal_natural=Line('Natural', 'pal_natural'), pal_at=Line('AT', 'pal_at'), at_long=Line('AT, three times as long', 'pal_at', longer=3), pal_mixup=Line('Mix-up', 'pal_mixup'),
-    pal_mixup_at=Line('Mix-up + AT', 'pal_mixup_at'), pal_trades=Line('TRADES-E', 'pal_trades'), pal_alp=Line('ALP-E', 'pal_alp'), ensemble_at=Line('Ensemble-AT', 'ensemble_at'),
-    joint_at=Line('Joint ensemble AT', 'joint_at'), adp=Line('ADP-E', 'adp'), gal=Line('GAL-E', 'gal'), dverge=Line('DVERGE-E', 'dverge'), tuples=Line('Robust tuples', 'tuples_triplet'),
-    colo_tride=Line('COLO-TRIDE', 'colo_tride'), eat_none=Line('EAT, split only', 'eat_none'), eat=Line('EAT (our reconstruction)', 'eat'), eat_ensemble=Line('EAT, shared images', 'eat_ensemble'),
-    eat_full=Line('EAT, self-transfer only', 'eat:combine=full'), eat_all=Line('EAT, images of all others', 'eat:self_transfer=all'), eat_distil=Line('EAT, with agreement', 'eat:self_transfer=distil'),
-    eat_two=Line('EAT, two members', 'eat:members=2'), eat_five=Line('EAT, five members', 'eat:members=5'), eat_focus=Line('EAT, one part each', 'eat:combine=focus'),
-    eat_class=Line('EAT, split by class', 'eat:split_unit=class'), eat_unclean=Line('EAT, no clean images', 'eat:w_clean=0+w_transfer=0.5'), eat_narrow=Line('EAT, members of a third', 'eat', narrower=3))
+    pal_natural=Line('Natural', 'pal_natural'), pal_at=Line('AT', 'pal_at'),
+    at_long=Line('AT, three times as long', 'pal_at', longer=3), pal_mixup=Line('Mix-up', 'pal_mixup'),
+    pal_mixup_at=Line('Mix-up + AT', 'pal_mixup_at'), pal_trades=Line('TRADES-E', 'pal_trades'),
+    pal_alp=Line('ALP-E', 'pal_alp'), ensemble_at=Line('Ensemble-AT', 'ensemble_at'),
+    joint_at=Line('Joint ensemble AT', 'joint_at'), adp=Line('ADP-E', 'adp'), gal=Line('GAL-E', 'gal'),
+    dverge=Line('DVERGE-E', 'dverge'), tuples=Line('Robust tuples', 'tuples_triplet'),
+    colo_tride=Line('COLO-TRIDE', 'colo_tride'), eat_none=Line('EAT, split only', 'eat_none'),
+    eat=Line('EAT (our reconstruction)', 'eat'), eat_ensemble=Line('EAT, shared images', 'eat_ensemble'),
+    eat_full=Line('EAT, self-transfer only', 'eat:combine=full'),
+    eat_all=Line('EAT, images of all others', 'eat:self_transfer=all'),
+    eat_distil=Line('EAT, with agreement', 'eat:self_transfer=distil'),
+    eat_two=Line('EAT, two members', 'eat:members=2'), eat_five=Line('EAT, five members', 'eat:members=5'),
+    eat_focus=Line('EAT, one part each', 'eat:combine=focus'),
+    eat_class=Line('EAT, split by class', 'eat:split_unit=class'),
+    eat_unclean=Line('EAT, no clean images', 'eat:w_clean=0+w_transfer=0.5'),
+    eat_narrow=Line('EAT, members of a third', 'eat', narrower=3)
+)
 MAIN = tuple(LINES)[:17]                                    # the lines of A1 and A8
 CURVED = ('pal_natural', 'pal_at', 'ensemble_at', 'eat')    # of A6
 PICTURED = ('pal_natural', 'pal_at', 'pal_mixup', 'eat')    # of A9
-MINIMUM = ('pal_natural', 'pal_at', 'pal_mixup', 'pal_trades', 'ensemble_at', 'joint_at', 'eat_none', 'eat', 'eat_ensemble') # what `quick` runs
-JUDGED = (*MINIMUM[:3], 'pal_mixup_at', 'pal_trades', 'pal_alp', *MINIMUM[4:], 'eat_full', 'colo_tride', 'at_long') # what `small` runs: all that a claim or an effect rests on
+# what `quick` runs
+MINIMUM = (
+    'pal_natural', 'pal_at', 'pal_mixup', 'pal_trades', 'ensemble_at', 'joint_at', 'eat_none', 'eat', 'eat_ensemble'
+)
+# what `small` runs: all that a claim or an effect rests on
+JUDGED = (*MINIMUM[:3], 'pal_mixup_at', 'pal_trades', 'pal_alp', *MINIMUM[4:], 'eat_full', 'colo_tride', 'at_long')
 ADAPTED = ('pal_at', 'pal_mixup', 'pal_mixup_at', 'pal_trades', 'pal_alp') # single networks
 
 # %% ../../nbs/papers/01_eat.ipynb #47eadbd6
@@ -77,11 +96,17 @@ class Budget(NamedTuple):
     restarts:int             # searches of each attack
 
 _SMALL = Budget((.25, .5, 1., 2., 4.), (1, 5, 10, 20, 32, 100), 1)
-BUDGETS = dict(smoke=Budget((1., 2.), (1, 3), 1), quick=Budget((.5, 1., 2.), (1, 10, 32), 1), small=_SMALL, medium=_SMALL, paper=_SMALL._replace(restarts=5))
+BUDGETS = dict(
+    smoke=Budget((1.0, 2.0), (1, 3), 1), quick=Budget((0.5, 1.0, 2.0), (1, 10, 32), 1), small=_SMALL, medium=_SMALL,
+    paper=_SMALL._replace(restarts=5)
+)
 STEPS = dict(smoke=2, quick=4, small=10, medium=10) # of the training
 LIMITS = dict(quick=400, small=500, medium=500)     # attacked images at most, whole classes
-PAPER_A = replace(PAPER_224, settings=(Setting('photographs', eps=8/255, step_size=2/255, steps=10, colo_steps=10),), model='resnet50', dim=512, epochs=30, pairs=60, lr=1e-4,
-                  weight_decay=1e-4, eval_step_size=1/255, allow_self=False) # 60 epochs of N/120 batches in the source
+PAPER_A = replace(
+    PAPER_224, settings=(Setting('photographs', eps=8 / 255, step_size=2 / 255, steps=10, colo_steps=10),),
+    model='resnet50', dim=512, epochs=30, pairs=60, lr=1e-4, weight_decay=1e-4, eval_step_size=1 / 255,
+    allow_self=False
+)  # 60 epochs of N/120 batches in the source
 
 def prepare(
     namespace:dict, # globals() of a run notebook, or a dict of parameters
@@ -89,13 +114,23 @@ def prepare(
     "Check the parameters and resolve them; ValueError names what is unknown."
     p = parameters(namespace)
     only_inline(p['executor'])
-    lines = listed('defenses', p['defenses'], LINES) or dict(smoke=('pal_natural', 'pal_at', 'eat'), quick=MINIMUM, small=JUDGED, medium=JUDGED).get(p['preset'], tuple(LINES))
+    lines = listed('defenses', p['defenses'], LINES) or dict(
+        smoke=('pal_natural', 'pal_at', 'eat'), quick=MINIMUM, small=JUDGED, medium=JUDGED
+    ).get(p['preset'], tuple(LINES))
     asked = plan('table1', p | dict(defenses=''))
-    r = replace(asked.recipe, settings=asked.recipe.settings[:1] if p['preset'] == 'paper' else (_setting('28 x 28', .1, STEPS[p['preset']]),))
+    r = replace(
+        asked.recipe,
+        settings=(
+            asked.recipe.settings[:1] if p['preset'] == 'paper' else (_setting('28 x 28', 0.1, STEPS[p['preset']]),)
+        ),
+    )
     if p['preset'] == 'smoke': r = replace(r, epochs=p['epochs'] or 1, limit=p['limit'] or 60)
     if p['preset'] in LIMITS: r = replace(r, limit=p['limit'] or LIMITS[p['preset']])
     if p['preset'] == 'paper' and r.channels == 3:
-        given = {name: getattr(PAPER_A, name) for name in ('settings', 'dim', 'pairs', 'lr', 'weight_decay', 'eval_step_size')}
+        given = {
+            name: getattr(PAPER_A, name)
+            for name in ('settings', 'dim', 'pairs', 'lr', 'weight_decay', 'eval_step_size')
+        }
         r = replace(r, **given, model=p['backbone'] or PAPER_A.model, epochs=p['epochs'] or PAPER_A.epochs)
     r = with_budget(replace(r, allow_self=False), p)
     return replace(asked, experiment='eat', recipe=r, defenses=lines, parameters=p)
@@ -103,8 +138,15 @@ def prepare(
 def announce(plan:Plan)->None:
     "Print what will be run."
     r, (s,) = plan.recipe, plan.recipe.settings
-    print(f'EAT on {plan.card["name"]}, preset {plan.preset}: {len(plan.defenses)*len(r.seeds)} models, {r.model} with {r.dim} dimensions on {plan.device}, {r.epochs} epochs of batches of {2*r.pairs}')
-    print(f'training: ε = {s.eps:.3g}, {s.steps} steps of {s.step_size:.2g}; attacks of {f"whole classes, at most {r.limit}" if r.limit else "all"} test images: {", ".join(ATTACKS)}, {r.eval_steps} steps of {r.eval_step_size:.2g}')
+    print(
+        f'EAT on {plan.card["name"]}, preset {plan.preset}: {len(plan.defenses)*len(r.seeds)} models, {r.model} with'
+        f' {r.dim} dimensions on {plan.device}, {r.epochs} epochs of batches of {2*r.pairs}'
+    )
+    print(
+        f'training: ε = {s.eps:.3g}, {s.steps} steps of {s.step_size:.2g}; attacks of'
+        f' {f"whole classes, at most {r.limit}" if r.limit else "all"} test images: {", ".join(ATTACKS)},'
+        f' {r.eval_steps} steps of {r.eval_step_size:.2g}'
+    )
 
 # %% ../../nbs/papers/01_eat.ipynb #62cb65e9
 def plan_of(
@@ -124,10 +166,16 @@ def cell_of(
     label, entry, *_ = LINES[line]
     row = table_row(entry)
     more:dict[str, Any] = {}
-    if row.defense in PROXY and plan.preset == 'paper' and plan.recipe.weights: more = dict(warm_epochs=3, decay_every=2.5 if plan.dataset == 'cub' else 5) # the source's 5 and 5 or 10, halved
-    if row.defense == 'eat' and plan.data.train.labels.bincount().min() < row.options.get('members', 3): more['absent'] = 'negative'
+    # the source's 5 and 5 or 10, halved
+    if row.defense in PROXY and plan.preset == 'paper' and plan.recipe.weights:
+        more = dict(warm_epochs=3, decay_every=2.5 if plan.dataset == 'cub' else 5)
+    if row.defense == 'eat' and plan.data.train.labels.bincount().min() < row.options.get('members', 3):
+        more['absent'] = 'negative'
     switches = '+'.join(f'{key}={value}' for key,value in more.items())
-    return Cell(plan.recipe.settings[0], f"{entry}{'+' if ':' in entry else ':'}{switches}" if more else entry, plan.recipe.profiles[0] if entry == 'colo_tride' else '', label, seed)
+    return Cell(
+        plan.recipe.settings[0], f"{entry}{'+' if ':' in entry else ':'}{switches}" if more else entry,
+        plan.recipe.profiles[0] if entry == 'colo_tride' else '', label, seed
+    )
 
 # %% ../../nbs/papers/01_eat.ipynb #23e26772
 def task_of(
@@ -139,15 +187,20 @@ def task_of(
     r = (own := plan_of(plan, line)).recipe
     chosen, size = defense(cell_of(own, line, 0), r), r.crop or r.size
     at_once = {name: 0 for name in ('warm_epochs', 'clean_epochs', 'ramp_epochs') if name in chosen.options}
-    return dict(what=what, defense=chosen.name, options=dict(chosen.options, **at_once), model=r.model, dim=r.dim, shape=[r.channels, size, size], precision=r.precision, preset=plan.preset, device=str(plan.device),
-                images=2*r.pairs if what == 'training' else min(r.eval_batch, len(plan.data.test)), gallery=len(plan.data.test))
+    return dict(
+        what=what, defense=chosen.name, options=dict(chosen.options, **at_once), model=r.model, dim=r.dim,
+        shape=[r.channels, size, size], precision=r.precision, preset=plan.preset, device=str(plan.device),
+        images=2 * r.pairs if what == 'training' else min(r.eval_batch, len(plan.data.test)),
+        gallery=len(plan.data.test)
+    )
 
 _TINY = dict(model='small', dim=8, shape=(1, 28, 28), images=20, gallery=20)
 
 def growth(
     task:Mapping[str,Any], # of `task_of`
 )->int:                    # bytes
-    "Growth of this process's peak memory by the updates or the attack of a task; once per process, for a peak never falls."
+    """Growth of this process's peak memory by the updates or the attack of a task; once per process, for a peak never
+    falls."""
     _carry_out({**task, **_TINY}) # loads what a first update loads
     before = _peak(task['device'])
     _carry_out(task)
@@ -155,13 +208,29 @@ def growth(
 
 def _carry_out(task):
     "Two updates, or one step against a batch."
-    t, chosen, images = task, make(task['defense'], **task['options']), noise_set(task['images'], max(2, task['images']//10), tuple(task['shape']))
-    model = network(chosen, t['model'], classes=len(images.classes), dim=t['dim'], size=t['shape'][1], channels=t['shape'][0], seed=0).to(t['device'])
-    if t['what'] == 'training': return train(model, images, chosen, epochs=1, pairs=t['images']//2, lr=0., precision=t['precision'], device=t['device'], show=False)
+    t, chosen, images = (
+        task, make(task['defense'], **task['options']),
+        noise_set(task['images'], max(2, task['images'] // 10), tuple(task['shape']))
+    )
+    model = network(
+        chosen, t['model'], classes=len(images.classes), dim=t['dim'], size=t['shape'][1], channels=t['shape'][0],
+        seed=0
+    ).to(t['device'])
+    if t['what'] == 'training':
+        return train(
+            model, images, chosen, epochs=1, pairs=t['images'] // 2, lr=0.0, precision=t['precision'],
+            device=t['device'], show=False
+        )
     fast, x = streamlined(model), images.batch(torch.arange(t['images']), t['device'])
     with torch.no_grad(): width = embed(fast, x[:1]).shape[1]
-    shelf = Gallery(normalise(torch.randn(t['gallery'], width, generator=generator(0, 'gallery'))).to(t['device']), torch.arange(t['gallery'], device=t['device'])//2)
-    attacked_images(fast, ATTACKS['gap'], x, as_queries(shelf, torch.arange(len(x), device=t['device'])), shelf, ClusterProtocol(eps=.1, step_size=.1, steps=1), gradient_of(t['preset'], fast))
+    shelf = Gallery(
+        normalise(torch.randn(t['gallery'], width, generator=generator(0, 'gallery'))).to(t['device']),
+        torch.arange(t['gallery'], device=t['device']) // 2
+    )
+    attacked_images(
+        fast, ATTACKS['gap'], x, as_queries(shelf, torch.arange(len(x), device=t['device'])), shelf,
+        ClusterProtocol(eps=0.1, step_size=0.1, steps=1), gradient_of(t['preset'], fast)
+    )
 
 # %% ../../nbs/papers/01_eat.ipynb #46b6e704
 _CHILD = """
@@ -170,36 +239,66 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from robust_dml.papers import eat
 for task in json.loads(sys.argv[1]):
-    with ProcessPoolExecutor(1, get_context('fork')) as alone: print(alone.submit(eat.growth, task).result(), flush=True)
+    with ProcessPoolExecutor(1, get_context('fork')) as alone:
+        print(alone.submit(eat.growth, task).result(), flush=True)
 """
 
 def memory(
     plan:Plan,
 )->dict[str,dict[str,int]]: # line -> 'training' and 'attack' -> bytes; what could not be measured is absent
     "Peak memory of the lines of A8, measured where the store does not hold it."
-    wanted = [(line, what, task_of(plan, line, what)) for line in plan.defenses if line in MAIN for what in ('training', 'attack')]
+    wanted = [
+        (line, what, task_of(plan, line, what))
+        for line in plan.defenses
+        if line in MAIN
+        for what in ('training', 'attack')
+    ]
     if not wanted: return {}
-    run = open_run(plan.reports, 'memory', dict(format=1, **{key: wanted[0][2][key] for key in ('model', 'shape', 'gallery', 'precision', 'device')}))
+    run = open_run(
+        plan.reports, 'memory',
+        dict(format=1, **{key: wanted[0][2][key] for key in ('model', 'shape', 'gallery', 'precision', 'device')})
+    )
     known = {fingerprint(r['task']): r['bytes'] for r in read_lines(run, 'peaks.jsonl')}
     missing = [task for _,_,task in wanted if fingerprint(task) not in known]
-    for task,found in measured_apart(missing): known[fingerprint(task)] = found; append_line(run, 'peaks.jsonl', dict(task=task, bytes=found))
-    return {line: {what: known[key] for other,what,task in wanted if other == line and (key := fingerprint(task)) in known} for line,_,_ in wanted}
+    for task,found in measured_apart(missing):
+        known[fingerprint(task)] = found; append_line(run, 'peaks.jsonl', dict(task=task, bytes=found))
+    return {
+        line: {
+            what: known[key] for other, what, task in wanted if other == line and (key := fingerprint(task)) in known
+        }
+        for line, _, _ in wanted
+    }
 
 def measured_apart(
     tasks:Sequence[Mapping[str,Any]],
 )->Iterator[tuple[Mapping[str,Any],int]]: # each task with its bytes
     "Measure one task after the other; ends with a warning at one that fails."
     if not tasks: return
-    with tempfile.TemporaryFile('w+') as said, subprocess.Popen([sys.executable, '-W', 'ignore', '-c', _CHILD, json.dumps(tasks)], stdout=subprocess.PIPE, stderr=said, text=True) as process:
+    with (
+        tempfile.TemporaryFile('w+') as said,
+        subprocess.Popen(
+            [sys.executable, '-W', 'ignore', '-c', _CHILD, json.dumps(tasks)], stdout=subprocess.PIPE, stderr=said,
+            text=True
+        ) as process,
+    ):
         assert process.stdout is not None
         for task,line in zip(tasks, process.stdout): yield task, int(line)
-        if process.wait(): said.seek(0); warnings.warn(f'expected the peak memory of every model, found a measurement that failed: {(said.read().strip().splitlines() or [str(process.returncode)])[-1]}; the table of the cost has gaps')
+        if process.wait():
+            said.seek(0)
+            warnings.warn(
+                'expected the peak memory of every model, found a measurement that failed:'
+                f' {(said.read().strip().splitlines() or [str(process.returncode)])[-1]}; the table of the cost has'
+                ' gaps'
+            )
 
 # %% ../../nbs/papers/01_eat.ipynb #464154bb
 def protocol(plan:Plan)->dict:
     "How every model is attacked; fields of `ClusterProtocol`."
     r = plan.recipe
-    return dict(eps=r.settings[0].eps, step_size=r.eval_step_size, steps=r.eval_steps, limit=r.limit, batch_size=r.eval_batch, restarts=BUDGETS[plan.preset].restarts)
+    return dict(
+        eps=r.settings[0].eps, step_size=r.eval_step_size, steps=r.eval_steps, limit=r.limit, batch_size=r.eval_batch,
+        restarts=BUDGETS[plan.preset].restarts
+    )
 
 def points(
     plan:Plan,
@@ -207,7 +306,11 @@ def points(
 )->list[dict]: # fields of `ClusterProtocol`
     "The points of a line's curves, the common one once."
     p, b = protocol(plan), BUDGETS[plan.preset]
-    def at(eps, steps): return dict(p, eps=eps, steps=steps, step_size=p['step_size']*(eps/p['eps'])*(p['steps']/steps), modes=('retrieval', 'kmeans'), recluster_rounds=0)
+    def at(eps, steps):
+        return dict(
+            p, eps=eps, steps=steps, step_size=p['step_size'] * (eps / p['eps']) * (p['steps'] / steps),
+            modes=('retrieval', 'kmeans'), recluster_rounds=0
+        )
     wanted = [(min(1., f*p['eps']), p['steps']) for f in b.factors] + [(p['eps'], k) for k in b.steps]
     return [at(*pair) for pair in dict.fromkeys(wanted)] if line in CURVED else []
 
@@ -217,7 +320,11 @@ _SEARCHES = len(ATTACKS) + 3 # `centre` aims at two kinds of centres, each with 
 
 def gradient_of(preset:str, model:nn.Module)->Callable:
     "White-box gradient of a model, member by member where members are deep networks."
-    return sequential_gradient(model) if preset == 'paper' and isinstance(model, Ensemble) and len(model.members) > 1 else autograd_gradient
+    return (
+        sequential_gradient(model)
+        if preset == 'paper' and isinstance(model, Ensemble) and len(model.members) > 1
+        else autograd_gradient
+    )
 
 def _lowest(found)->dict[str,dict[str,float]]: return {scope: found.worst(scope) for scope in found.attacked}
 
@@ -250,20 +357,34 @@ def measure(
 )->dict:           # what a record has under 'eval'
     "All measurements of a model, going on from the batches that the run folder holds."
     data, p, known, wanted = plan.data.test, protocol(plan), read_lines(run, 'queries.jsonl'), points(plan, line)
-    rows, how = class_rows(data.labels, limit=p['limit'], seed=0), dict(device=plan.device, show=False, gradient=gradient_of(plan.preset, streamlined(model)))
+    rows, how = class_rows(data.labels, limit=p['limit'], seed=0), dict(
+        device=plan.device, show=False, gradient=gradient_of(plan.preset, streamlined(model))
+    )
     def keep(record): append_line(run, 'queries.jsonl', record), known.append(record), bar.update(record['queries'])
-    def look_at(p, attacks): return clustered(model, data, attacks=attacks, known=known, save=keep, backend=plan.backend, **how, **p)
-    total = len(rows)*(_SEARCHES + len(_ON_CURVES)*max(0, len(wanted) - 1)) # one point of the curves is that of the tables
+    def look_at(p, attacks):
+        return clustered(model, data, attacks=attacks, known=known, save=keep, backend=plan.backend, **how, **p)
+    # one point of the curves is that of the tables
+    total = len(rows)*(_SEARCHES + len(_ON_CURVES)*max(0, len(wanted) - 1))
     with progress(desc=desc, total=total, initial=sum(r['queries'] for r in known), show=show) as bar:
         main = look_at(p, None)
         curve = [dict(eps=q['eps'], steps=q['steps'], worst=_lowest(look_at(q, _ON_CURVES))) for q in wanted]
     members = [*map(streamlined, getattr(model, 'members', ()))]
     budget = {name: p[name] for name in ('eps', 'step_size', 'steps', 'batch_size')}
-    matrix = transfer_matrix(members, part_of(data, rows), **budget, device=plan.device).tolist() if len(members) > 1 else None
-    attack_all = _prepared(model, data, rows, ClusterProtocol(**p), plan.backend, known={r['key']: r for r in known}, save=keep, **how)
+    matrix = (
+        transfer_matrix(members, part_of(data, rows), **budget, device=plan.device).tolist()
+        if len(members) > 1
+        else None
+    )
+    attack_all = _prepared(
+        model, data, rows, ClusterProtocol(**p), plan.backend, known={r['key']: r for r in known}, save=keep, **how
+    )
     signs = indicators(attack_all.gallery.emb, attack_all.gallery.label, gen=generator(0, 'indicators'))
-    return dict(asdict(main), weights=checksum(model), worst=_lowest(main), curves=curve, matrix=matrix, indicators=signs, collapsed=is_collapsed(signs), queries=main.images,
-                members=max(1, len(members)), length=attack_all.gallery.emb.shape[1], examples=save_tensors(run, 'examples.safetensors', ten_classes(attack_all)) if pictured else '')
+    return dict(
+        asdict(main), weights=checksum(model), worst=_lowest(main), curves=curve, matrix=matrix, indicators=signs,
+        collapsed=is_collapsed(signs), queries=main.images, members=max(1, len(members)),
+        length=attack_all.gallery.emb.shape[1],
+        examples=save_tensors(run, 'examples.safetensors', ten_classes(attack_all)) if pictured else ''
+    )
 
 # %% ../../nbs/papers/01_eat.ipynb #8a816ed4
 def from_outside(plan:Plan, line:str, seed:int, *, show:bool=True)->list[list[float]]|None:
@@ -271,11 +392,20 @@ def from_outside(plan:Plan, line:str, seed:int, *, show:bool=True)->list[list[fl
     if line == 'pal_natural' or 'pal_natural' not in plan.defenses: return None
     both = [(own := plan_of(plan, name), cell_of(own, name, seed)) for name in ('pal_natural', line)]
     budget = {name: protocol(plan)[name] for name in ('eps', 'step_size', 'steps', 'batch_size')}
-    done = open_run(plan.reports, 'eval', dict(format=1, kind='eat transfer', trains=[trained_as(*pair).address for pair in both], limit=plan.recipe.limit, **budget))
+    done = open_run(
+        plan.reports, 'eval',
+        dict(
+            format=1, kind='eat transfer', trains=[trained_as(*pair).address for pair in both], limit=plan.recipe.limit,
+            **budget
+        ),
+    )
     with alone(done, 'result.json'):
         if not done.has('result.json'):
             data, models = plan.data.test, [streamlined(train_cell(*pair, show=show)[0]) for pair in both]
-            found = transfer_matrix(models, part_of(data, class_rows(data.labels, limit=plan.recipe.limit, seed=0)), **budget, device=plan.device)
+            found = transfer_matrix(
+                models, part_of(data, class_rows(data.labels, limit=plan.recipe.limit, seed=0)), **budget,
+                device=plan.device
+            )
             done.write('result.json', dict(matrix=found.tolist()))
     return done.read('result.json', 'matrix')['matrix']
 
@@ -285,15 +415,33 @@ def record(plan:Plan, line:str, seed:int, *, show:bool=True)->dict:
     own = plan_of(plan, line)
     cell = cell_of(own, line, seed)
     trained = trained_as(own, cell)
-    done = open_run(plan.reports, 'eval', dict(format=1, kind='eat', train=trained.address, protocol=protocol(plan), curves=points(plan, line), backend=plan.backend))
+    done = open_run(
+        plan.reports, 'eval',
+        dict(
+            format=1, kind='eat', train=trained.address, protocol=protocol(plan), curves=points(plan, line),
+            backend=plan.backend
+        ),
+    )
     with alone(done, 'result.json'):
         if not done.has('result.json') or not trained.has('result.json'):
             model,_ = train_cell(own, cell, show=show)
             if done.has('result.json'): check_weights(done, model)
-            else: done.write('result.json', measure(plan, line, model, done, pictured=line in PICTURED and seed == plan.recipe.seeds[0], show=show, desc=f'attack {LINES[line].label}, seed {seed}'))
-    name = {'pal_natural': 'natural', 'colo_tride': 'colo_tride'}.get(line, f'eat:{line}') # the report's looks go by this name
-    return dict(line=line, defense=name, profile='', label=LINES[line].label, setting=plan.recipe.settings[0].name, seed=seed, place=[*LINES].index(line),
-                outside=from_outside(plan, line, seed, show=show), train=described(trained, 'log', 'seconds', 'image_steps'), eval=described(done, 'clean', 'worst', 'curves', 'matrix', 'indicators', 'collapsed'))
+            else:
+                done.write(
+                    'result.json',
+                    measure(
+                        plan, line, model, done, pictured=line in PICTURED and seed == plan.recipe.seeds[0], show=show,
+                        desc=f'attack {LINES[line].label}, seed {seed}'
+                    ),
+                )
+    # the report's looks go by this name
+    name = {'pal_natural': 'natural', 'colo_tride': 'colo_tride'}.get(line, f'eat:{line}')
+    return dict(
+        line=line, defense=name, profile='', label=LINES[line].label, setting=plan.recipe.settings[0].name, seed=seed,
+        place=[*LINES].index(line), outside=from_outside(plan, line, seed, show=show),
+        train=described(trained, 'log', 'seconds', 'image_steps'),
+        eval=described(done, 'clean', 'worst', 'curves', 'matrix', 'indicators', 'collapsed')
+    )
 
 @kept_memory()
 def results(
@@ -303,14 +451,33 @@ def results(
 )->dict:       # JSON-able, for `write_eat`
     "Make every model of a plan that the store does not hold, and return all."
     r, label = plan.recipe, plan.data.test.labels
-    references(label[class_rows(label, limit=r.limit, seed=0)], frac=.5, seed=0) # refuses, before anything is trained, classes that cannot be read
-    for line in plan.defenses: defense(cell_of(own := plan_of(plan, line), line, 0), own.recipe) # and switches that do not fit
+    # refuses, before anything is trained, classes that cannot be read
+    references(label[class_rows(label, limit=r.limit, seed=0)], frac=.5, seed=0)
+    # and switches that do not fit
+    for line in plan.defenses: defense(cell_of(own := plan_of(plan, line), line, 0), own.recipe)
     peaks, unused = memory(plan), ('settings', 'lam', 'ics', 'profiles', 'eval_batch', 'seeds')
-    paper = replace(PAPER_A if r.channels == 3 else recipe('paper', plan.dataset), **{name: getattr(r, name) for name in unused})
-    attack = dict(attacks=', '.join(ATTACKS), step_size=r.eval_step_size, steps=r.eval_steps, restarts=BUDGETS[plan.preset].restarts, limit=r.limit)
-    return dict(experiment='eat', title=f'Ensemble adversarial training, {plan.dataset}', dataset=plan.dataset, preset=plan.preset, parameters=_shareable(plan.parameters), overrides=overrides(r, paper),
-                data=plan.card, device=plan.device, settings={s.name: {k: v for k,v in asdict(s).items() if k in ('name', 'eps', 'step_size', 'steps')} for s in r.settings}, attack=attack,
-                records=[dict(record(plan, line, seed, show=show), memory=peaks.get(line, {})) for line in plan.defenses for seed in r.seeds])
+    paper = replace(
+        PAPER_A if r.channels == 3 else recipe('paper', plan.dataset), **{name: getattr(r, name) for name in unused}
+    )
+    attack = dict(
+        attacks=', '.join(ATTACKS), step_size=r.eval_step_size, steps=r.eval_steps,
+        restarts=BUDGETS[plan.preset].restarts, limit=r.limit
+    )
+    return dict(
+        experiment='eat', title=f'Ensemble adversarial training, {plan.dataset}', dataset=plan.dataset,
+        preset=plan.preset, parameters=_shareable(plan.parameters), overrides=overrides(r, paper), data=plan.card,
+        device=plan.device,
+        settings={
+            s.name: {k: v for k, v in asdict(s).items() if k in ('name', 'eps', 'step_size', 'steps')}
+            for s in r.settings
+        },
+        attack=attack,
+        records=[
+            dict(record(plan, line, seed, show=show), memory=peaks.get(line, {}))
+            for line in plan.defenses
+            for seed in r.seeds
+        ],
+    )
 
 def pictures(
     plan:Plan,
@@ -327,7 +494,8 @@ def stored_pictures(
     found = {}
     for r in results['records']:
         run, digest = Run(Path(reports)/'store'/r['eval']['address']), r['eval']['examples']
-        if digest and run.has('examples.safetensors'): found.setdefault(r['line'], load_tensors(run, 'examples.safetensors', digest))
+        if digest and run.has('examples.safetensors'):
+            found.setdefault(r['line'], load_tensors(run, 'examples.safetensors', digest))
     return found
 
 # %% ../../nbs/papers/01_eat.ipynb #10412339
@@ -358,7 +526,10 @@ _CLEAN = {f'{name}, clean': (_clean(key), 1) for key,name in MEASURES.items()}
 _HARD = {f'{name}, all': (_attacked(key), 1) for key,name in MEASURES.items()}
 _MORE = {f'{name}, all': (_attacked(name), 1) for name in ('AMI', 'Hungarian')}
 _QUERY = {f'{MEASURES[key]}, query': (_attacked(key, 'query'), 1) for key in ('R@1', 'centre')}
-_STATE = {'Mean distance': (lambda r: r['eval']['indicators']['mean_distance'], 3), 'Collapsed (% of seeds)': (lambda r: 100.*bool(r['eval']['collapsed']), 0)}
+_STATE = {
+    'Mean distance': (lambda r: r['eval']['indicators']['mean_distance'], 3),
+    'Collapsed (% of seeds)': (lambda r: 100.0 * bool(r['eval']['collapsed']), 0)
+}
 def borrowed(
     record:Mapping[str,Any],
     white:bool=False, # those made against the record's own model instead
@@ -368,10 +539,18 @@ def borrowed(
 
 def _peak_of(what): return lambda r: r['memory'].get(what, math.nan)/1e6
 
-_COST = {'Training (s)': (lambda r: r['train']['seconds'], 1), 'Attacks (s)': (lambda r: r['eval']['seconds'], 1), 'Training, image steps': (lambda r: r['train']['image_steps'], 0),
-         'Attacks, image steps': (lambda r: r['eval']['image_steps'], 0), 'Training, peak (MB)': (_peak_of('training'), 0), 'Attack, peak (MB)': (_peak_of('attack'), 0), 'Forward passes per query': (lambda r: r['eval']['members'], 0), 'Length of the embedding': (lambda r: r['eval']['length'], 0)}
-_TRANSFER = {'On the diagonal': (lambda r: beside(r, diagonal=True), 1), 'Beside it': (beside, 1), 'Difference': (lambda r: beside(r) - beside(r, diagonal=True), 1),
-             'Made against natural training': (borrowed, 1), 'Made against the model itself': (partial(borrowed, white=True), 1)}
+_COST = {
+    'Training (s)': (lambda r: r['train']['seconds'], 1), 'Attacks (s)': (lambda r: r['eval']['seconds'], 1),
+    'Training, image steps': (lambda r: r['train']['image_steps'], 0),
+    'Attacks, image steps': (lambda r: r['eval']['image_steps'], 0), 'Training, peak (MB)': (_peak_of('training'), 0),
+    'Attack, peak (MB)': (_peak_of('attack'), 0), 'Forward passes per query': (lambda r: r['eval']['members'], 0),
+    'Length of the embedding': (lambda r: r['eval']['length'], 0)
+}
+_TRANSFER = {
+    'On the diagonal': (lambda r: beside(r, diagonal=True), 1), 'Beside it': (beside, 1),
+    'Difference': (lambda r: beside(r) - beside(r, diagonal=True), 1), 'Made against natural training': (borrowed, 1),
+    'Made against the model itself': (partial(borrowed, white=True), 1)
+}
 
 class Table(NamedTuple):
     "A table of the page."
@@ -382,14 +561,28 @@ class Table(NamedTuple):
 
 TABLES = dict(
     A1=Table('All defences', MAIN, _CLEAN | _HARD | _MORE | _QUERY | _STATE),
-    A2=Table('Split and self-transfer', ('ensemble_at', 'eat_full', 'eat_none', 'eat', 'joint_at', 'eat_ensemble', 'eat_all', 'eat_distil'), _CLEAN | _HARD, dict(combine='Split', self_transfer='Self-transfer')),
+    A2=Table(
+        'Split and self-transfer',
+        ('ensemble_at', 'eat_full', 'eat_none', 'eat', 'joint_at', 'eat_ensemble', 'eat_all', 'eat_distil'),
+        _CLEAN | _HARD, dict(combine='Split', self_transfer='Self-transfer')
+    ),
     A3=Table('Number of members', ('pal_at', 'eat_two', 'eat', 'eat_five'), _CLEAN | _HARD, dict(members='Members')),
-    A4=Table('How the training set is split', ('eat_focus', 'eat', 'eat_full', 'eat_class'), _CLEAN | _HARD, dict(combine='Parts', split_unit='Unit')),
-    A5=Table('Transfer between members, and from natural training', tuple(line for line in LINES if line != 'pal_natural'), _TRANSFER),
-    A6=Table('Radius and steps of the attack', CURVED, {}),   # a figure; its numbers are in `curve_table`
-    A7=Table('Clean images, and length of the embedding', ('eat', 'eat_unclean', 'eat_narrow'), _CLEAN | _HARD, dict(w_clean='Clean share', dim='Length of a member')),
+    A4=Table(
+        'How the training set is split', ('eat_focus', 'eat', 'eat_full', 'eat_class'), _CLEAN | _HARD,
+        dict(combine='Parts', split_unit='Unit')
+    ),
+    A5=Table(
+        'Transfer between members, and from natural training', tuple(line for line in LINES if line != 'pal_natural'),
+        _TRANSFER
+    ),
+    A6=Table('Radius and steps of the attack', CURVED, {}),  # a figure; its numbers are in `curve_table`
+    A7=Table(
+        'Clean images, and length of the embedding', ('eat', 'eat_unclean', 'eat_narrow'), _CLEAN | _HARD,
+        dict(w_clean='Clean share', dim='Length of a member')
+    ),
     A8=Table('Cost', MAIN, _COST),
-    A9=Table('Ten test classes, seen by t-SNE', PICTURED, {})) # a figure
+    A9=Table('Ten test classes, seen by t-SNE', PICTURED, {}),
+)  # a figure
 
 def table(
     records:Sequence[Mapping[str,Any]],
@@ -397,9 +590,18 @@ def table(
 )->'DataFrame':    # texts; a line per model that was run
     "One of the tables, mean and spread over the seeds."
     wanted = TABLES[name]
-    return need('pandas', 'a table').DataFrame([
-        {'Model': seeds[0]['label'], **{title: switch(seeds[0], key) for key,title in wanted.switches.items()}, **{title: spread_text(*mean_spread([read(r) for r in seeds]), digits, '–') for title,(read, digits) in wanted.columns.items()}}
-        for seeds in by_line(records, wanted.lines).values()])
+    return need('pandas', 'a table').DataFrame(
+        [
+            {
+                'Model': seeds[0]['label'], **{title: switch(seeds[0], key) for key, title in wanted.switches.items()},
+                **{
+                    title: spread_text(*mean_spread([read(r) for r in seeds]), digits, '–')
+                    for title, (read, digits) in wanted.columns.items()
+                },
+            }
+            for seeds in by_line(records, wanted.lines).values()
+        ]
+    )
 
 # %% ../../nbs/papers/01_eat.ipynb #0ea0197b
 def to_csv(records:Sequence[Mapping[str,Any]])->bytes:
@@ -410,7 +612,13 @@ def to_csv(records:Sequence[Mapping[str,Any]])->bytes:
     for name,wanted in TABLES.items():
         if name == 'A8': continue
         for line,seeds in by_line(records, wanted.lines).items():
-            for title,(read, _) in wanted.columns.items(): out.writerow((name, line, seeds[0]['label'], title, *('' if math.isnan(v) else v for v in mean_spread([read(r) for r in seeds])), len(seeds)))
+            for title,(read, _) in wanted.columns.items():
+                out.writerow(
+                    (
+                        name, line, seeds[0]['label'], title,
+                        *('' if math.isnan(v) else v for v in mean_spread([read(r) for r in seeds])), len(seeds)
+                    )
+                )
     return file.getvalue().encode()
 
 # %% ../../nbs/papers/01_eat.ipynb #70362c83
@@ -435,8 +643,14 @@ def both_curves(records:Sequence[Mapping[str,Any]])->'Figure':
                     for n,r in enumerate(seeds):
                         colour, marker = look(r)
                         x, y = zip(*([(0., r['eval']['clean'][key])] if what == 'eps' else []), *along(r, what, key))
-                        ax.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.2, label='' if n else r['label'])
-                ax.set(xlabel='ε (fraction of the pixel range)' if what == 'eps' else 'steps K', ylabel=f'lowest {key}, {_DRAWN[key]} (%)')
+                        ax.plot(
+                            x, y, color=colour, marker=marker, markersize=4, linewidth=1.2,
+                            label='' if n else r['label']
+                        )
+                ax.set(
+                    xlabel='ε (fraction of the pixel range)' if what == 'eps' else 'steps K',
+                    ylabel=f'lowest {key}, {_DRAWN[key]} (%)'
+                )
                 if what == 'steps': ax.set_xscale('log'), ax.set_xticks(x, map(str, x)), ax.minorticks_off()
                 ax.set_ylim(bottom=-2)
         handles, labels = ax.get_legend_handles_labels()
@@ -452,13 +666,27 @@ def curve_table(
     rows = []
     for seeds in by_line(records, CURVED).values():
         values = [dict(along(r, what, key)) for r in seeds]
-        rows.append({'Model': seeds[0]['label'], **{f"{key}, {_DRAWN[key]}, {f'ε = {x:.3f}' if what == 'eps' else f'K = {x}'}": spread_text(*mean_spread([v[x] for v in values]), 1) for x in values[0]}})
+        rows.append(
+            {
+                'Model': seeds[0]['label'],
+                **{
+                    f"{key}, {_DRAWN[key]}, {f'ε = {x:.3f}' if what == 'eps' else f'K = {x}'}": spread_text(
+                        *mean_spread([v[x] for v in values]), 1
+                    )
+                    for x in values[0]
+                },
+            }
+        )
     return need('pandas', 'a table').DataFrame(rows)
 
 # %% ../../nbs/papers/01_eat.ipynb #1239bb38
 def matrices(records:Sequence[Mapping[str,Any]])->'Figure':
     "The figure of A5."
-    shown = {seeds[0]['label']: torch.tensor([r['eval']['matrix'] for r in seeds]).mean(0) for seeds in by_line(records, TABLES['A5'].lines).values() if seeds[0]['eval']['matrix']}
+    shown = {
+        seeds[0]['label']: torch.tensor([r['eval']['matrix'] for r in seeds]).mean(0)
+        for seeds in by_line(records, TABLES['A5'].lines).values()
+        if seeds[0]['eval']['matrix']
+    }
     down = math.ceil(len(shown)/5)
     with theme():
         fig = new_figure(11.5, 2.5*down)
@@ -466,8 +694,15 @@ def matrices(records:Sequence[Mapping[str,Any]])->'Figure':
         for ax,(label,matrix) in zip(axes, shown.items()):
             ax.imshow(matrix.numpy(), vmin=0, vmax=100, cmap='cividis')
             for i,row in enumerate(matrix.tolist()):
-                for j,value in enumerate(row): ax.text(j, i, f'{value:.0f}', ha='center', va='center', fontsize=7, color='white' if value < 60 else 'black')
-            ax.set(xlabel='seen by member', ylabel='made against member', xticks=range(len(matrix)), yticks=range(len(matrix)))
+                for j,value in enumerate(row):
+                    ax.text(
+                        j, i, f'{value:.0f}', ha='center', va='center', fontsize=7,
+                        color='white' if value < 60 else 'black'
+                    )
+            ax.set(
+                xlabel='seen by member', ylabel='made against member', xticks=range(len(matrix)),
+                yticks=range(len(matrix))
+            )
             ax.set_title(label, fontsize=8)
             ax.grid(False)
     return fig
@@ -477,7 +712,9 @@ def flattened(
     emb:Tensor, # (B, D) float
 )->Tensor:      # (B, 2) float
     "t-SNE with a fixed seed."
-    made = need('sklearn.manifold', 'the t-SNE figure').TSNE(perplexity=min(30., (len(emb) - 1)/3), init='pca', random_state=0)
+    made = need('sklearn.manifold', 'the t-SNE figure').TSNE(
+        perplexity=min(30.0, (len(emb) - 1) / 3), init='pca', random_state=0
+    )
     return torch.from_numpy(made.fit_transform(emb.float().numpy()))
 
 def class_map(
@@ -488,7 +725,9 @@ def class_map(
         fig = new_figure(2.6*len(shown), 5.2)
         for pair,(line,tensors) in zip(fig.subplots(2, len(shown), squeeze=False).T, shown.items()):
             for ax,key in zip(pair, ('clean', 'attacked')):
-                ax.scatter(*flattened(tensors[key]).T.numpy(), c=tensors['label'].numpy(), cmap='tab10', vmin=0, vmax=9, s=8)
+                ax.scatter(
+                    *flattened(tensors[key]).T.numpy(), c=tensors['label'].numpy(), cmap='tab10', vmin=0, vmax=9, s=8
+                )
                 ax.set(xticks=[], yticks=[])
                 ax.set_title(f'{LINES[line].label}\n{key}', fontsize=8)
     return fig
@@ -502,7 +741,11 @@ class Claim(NamedTuple):
     line:str
     controls:tuple[str,...]
 
-CLAIMS = (Claim('The split', 'eat_none', ('ensemble_at',)), Claim('Self-transfer', 'eat', ('eat_none',)), Claim('EAT as a whole', 'eat', ('ensemble_at', 'joint_at')), Claim('EAT over a single network', 'eat', ADAPTED), Claim('EAT over one network trained three times as long', 'eat', ('at_long',)))
+CLAIMS = (
+    Claim('The split', 'eat_none', ('ensemble_at',)), Claim('Self-transfer', 'eat', ('eat_none',)),
+    Claim('EAT as a whole', 'eat', ('ensemble_at', 'joint_at')), Claim('EAT over a single network', 'eat', ADAPTED),
+    Claim('EAT over one network trained three times as long', 'eat', ('at_long',))
+)
 
 def paired(
     records:Sequence[Mapping[str,Any]],
@@ -522,31 +765,54 @@ def verdict(differences:Sequence[Sequence[float]])->str: # a list per control
 def judged(
     records:Sequence[Mapping[str,Any]],
     claim:Claim,
-)->dict[str,tuple[str,float]]: # measure -> verdict and the smallest mean difference; empty where seeds or models are missing
+# measure -> verdict and the smallest mean difference; empty where seeds or models are missing
+)->dict[str,tuple[str,float]]:
     "A claim on the four attacked scores."
-    found = {key: [paired(records, claim.line, control, _attacked(key)) for control in claim.controls] for key in MEASURES}
+    found = {
+        key: [paired(records, claim.line, control, _attacked(key)) for control in claim.controls] for key in MEASURES
+    }
     if any(len(values) < LEAST_SEEDS for lists in found.values() for values in lists): return {}
     return {key: (verdict(lists), min(mean_spread(values)[0] for values in lists)) for key,lists in found.items()}
 
 def claim_table(records:Sequence[Mapping[str,Any]])->'DataFrame':
     "Mean difference and interval of every comparison that the claims rest on; texts."
-    def text(values): return f"{fixed_text(mean_spread(values)[0], 1)} [{', '.join(fixed_text(end, 1) for end in seed_interval(values))}]"
+    def text(values):
+        return (
+            f"{fixed_text(mean_spread(values)[0], 1)}"
+            f" [{', '.join(fixed_text(end, 1) for end in seed_interval(values))}]"
+        )
     pairs = dict.fromkeys((claim.line, control) for claim in CLAIMS for control in claim.controls)
     found = {pair: {MEASURES[key]: paired(records, *pair, _attacked(key)) for key in MEASURES} for pair in pairs}
-    return need('pandas', 'a table').DataFrame([{'Difference': f'{LINES[a].label} − {LINES[b].label}', 'Seeds': str(len(scores['NMI'])), **{name: text(values) for name,values in scores.items()}}
-                                                for (a, b),scores in found.items() if len(scores['NMI']) >= LEAST_SEEDS])
+    return need('pandas', 'a table').DataFrame(
+        [
+            {
+                'Difference': f'{LINES[a].label} − {LINES[b].label}', 'Seeds': str(len(scores['NMI'])),
+                **{name: text(values) for name, values in scores.items()}
+            }
+            for (a, b), scores in found.items()
+            if len(scores['NMI']) >= LEAST_SEEDS
+        ]
+    )
 
 # %% ../../nbs/papers/01_eat.ipynb #fa2ae188
 def claim_text(claim:Claim, found:Mapping[str,tuple[str,float]])->str:
     "A judged claim as a sentence."
     said = []
-    if not found: return f"{claim.text} is not judged: that needs {LEAST_SEEDS} seeds of {join_words([LINES[name].label for name in (claim.line, *claim.controls)])}."
+    if not found:
+        return (
+            f"{claim.text} is not judged: that needs {LEAST_SEEDS} seeds of"
+            f" {join_words([LINES[name].label for name in (claim.line, *claim.controls)])}."
+        )
     for kind in ('held', 'reversed', 'not shown'):
         mine = [f'{MEASURES[key]} ({fixed_text(mean, 1)} points)' for key,(name, mean) in found.items() if name == kind]
         if mine: said.append(f'{kind} for {join_words(mine)}')
     against = f"{LINES[claim.line].label} against {join_words([LINES[c].label for c in claim.controls])}"
     least = ', the least of the mean differences' if len(claim.controls) > 1 else ', mean difference'
-    matched = ' So it differs from these controls by no more than the noise of the seeds.' if all(name == 'not shown' for name,_ in found.values()) else ''
+    matched = (
+        ' So it differs from these controls by no more than the noise of the seeds.'
+        if all(name == 'not shown' for name, _ in found.values())
+        else ''
+    )
     return f"{claim.text} ({against}{least} in brackets): {'; '.join(said)}.{matched}"
 
 def compared(
@@ -555,31 +821,69 @@ def compared(
 )->str:
     "How EAT stands to a control of the same cost, score by score, with all images attacked."
     found, label = {key: paired(records, 'eat', control, _attacked(key)) for key in MEASURES}, LINES[control].label
-    def at(kind): return [f'{MEASURES[key]} ({fixed_text(mean_spread(values)[0], 1)})' for key,values in found.items() if verdict([values]) == kind]
-    said = [(at('not shown'), f'{label} matches EAT within the noise of the seeds in'), (at('reversed'), f'{label} is ahead of EAT in'), (at('held'), f'EAT is ahead of {label} in')]
+    def at(kind):
+        return [
+            f'{MEASURES[key]} ({fixed_text(mean_spread(values)[0], 1)})'
+            for key, values in found.items()
+            if verdict([values]) == kind
+        ]
+    said = [
+        (at('not shown'), f'{label} matches EAT within the noise of the seeds in'),
+        (at('reversed'), f'{label} is ahead of EAT in'), (at('held'), f'EAT is ahead of {label} in')
+    ]
     return '; '.join(f'{text} {join_words(scores)}' for scores,text in said if scores)
 
 def headline(records:Sequence[Mapping[str,Any]])->str:
     "The first paragraph: EAT against the controls of the same cost; empty without EAT."
     of, whole = by_line(records, LINES), CLAIMS[2]
-    controls = (*whole.controls, *(['at_long'] if 'at_long' in of else [])) # the single network that costs as much to train
+    # the single network that costs as much to train
+    controls = (*whole.controls, *(['at_long'] if 'at_long' in of else []))
     there = [line for line in (whole.line, *controls) if line in of]
     if whole.line not in there: return ''
-    if judged(records, whole): return f"At equal cost, with all images attacked (mean difference EAT minus control, in points, over the seeds): {'. '.join(compared(records, c) for c in controls)}."
+    if judged(records, whole):
+        return (
+            "At equal cost, with all images attacked (mean difference EAT minus control, in points, over the seeds):"
+            f" {'. '.join(compared(records, c) for c in controls)}."
+        )
     def name(line): return 'EAT' if line == whole.line else LINES[line].label
-    scores = '; '.join(f"{heading} {join_words([f'{fixed_text(mean_spread([_attacked(key)(r) for r in of[line]])[0], 1)} for {name(line)}' for line in there])}" for key,heading in MEASURES.items())
-    return f'Whether EAT is better than a control of the same cost is not judged: that needs {LEAST_SEEDS} seeds of {join_words([LINES[line].label for line in (whole.line, *whole.controls)])}. With all images attacked: {scores}.'
+    def average(key, line): return fixed_text(mean_spread([_attacked(key)(r) for r in of[line]])[0], 1)
+    scores = '; '.join(
+        f"{heading}"
+        f" {join_words([f'{average(key, line)} for {name(line)}' for line in there])}"
+        for key, heading in MEASURES.items()
+    )
+    return (
+        f'Whether EAT is better than a control of the same cost is not judged: that needs {LEAST_SEEDS} seeds of'
+        f' {join_words([LINES[line].label for line in (whole.line, *whole.controls)])}. With all images attacked:'
+        f' {scores}.'
+    )
 
 def words(records:Sequence[Mapping[str,Any]])->list[str]:
     "What the tables say; first of all, whether a control of the same cost does as well as EAT."
     of, said = by_line(records, LINES), [text for text in [headline(records)] if text]
     def mean(line, read): return mean_spread([read(r) for r in of[line]])[0]
     if 'pal_natural' in of:
-        said.append(f"Natural training: AMI, which is 0 for random clusters, falls from {fixed_text(mean('pal_natural', _clean('AMI')), 1)} to {fixed_text(mean('pal_natural', _attacked('AMI')), 1)} when all images are attacked.")
-        if 'eat' in of: said.append(f"Without an attack EAT has R@1 {mean('eat', _clean('R@1')):.1f} and F1 {mean('eat', _clean('F1')):.1f}, natural training {mean('pal_natural', _clean('R@1')):.1f} and {mean('pal_natural', _clean('F1')):.1f}.")
-    enough, transfer = len({r['seed'] for r in records}) >= LEAST_SEEDS, paired(records, 'eat_none', 'ensemble_at', beside)
+        said.append(
+            "Natural training: AMI, which is 0 for random clusters, falls from"
+            f" {fixed_text(mean('pal_natural', _clean('AMI')), 1)} to"
+            f" {fixed_text(mean('pal_natural', _attacked('AMI')), 1)} when all images are attacked."
+        )
+        if 'eat' in of:
+            said.append(
+                f"Without an attack EAT has R@1 {mean('eat', _clean('R@1')):.1f} and F1"
+                f" {mean('eat', _clean('F1')):.1f}, natural training {mean('pal_natural', _clean('R@1')):.1f} and"
+                f" {mean('pal_natural', _clean('F1')):.1f}."
+            )
+    enough, transfer = len({r['seed'] for r in records}) >= LEAST_SEEDS, paired(
+        records, 'eat_none', 'ensemble_at', beside
+    )
     if enough: said += [claim_text(claim, judged(records, claim)) for claim in CLAIMS if claim is not CLAIMS[2]]
-    if len(transfer) >= LEAST_SEEDS: said.append(f"Mechanism: R@1 of a member on images made against another differs by {fixed_text(mean_spread(transfer)[0], 1)} points between the split only and Ensemble-AT; that the split makes these images transfer less: {verdict([transfer])}.")
+    if len(transfer) >= LEAST_SEEDS:
+        said.append(
+            "Mechanism: R@1 of a member on images made against another differs by"
+            f" {fixed_text(mean_spread(transfer)[0], 1)} points between the split only and Ensemble-AT; that the split"
+            f" makes these images transfer less: {verdict([transfer])}."
+        )
     said += _saturation(by_line(records, CURVED)) + _masking(records)
     fallen = list(dict.fromkeys(r['label'] for r in records if r['eval']['collapsed']))
     if fallen: said.append(f"Flagged as collapsed: {', '.join(fallen)}.")
@@ -590,8 +894,16 @@ def _masking(records:Sequence[Mapping[str,Any]])->list[str]:
     "Whether images from outside hurt more than the white box."
     known = [r for r in records if r['outside']]
     odd = list(dict.fromkeys(r['label'] for r in known if borrowed(r) < borrowed(r, white=True) - 1))
-    if odd: return [f'Suspicious: images made against natural training hurt more than the own white box, by over a point of R@1: {join_words(odd)}. A sign of masked gradients.']
-    return ['Images made against natural training hurt no model by over a point of R@1 more than its own white box does.'] if known else []
+    if odd:
+        return [
+            'Suspicious: images made against natural training hurt more than the own white box, by over a point of'
+            f' R@1: {join_words(odd)}. A sign of masked gradients.'
+        ]
+    return (
+        ['Images made against natural training hurt no model by over a point of R@1 more than its own white box does.']
+        if known
+        else []
+    )
 
 def _saturation(of:Mapping[str,Sequence[Mapping]])->list[str]:
     "Whether the attack is as strong as it can be, by R@1 on the curves."
@@ -599,18 +911,45 @@ def _saturation(of:Mapping[str,Sequence[Mapping]])->list[str]:
     if not every: return []
     label, worst = max(((label, steps[-2][1] - steps[-1][1]) for label,_,steps in every), key=lambda pair: pair[1])
     left, most = max(((label, eps[-1]) for label,eps,_ in every), key=lambda pair: pair[1][1])
-    said = [f'Saturation: from the last but one number of steps to the last, R@1 with a clean gallery falls by {fixed_text(max(0., worst), 1)} points at most ({label}); at the largest radius, ε = {most[0]:.3f}, at most {most[1]:.1f} are left ({left}).']
+    said = [
+        'Saturation: from the last but one number of steps to the last, R@1 with a clean gallery falls by'
+        f' {fixed_text(max(0., worst), 1)} points at most ({label}); at the largest radius, ε = {most[0]:.3f}, at most'
+        f' {most[1]:.1f} are left ({left}).'
+    ]
     odd = list(dict.fromkeys(label for label,_,steps in every if steps[0][1] < steps[-1][1] - 1))
-    return said + ([f"Suspicious: {every[0][2][0][0]} step does more than {every[0][2][-1][0]} steps, by over a point of R@1, to {join_words(odd)}: a sign of masked gradients."] if odd else [])
+    return said + (
+        [
+            f"Suspicious: {every[0][2][0][0]} step does more than {every[0][2][-1][0]} steps, by over a point of R@1,"
+            f" to {join_words(odd)}: a sign of masked gradients."
+        ]
+        if odd
+        else []
+    )
 
 # %% ../../nbs/papers/01_eat.ipynb #983a5b22
 def _figures(records:Sequence[Mapping[str,Any]], name:str, shown:Mapping[str,Mapping[str,Tensor]])->str:
     "The figure of A5, A6 or A9, or why it is missing; nothing for other tables."
-    if name == 'A5': return html_figure(png(matrices(records)), 'R@1 (%) of each member on images made against each other one by ES; the white box is on the diagonal. Higher beside the diagonal: these images transfer less.')
-    if name == 'A6': return html_figure(png(both_curves(records)), f"The lowest score under {join_words([*_ON_CURVES])}, over the radius (left, with the steps of the tables) and over the steps (right, at the radius of the tables). F1 with all images attacked may rise again, where whole classes move as one; R@1 with a clean gallery must fall.")
+    if name == 'A5':
+        return html_figure(
+            png(matrices(records)),
+            'R@1 (%) of each member on images made against each other one by ES; the white box is on the diagonal.'
+            ' Higher beside the diagonal: these images transfer less.',
+        )
+    if name == 'A6':
+        return html_figure(
+            png(both_curves(records)),
+            f"The lowest score under {join_words([*_ON_CURVES])}, over the radius (left, with the steps of the tables)"
+            " and over the steps (right, at the radius of the tables). F1 with all images attacked may rise again,"
+            " where whole classes move as one; R@1 with a clean gallery must fall.",
+        )
     if name != 'A9': return ''
     if not shown: return '<p class="note">The store holds no embeddings of these models.</p>'
-    try: return html_figure(png(class_map(shown)), 'Ten test classes, clean and under centre, each picture fitted on its own: it shows who stays together, and neither distances nor sizes.')
+    try:
+        return html_figure(
+            png(class_map(shown)),
+            'Ten test classes, clean and under centre, each picture fitted on its own: it shows who stays together, and'
+            ' neither distances nor sizes.',
+        )
     except ImportError as error: return f'<p class="note">Left out: {escape(str(error))}.</p>'
 
 def _section(records:Sequence[Mapping[str,Any]], name:str, shown:Mapping[str,Mapping[str,Tensor]])->str:
@@ -620,14 +959,23 @@ def _section(records:Sequence[Mapping[str,Any]], name:str, shown:Mapping[str,Map
     if not seeds: return f'{head}<p class="note">None of its models was asked for.</p>'
     absent = [LINES[line].label for line in TABLES[name].lines if line not in by_line(records, LINES)]
     if absent: head += f'<p class="note">Not run here: {escape(join_words(absent))}.</p>'
-    tables = [table(records, name)] if TABLES[name].columns else [curve_table(records, what, key) for key in _DRAWN for what in ('eps', 'steps')] if name == 'A6' else []
+    tables = (
+        [table(records, name)]
+        if TABLES[name].columns
+        else [curve_table(records, what, key) for key in _DRAWN for what in ('eps', 'steps')] if name == 'A6' else []
+    )
     return head + _figures(records, name, shown) + ''.join(_html(t, seeds) for t in tables)
 
 def _claims(records:Sequence[Mapping[str,Any]])->str:
     "The differences behind the claims; nothing where nothing may be claimed."
     shown = claim_table(records)
     body = [html_row([escape(text) for text in row]) for row in shown.values.tolist()]
-    return f'<h2>Attribution</h2>{table_box(html_row([escape(c) for c in shown], head=True), body)}<p class="note">Mean difference of the scores with all images attacked, in points, and its 95 % interval over paired seeds.</p>' if body else ''
+    return (
+        f'<h2>Attribution</h2>{table_box(html_row([escape(c) for c in shown], head=True), body)}<p class="note">Mean'
+        ' difference of the scores with all images attacked, in points, and its 95 % interval over paired seeds.</p>'
+        if body
+        else ''
+    )
 
 def write_eat(
     folder:Path,               # for example reports/eat-glyphs-quick
@@ -636,13 +984,28 @@ def write_eat(
 )->Path:                       # index.html
     "Write index.html, results.json and table.csv."
     records = results['records']
-    note = ('Attacked scores are the lowest of any attack. “All”: every image is perturbed, and neighbours, centres and clusters are those of the perturbed images; “query”: what they are compared with stays clean. Centre and Hungarian are accuracies; R@1 and the former count images that were right before the attack. '
-            'Mean ± sample standard deviation over the seeds; – where there is nothing to measure. ADP-E, GAL-E, DVERGE-E and Mix-up see no adversarial images of the kind that is measured here. COLO-TRIDE is the reference from retrieval. EAT is our reconstruction: the rule of self-transfer, all hyper-parameters and all numbers of its paper are unknown to us, '
-            'so nothing on this page is compared with printed numbers, and “paper” below is the preset of that name.')
+    note = (
+        'Attacked scores are the lowest of any attack. “All”: every image is perturbed, and neighbours, centres and'
+        ' clusters are those of the perturbed images; “query”: what they are compared with stays clean. Centre and'
+        ' Hungarian are accuracies; R@1 and the former count images that were right before the attack. Mean ± sample'
+        ' standard deviation over the seeds; – where there is nothing to measure. ADP-E, GAL-E, DVERGE-E and Mix-up see'
+        ' no adversarial images of the kind that is measured here. COLO-TRIDE is the reference from retrieval. EAT is'
+        ' our reconstruction: the rule of self-transfer, all hyper-parameters and all numbers of its paper are unknown'
+        ' to us, so nothing on this page is compared with printed numbers, and “paper” below is the preset of that'
+        ' name.'
+    )
     smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
     page = _claims(records) + ''.join(_section(records, name, shown) for name in TABLES)
     main = [r for r in records if r['line'] in MAIN]
-    if main: page += '<h2>Training</h2>' + html_figure(png(curves(main)), 'Training of the models of A1, one thin line per seed. Distances that shrink together announce a collapse.')
+    if main:
+        page += '<h2>Training</h2>' + html_figure(
+            png(curves(main)),
+            'Training of the models of A1, one thin line per seed. Distances that shrink together announce a collapse.'
+        )
     write_atomic(Path(folder)/'table.csv', to_csv(records))
-    return publish(folder, results, opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', words(records)) + f'<p class="note">{escape(note)}</p>{page}'
-                    f'<h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}')
+    return publish(
+        folder, results,
+        opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', words(records))
+        + f'<p class="note">{escape(note)}</p>{page}'
+        f'<h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}',
+    )

@@ -37,7 +37,9 @@ def _compare(asked:Plan, parameters:dict, show:bool)->Said:
 def _all_defenses(asked:Plan, parameters:dict, show:bool)->Said:
     found = all_defenses.all_results(own := all_defenses.prepare(parameters), show=show)
     first = found['records'][0]['setting']
-    return all_defenses.write_all(own.folder, found), ' '.join(all_defenses.words([r for r in found['records'] if r['setting'] == first]))
+    return all_defenses.write_all(own.folder, found), ' '.join(
+        all_defenses.words([r for r in found['records'] if r['setting'] == first])
+    )
 
 def _tuples(asked:Plan, parameters:dict, show:bool)->Said:
     found = tuples.results(own := tuples.prepare(parameters), show=show)
@@ -71,11 +73,17 @@ class Part(NamedTuple):
     run:Callable[[Plan, dict, bool], Said]
 
 OWN = dict(
-    locality=Part(EXPERIMENTS['locality'].title, _locality), stress=Part(EXPERIMENTS['stress'].title, _stress), compare=Part('Which differences are larger than noise', _compare),
-    all_defenses=Part(EXPERIMENTS['all_defenses'].title, _all_defenses), tuples=Part('Robust optimisation of metric tuples: tables B1 to B5', _tuples), eat=Part('Ensemble adversarial training: tables A1 to A9', _eat),
-    tune=Part('Every method tuned with the same budget', _tune), explore=Part(EXPERIMENTS['explore'].title, _explore), errata=Part('Errata of the paper', _errata), claims=Part('The claims of the three papers', _claims))
+    locality=Part(EXPERIMENTS['locality'].title, _locality), stress=Part(EXPERIMENTS['stress'].title, _stress),
+    compare=Part('Which differences are larger than noise', _compare),
+    all_defenses=Part(EXPERIMENTS['all_defenses'].title, _all_defenses),
+    tuples=Part('Robust optimisation of metric tuples: tables B1 to B5', _tuples),
+    eat=Part('Ensemble adversarial training: tables A1 to A9', _eat),
+    tune=Part('Every method tuned with the same budget', _tune), explore=Part(EXPERIMENTS['explore'].title, _explore),
+    errata=Part('Errata of the paper', _errata), claims=Part('The claims of the three papers', _claims)
+)
 HERE_ONLY = ('tuples', 'eat', 'tune')            # compute their cells in this process
-NAMES = (*(name for name in EXPERIMENTS if name not in ('cost', 'reference', *OWN)), *OWN) # in the order of a run; the claims last, for they read the others
+# in the order of a run; the claims last, for they read the others
+NAMES = (*(name for name in EXPERIMENTS if name not in ('cost', 'reference', *OWN)), *OWN)
 
 # %% ../../nbs/papers/03_everything.ipynb #4e812db5
 def run_part(
@@ -102,7 +110,10 @@ def run_all(
     folder = first.reports/f'all-{first.dataset}-{first.preset}'
     for name in names:
         page, said = run_part(name, first, parameters, show=show)
-        pages[name] = dict(title=OWN[name].title if name in OWN else EXPERIMENTS[name].title, page=Path(os.path.relpath(page, folder)).as_posix(), summary=said)
+        pages[name] = dict(
+            title=OWN[name].title if name in OWN else EXPERIMENTS[name].title,
+            page=Path(os.path.relpath(page, folder)).as_posix(), summary=said
+        )
         print(f'{name}: {page}')
         index = write_index(folder, pages, title=f'Everything, {first.dataset}, preset {first.preset}')
     return index

@@ -30,7 +30,8 @@ def report_folders(
     "Folders with a page and its results, by name."
     return sorted(p.parent for p in Path(reports).glob('*/results.json') if (p.parent/'index.html').is_file())
 
-def _kind(folder:Path, results:Mapping[str, Any])->str: return results.get('experiment') or folder.name.partition('-')[0]
+def _kind(folder:Path, results:Mapping[str, Any])->str:
+    return results.get('experiment') or folder.name.partition('-')[0]
 
 def said_first(page:str)->str:
     "The head line of a page as plain text; empty where it has none."
@@ -46,8 +47,14 @@ def list_reports(
         results, page = read_results(folder), (folder/'index.html').read_text(encoding='utf-8')
         title = unescape((re.search(r'<title>(.*?)</title>', page, re.S) or ['', folder.name])[1])
         records = [r for r in results.get('records') or results.get('trainings') or () if isinstance(r, Mapping)]
-        found.append(dict(folder=folder.name, title=title, said=said_first(page), experiment=_kind(folder, results), dataset=results.get('dataset', ''), preset=results.get('preset', ''),
-                          defences=list(dict.fromkeys(r['label'] for r in records if 'label' in r)), runs=_quoted(records, results)))
+        found.append(
+            dict(
+                folder=folder.name, title=title, said=said_first(page), experiment=_kind(folder, results),
+                dataset=results.get('dataset', ''), preset=results.get('preset', ''),
+                defences=list(dict.fromkeys(r['label'] for r in records if 'label' in r)),
+                runs=_quoted(records, results)
+            )
+        )
     return found
 
 def _quoted(records:Sequence[Mapping[str, Any]], results:Mapping[str, Any])->dict[str, str]:
@@ -56,7 +63,8 @@ def _quoted(records:Sequence[Mapping[str, Any]], results:Mapping[str, Any])->dic
     for r in records:
         for part in (r.get('train'), r.get('eval'), r):
             if isinstance(part, Mapping) and part.get('address'): found[part['address']] = r.get('label', '')
-    for line in _lines(results.get('points'), results.get('confirmed')): found |= {line[k]: line['method'] for k in ('train', 'eval') if isinstance(line.get(k), str)}
+    for line in _lines(results.get('points'), results.get('confirmed')):
+        found |= {line[k]: line['method'] for k in ('train', 'eval') if isinstance(line.get(k), str)}
     return found
 
 def _lines(*parts:Any)->Iterable[Mapping[str, Any]]:
@@ -78,8 +86,13 @@ def _cards(reports:Path)->dict[str, tuple[dict, dict]]: # address to card and re
 def _settings(training:Mapping[str, Any], test:Mapping[str, Any])->str:
     "What distinguishes a run, in one line."
     options, protocol = training.get('options') or {}, test.get('protocol') or {}
-    facts = [f"trained at ε {in_255(options['eps'])}" if isinstance(options.get('eps'), float) else '', f"{options['steps']} steps" if 'steps' in options else '', f"{training.get('epochs', '?')} epochs",
-             f"{training.get('model', '')}", f"attacked at ε {in_255(protocol['eps'])}" if isinstance(protocol.get('eps'), float) else '', f"{protocol['steps']} steps" if 'steps' in protocol else '']
+    facts = [
+        f"trained at ε {in_255(options['eps'])}" if isinstance(options.get('eps'), float) else '',
+        f"{options['steps']} steps" if 'steps' in options else '', f"{training.get('epochs', '?')} epochs",
+        f"{training.get('model', '')}",
+        f"attacked at ε {in_255(protocol['eps'])}" if isinstance(protocol.get('eps'), float) else '',
+        f"{protocol['steps']} steps" if 'steps' in protocol else ''
+    ]
     return ', '.join(filter(None, facts))
 
 def list_runs(
@@ -94,27 +107,39 @@ def list_runs(
     tested = {card['config'].get('train') for card, _ in cards.values() if card['kind'] != 'train'}
     return [_run(address, cards, quoted, names) for address in cards if address not in tested]
 
-def _run(address:str, cards:Mapping[str, tuple[dict, dict]], quoted:Mapping[str, list], names:Mapping[str, str])->dict[str, Any]:
+def _run(
+    address: str, cards: Mapping[str, tuple[dict, dict]], quoted: Mapping[str, list], names: Mapping[str, str]
+) -> dict[str, Any]:
     "One line of the list."
     card, result = cards[address]
     source = card['config'].get('train', address)
     training = cards[source][0]['config'] if source in cards else {}
     data, by = str(training.get('data', '')), quoted[address]
     label = next((r['runs'][address] for r in by if r['runs'][address]), '')
-    return dict(address=address, kind=card['kind'], defence=label or str(training.get('defense', '')).replace('_', ' '), dataset=names.get(data, data[:8]), seed=training.get('seed', ''),
-                settings=_settings(training, card['config']), r1=(result.get('benign') or {}).get('R@1'), ers=result.get('ers'), ars=result.get('ars'), collapsed=result.get('collapsed'),
-                experiments=list(dict.fromkeys(r['experiment'] for r in by)), presets=list(dict.fromkeys(r['preset'] for r in by if r['preset'])), folders=[r['folder'] for r in by])
+    return dict(
+        address=address, kind=card['kind'], defence=label or str(training.get('defense', '')).replace('_', ' '),
+        dataset=names.get(data, data[:8]), seed=training.get('seed', ''), settings=_settings(training, card['config']),
+        r1=(result.get('benign') or {}).get('R@1'), ers=result.get('ers'), ars=result.get('ars'),
+        collapsed=result.get('collapsed'), experiments=list(dict.fromkeys(r['experiment'] for r in by)),
+        presets=list(dict.fromkeys(r['preset'] for r in by if r['preset'])), folders=[r['folder'] for r in by]
+    )
 
 # %% ../../nbs/papers/04_gallery.ipynb #5cadf35f
 def _tags(**facts:Sequence[str])->str:
     "What the filters look at."
-    return ''.join(f' data-{name}="{escape("|".join(str(v).replace("|", " ") for v in values if v))}"' for name, values in facts.items())
+    return ''.join(
+        f' data-{name}="{escape("|".join(str(v).replace("|", " ") for v in values if v))}"'
+        for name, values in facts.items()
+    )
 
 def _card(r:Mapping[str, Any])->str:
     "A report."
     tags = _tags(dataset=[r['dataset']], preset=[r['preset']], experiment=[r['experiment']], defence=r['defences'])
     sub = ', '.join(filter(None, (r['experiment'], r['dataset'], r['preset'])))
-    return f'<div class="card"{tags}><h3><a href="{escape(r["folder"])}/index.html">{escape(r["title"])}</a></h3><p class="note">{escape(sub)}</p><p>{escape(_short(r["said"]))}</p></div>'
+    return (
+        f'<div class="card"{tags}><h3><a href="{escape(r["folder"])}/index.html">{escape(r["title"])}</a></h3><p'
+        f' class="note">{escape(sub)}</p><p>{escape(_short(r["said"]))}</p></div>'
+    )
 
 def _short(text:str, most:int=260)->str:
     "At most `most` characters, whole words."
@@ -126,7 +151,10 @@ def _line(r:Mapping[str, Any])->str:
     def number(v): return '–' if not isinstance(v, (int, float)) or math.isnan(v) else fixed_text(v, 1)
     links = ' '.join(f'<a href="{escape(folder)}/index.html">{escape(folder)}</a>' for folder in r['folders'])
     flag = {True: '<span class="bad">yes</span>', False: 'no'}.get(r['collapsed'], '–')
-    cells = [escape(r['defence']), escape(r['dataset']), str(r['seed']), number(r['r1']), number(r['ers']), number(r['ars']), flag, escape(r['settings']), links or '–', f'<code>{escape(r["address"])}</code>']
+    cells = [
+        escape(r['defence']), escape(r['dataset']), str(r['seed']), number(r['r1']), number(r['ers']), number(r['ars']),
+        flag, escape(r['settings']), links or '–', f'<code>{escape(r["address"])}</code>'
+    ]
     return html_row(cells).replace('<tr class="">', f'<tr class="run"{tags}>', 1)
 
 def write_gallery(
@@ -135,13 +163,32 @@ def write_gallery(
     "Write the page that leads to all reports and runs of a folder."
     listed = list_reports(reports)
     runs = list_runs(reports, listed)
-    head = html_row(['Defence', 'Data set', 'Seed', 'R@1', 'ERS', 'ARS', 'Collapsed', 'Settings', 'Reports', 'Run'], head=True)
+    head = html_row(
+        ['Defence', 'Data set', 'Seed', 'R@1', 'ERS', 'ARS', 'Collapsed', 'Settings', 'Reports', 'Run'], head=True
+    )
     said = f'{len(listed)} reports rest on {len(runs)} runs of the store.' if runs else f'{len(listed)} reports.'
-    table = table_box(head, [_line(r) for r in sorted(runs, key=lambda r: (r['dataset'], r['defence'], str(r['seed']), r['address']))], 'runs')
-    note = 'R@1, ERS and ARS in percent, without spread: one line is one training and one evaluation. ERS and ARS of a collapsed model are no robustness. Trainings without an evaluation have no scores.'
-    body = (f'<style>{static("list.css")}</style>' + opening('Reports and runs', '', [said]) + f'<h2>Reports <small class="note" data-count=".card"></small></h2><div class="cards">{"".join(map(_card, listed))}</div>'
-            f'<h2>Runs <small class="note" data-count=".run"></small></h2><p class="note">{note}</p>{table}<h2>Provenance</h2><p class="note">Read from the files results.json beside each page and from the cards and results in store/. Nothing is computed here.</p>')
-    write_atomic(Path(reports)/'index.html', document('Reports and runs', body, script=static('list.js')).encode(errors='backslashreplace'))
+    table = table_box(
+        head,
+        [_line(r) for r in sorted(runs, key=lambda r: (r['dataset'], r['defence'], str(r['seed']), r['address']))],
+        'runs'
+    )
+    note = (
+        'R@1, ERS and ARS in percent, without spread: one line is one training and one evaluation. ERS and ARS of a'
+        ' collapsed model are no robustness. Trainings without an evaluation have no scores.'
+    )
+    body = (
+        f'<style>{static("list.css")}</style>'
+        + opening('Reports and runs', '', [said])
+        + '<h2>Reports <small class="note" data-count=".card"></small></h2><div'
+        f' class="cards">{"".join(map(_card, listed))}</div><h2>Runs <small class="note"'
+        f' data-count=".run"></small></h2><p class="note">{note}</p>{table}<h2>Provenance</h2><p class="note">Read'
+        ' from the files results.json beside each page and from the cards and results in store/. Nothing is computed'
+        ' here.</p>'
+    )
+    write_atomic(
+        Path(reports) / 'index.html',
+        document('Reports and runs', body, script=static('list.js')).encode(errors='backslashreplace')
+    )
     return Path(reports)/'index.html'
 
 def refresh(
@@ -151,13 +198,22 @@ def refresh(
     return write_gallery(Path(page).resolve().parent.parent)
 
 # %% ../../nbs/papers/04_gallery.ipynb #96ec2f23
-_NUMBERS = dict(errata=('scores', 'before'), claims=('claims', 'beaten', 'watched', 'contrasts'), fairness=('agreement', 'redraws'), timing=('trainings',), compare=('comparisons',), cost=('rows', 'rates', 'rehearsed', 'recorded', 'memory_check'),
-                scale=('search', 'models', 'galleries', 'updates', 'layouts'), tune=('r1', 'ars', 'ers', 'mean_distance')) # keys below which null is an undefined number
+_NUMBERS = dict(
+    errata=('scores', 'before'), claims=('claims', 'beaten', 'watched', 'contrasts'), fairness=('agreement', 'redraws'),
+    timing=('trainings',), compare=('comparisons',), cost=('rows', 'rates', 'rehearsed', 'recorded', 'memory_check'),
+    # keys below which null is an undefined number
+    scale=('search', 'models', 'galleries', 'updates', 'layouts'),
+    tune=('r1', 'ars', 'ers', 'mean_distance'),
+)
 
 def _revived(value:Any, keys:Sequence[str], inside:bool=False)->Any:
     "The same with NaN in place of null below `keys`; verdicts that are left open stay null."
     if value is None: return math.nan if inside else None
-    if isinstance(value, Mapping): return {k: _revived(v, keys, k not in ('holds', 'candidate', 'options') and (inside or k in keys)) for k,v in value.items()}
+    if isinstance(value, Mapping):
+        return {
+            k: _revived(v, keys, k not in ('holds', 'candidate', 'options') and (inside or k in keys))
+            for k, v in value.items()
+        }
     return [_revived(v, keys, inside) for v in value] if isinstance(value, list) else value
 
 def _table_report(folder:Path, results:Mapping[str, Any])->Path:
@@ -165,11 +221,15 @@ def _table_report(folder:Path, results:Mapping[str, Any])->Path:
     examples = example_tensors(folder.parent, results) if results['experiment'] in ('table1', 'table2') else {}
     return tables.write_report(folder, results, examples)
 
-def _eat_report(folder:Path, results:Mapping[str, Any])->Path: return eat.write_eat(folder, results, eat.stored_pictures(folder.parent, results))
+def _eat_report(folder:Path, results:Mapping[str, Any])->Path:
+    return eat.write_eat(folder, results, eat.stored_pictures(folder.parent, results))
 
 def pictures_of(page:str)->list[tuple[bytes, str]]: # PNG and caption
     "The figures inside a page, in their order."
-    return [(base64.b64decode(data), unescape(caption)) for caption, data in re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,([^"]*)">', page)]
+    return [
+        (base64.b64decode(data), unescape(caption))
+        for caption, data in re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,([^"]*)">', page)
+    ]
 
 def _appendix(folder:Path, results:Mapping[str, Any])->Path:
     "Appendix A; its figure of single triplets, the last one, is kept."
@@ -179,7 +239,9 @@ def _appendix(folder:Path, results:Mapping[str, Any])->Path:
 def _cost_report(folder:Path, results:Mapping[str, Any])->Path:
     "What tables cost, the data set that was asked for first, the others in the order of the paper."
     order = dict.fromkeys((results['dataset'], 'cub', 'cars', 'sop', *results['rows']))
-    return cost.write_cost_report(folder, dict(results, rows={name: results['rows'][name] for name in order if name in results['rows']}))
+    return cost.write_cost_report(
+        folder, dict(results, rows={name: results['rows'][name] for name in order if name in results['rows']})
+    )
 
 def _claims_page(folder:Path, results:Mapping[str, Any])->Path: return claims_page.write_claims(folder.parent, results)
 
@@ -187,9 +249,13 @@ def _index(folder:Path, results:Mapping[str, Any])->Path:
     "The page of all experiments of a data set."
     return questions.write_index(folder, results['pages'], title=results['title'])
 
-WRITERS:dict[str, Callable[[Path, Mapping[str, Any]], Path]] = dict.fromkeys(tables.COLUMNS, _table_report) | dict(
-    appendix_a=_appendix, errata=errata.write_errata, claims=_claims_page, timing=questions.write_timing, fairness=questions.write_fairness, reference=questions.write_reference, tune=tuning.write_tuning, locality=locality.write_locality, compare=compare.write_compare,
-    tuples=tuple_tables.write_tuples, stress=stress.write_stress, eat=_eat_report, all_defenses=all_defenses.write_all, scale=scale.write_scale, cost=_cost_report, all=_index)
+WRITERS: dict[str, Callable[[Path, Mapping[str, Any]], Path]] = dict.fromkeys(tables.COLUMNS, _table_report) | dict(
+    appendix_a=_appendix, errata=errata.write_errata, claims=_claims_page, timing=questions.write_timing,
+    fairness=questions.write_fairness, reference=questions.write_reference, tune=tuning.write_tuning,
+    locality=locality.write_locality, compare=compare.write_compare, tuples=tuple_tables.write_tuples,
+    stress=stress.write_stress, eat=_eat_report, all_defenses=all_defenses.write_all, scale=scale.write_scale,
+    cost=_cost_report, all=_index
+)
 
 def rewrite(
     folder:Path,   # of one report

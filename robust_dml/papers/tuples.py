@@ -23,10 +23,13 @@ from ..triplets.collapse import indicators, is_collapsed
 from ..core import generator, kept_memory, listed, need, progress
 from ..defenses.base import Defense
 from ..metrics.evaluate import picked, queries_and_gallery, query_rows
-from ..study.experiments import PAPER_224, Plan, Recipe, Setting, alone, check_weights, overrides, parameters, plan, query_count, training_config, training_options, with_budget, _shareable
+from ..study.experiments import PAPER_224, Plan, Recipe, Setting, alone, check_weights, overrides
+from ..study.experiments import parameters, plan, query_count, training_config, training_options
+from ..study.experiments import with_budget, _shareable
 from ..runs.jobs import only_inline
 from ..models.networks import build, checksum, embed_all, streamlined
-from ..report.pages import defence_name, html_figure, html_row, look, mean_spread, new_figure, number_cell, opening, png, spread_text, table_box, theme
+from ..report.pages import defence_name, html_figure, html_row, look, mean_spread, new_figure, number_cell
+from ..report.pages import opening, png, spread_text, table_box, theme
 from ..report.tables import curves, provenance_part, publish, setup_part
 from ..runs.store import Run, append_line, described, find_run, open_run, read_lines
 from ..defenses.train import train
@@ -43,11 +46,14 @@ class Line(NamedTuple):
     options:dict # of `defenses.tuples.tuples`
 
 LINES = dict(
-    natural_triplet=Line('Natural, triplet', dict(attack_rate=0.)), tuples_triplet=Line('Robust, triplet', {}),
-    natural_contrastive=Line('Natural, contrastive', dict(loss='contrastive', attack_rate=0.)), tuples_contrastive=Line('Robust, contrastive', dict(loss='contrastive')),
+    natural_triplet=Line('Natural, triplet', dict(attack_rate=0.0)), tuples_triplet=Line('Robust, triplet', {}),
+    natural_contrastive=Line('Natural, contrastive', dict(loss='contrastive', attack_rate=0.0)),
+    tuples_contrastive=Line('Robust, contrastive', dict(loss='contrastive')),
     moved_neg=Line('Negative moved', dict(role='neg')), moved_anc=Line('Anchor moved', dict(role='anc')),
-    rate_25=Line('A quarter attacked', dict(attack_rate=.25)), rate_50=Line('Half attacked', dict(attack_rate=.5)),
-    per_image=Line('One perturbation per image', dict(granularity='image')), jointly=Line('All images jointly', dict(granularity='batch')))
+    rate_25=Line('A quarter attacked', dict(attack_rate=0.25)), rate_50=Line('Half attacked', dict(attack_rate=0.5)),
+    per_image=Line('One perturbation per image', dict(granularity='image')),
+    jointly=Line('All images jointly', dict(granularity='batch'))
+)
 
 # %% ../../nbs/papers/00_tuples.ipynb #ccd836dc
 class Budget(NamedTuple):
@@ -62,8 +68,12 @@ def _setting(name, eps, steps): return Setting(name, eps=eps, step_size=2*eps/st
 PAPER_B = replace(PAPER_224, settings=(_setting('photographs', .01, 5),), model='resnet50', dim=128, epochs=75,
                   allow_self=False)
 _SMALL = Budget(_setting('28 x 28', .1, 10), (.25, .5, 1., 2., 4.), (1, 5, 10, 20, 32))
-BUDGETS = dict(smoke=Budget(_setting('28 x 28', .1, 2), (.5, 1., 2.), (1, 2)), quick=_SMALL, **dict.fromkeys(('small', 'medium'), _SMALL._replace(steps=(*_SMALL.steps, 100))), paper=_SMALL._replace(steps=(*_SMALL.steps, 100)),
-               photographs=Budget(PAPER_B.settings[0], _SMALL.factors, (*_SMALL.steps, 100)))
+BUDGETS = dict(
+    smoke=Budget(_setting('28 x 28', 0.1, 2), (0.5, 1.0, 2.0), (1, 2)), quick=_SMALL,
+    **dict.fromkeys(('small', 'medium'), _SMALL._replace(steps=(*_SMALL.steps, 100))),
+    paper=_SMALL._replace(steps=(*_SMALL.steps, 100)),
+    photographs=Budget(PAPER_B.settings[0], _SMALL.factors, (*_SMALL.steps, 100))
+)
 
 def budget(
     preset:str,
@@ -83,15 +93,22 @@ def prepare(
     asked = plan('table1', p | dict(defenses=''))
     r = replace(asked.recipe, settings=(budget(p['preset'], asked.recipe.size).setting,))
     if p['preset'] == 'smoke': r = replace(r, epochs=p['epochs'] or 1, limit=p['limit'] or 60)
-    if p['preset'] == 'paper' and r.channels == 3: r = replace(r, model=p['backbone'] or PAPER_B.model, dim=PAPER_B.dim, epochs=p['epochs'] or PAPER_B.epochs)
+    if p['preset'] == 'paper' and r.channels == 3:
+        r = replace(r, model=p['backbone'] or PAPER_B.model, dim=PAPER_B.dim, epochs=p['epochs'] or PAPER_B.epochs)
     r = with_budget(replace(r, allow_self=False), p)
     return replace(asked, experiment='tuples', recipe=r, defenses=lines, parameters=p)
 
 def announce(plan:Plan)->None:
     "Print what will be run."
     r, (s,) = plan.recipe, plan.recipe.settings
-    print(f'tuples on {plan.card["name"]}, preset {plan.preset}: {len(plan.defenses)*len(r.seeds)} models, {r.model} with {r.dim} dimensions on {plan.device}, {r.epochs} epochs of batches of {2*r.pairs}')
-    print(f'training: ε = {s.eps:g}, {s.steps} steps of {s.step_size:g}; attacks of {r.limit or "all"} queries: FGSM and PGD of {s.steps} steps, then over ε and steps')
+    print(
+        f'tuples on {plan.card["name"]}, preset {plan.preset}: {len(plan.defenses)*len(r.seeds)} models, {r.model} with'
+        f' {r.dim} dimensions on {plan.device}, {r.epochs} epochs of batches of {2*r.pairs}'
+    )
+    print(
+        f'training: ε = {s.eps:g}, {s.steps} steps of {s.step_size:g}; attacks of {r.limit or "all"} queries: FGSM and'
+        f' PGD of {s.steps} steps, then over ε and steps'
+    )
 
 def defence(
     plan:Plan,
@@ -118,9 +135,14 @@ def probes(
 )->list[Probe]:
     "What is measured on a model; the curves share their common point."
     (s,), b = plan.recipe.settings, budget(plan.preset, plan.recipe.size)
-    found = [Probe(name, method, s.eps, s.steps) for name in ('selfshift', 'nnpos', 'gap') for method in ('fgsm', 'pgd')]
+    found = [
+        Probe(name, method, s.eps, s.steps) for name in ('selfshift', 'nnpos', 'gap') for method in ('fgsm', 'pgd')
+    ]
     if not query_count(plan.data): found.append(Probe('gap', 'pgd', s.eps, s.steps, 'all'))
-    if line in CURVED: found += [Probe('gap', 'pgd', f*s.eps, s.steps) for f in b.factors] + [Probe('gap', 'pgd', s.eps, k) for k in b.steps]
+    if line in CURVED:
+        found += [Probe('gap', 'pgd', f * s.eps, s.steps) for f in b.factors] + [
+            Probe('gap', 'pgd', s.eps, k) for k in b.steps
+        ]
     return list(dict.fromkeys(found))
 
 # %% ../../nbs/papers/00_tuples.ipynb #1aac604b
@@ -129,7 +151,10 @@ def fit(plan:Plan, line:str, seed:int, *, show:bool=True)->nn.Module:
     r, chosen = plan.recipe, defence(plan, line)
     model = build(r.model, dim=r.dim, size=r.crop or r.size, channels=r.channels, seed=seed, weights=r.weights or None)
     run = open_run(plan.reports, 'train', training_config(plan, chosen, seed, epochs=r.epochs))
-    train(model, plan.data.train, chosen, epochs=r.epochs, seed=seed, **training_options(r), device=plan.device, run=run, show=show, desc=f'train {LINES[line].label}, seed {seed}')
+    train(
+        model, plan.data.train, chosen, epochs=r.epochs, seed=seed, **training_options(r), device=plan.device, run=run,
+        show=show, desc=f'train {LINES[line].label}, seed {seed}'
+    )
     return model
 
 def measure(
@@ -149,27 +174,50 @@ def measure(
     known = {tuple(r['probe']): r['found'] for r in read_lines(run, 'probes.jsonl') if r['weights'] == weights}
     for probe in progress(wanted, desc=desc, show=show):
         if probe in known: continue
-        known[probe] = under_attack(model, data, ATTACKS[probe.attack], everyone if probe.scope == 'all' else some, gallery, method=probe.method, eps=probe.eps, steps=probe.steps, seed=0, scope=probe.scope, batch_size=batch, device=plan.device)
+        known[probe] = under_attack(
+            model, data, ATTACKS[probe.attack], everyone if probe.scope == 'all' else some, gallery,
+            method=probe.method, eps=probe.eps, steps=probe.steps, seed=0, scope=probe.scope, batch_size=batch,
+            device=plan.device
+        )
         append_line(run, 'probes.jsonl', dict(probe=probe, found=known[probe], weights=weights))
     signs = indicators(emb, label, gen=generator(0, 'indicators'))
     clean = retrieved(some.emb, some, gallery)
-    return dict(weights=weights, clean=clean, probes=[dict(probe._asdict(), **known[probe]) for probe in wanted], indicators=signs, collapsed=is_collapsed(signs), cosine=mean_cosine(emb).item(),
-                queries=clean['queries'], excluded=len(some.id) - clean['queries'], backend='exact', device=plan.device)
+    return dict(
+        weights=weights, clean=clean, probes=[dict(probe._asdict(), **known[probe]) for probe in wanted],
+        indicators=signs, collapsed=is_collapsed(signs), cosine=mean_cosine(emb).item(), queries=clean['queries'],
+        excluded=len(some.id) - clean['queries'], backend='exact', device=plan.device
+    )
 
 # %% ../../nbs/papers/00_tuples.ipynb #e9a97431
 def record(plan:Plan, line:str, seed:int, *, show:bool=True)->dict:
     "Train and measure a model, as far as the store does not hold it, and gather what is known of it."
-    trained = find_run(plan.reports, 'train', training_config(plan, defence(plan, line), seed, epochs=plan.recipe.epochs))
+    trained = find_run(
+        plan.reports, 'train', training_config(plan, defence(plan, line), seed, epochs=plan.recipe.epochs)
+    )
     wanted = probes(plan, line)
-    done = open_run(plan.reports, 'eval', dict(format=1, kind='tuples', train=trained.address, limit=plan.recipe.limit, batch=plan.recipe.eval_batch, probes=[*map(list, wanted)]))
+    done = open_run(
+        plan.reports, 'eval',
+        dict(
+            format=1, kind='tuples', train=trained.address, limit=plan.recipe.limit, batch=plan.recipe.eval_batch,
+            probes=[*map(list, wanted)]
+        ),
+    )
     with alone(done, 'result.json'):
         if not done.has('result.json') or not trained.has('result.json'):
             model = fit(plan, line, seed, show=show)
             if done.has('result.json'): check_weights(done, model)
-            else: done.write('result.json', measure(plan, model, wanted, done, show=show, desc=f'attack {LINES[line].label}, seed {seed}'))
-    name = 'natural' if LINES[line].options.get('attack_rate') == 0 else f'tuples:{line}' # the report's looks go by this name
-    return dict(line=line, defense=name, profile='', label=LINES[line].label, setting=plan.recipe.settings[0].name, seed=seed, place=[*LINES].index(line),
-                train=described(trained, 'log', 'seconds'), eval=described(done, 'clean', 'probes', 'indicators', 'collapsed'))
+            else:
+                done.write(
+                    'result.json',
+                    measure(plan, model, wanted, done, show=show, desc=f'attack {LINES[line].label}, seed {seed}')
+                )
+    # the report's looks go by this name
+    name = 'natural' if LINES[line].options.get('attack_rate') == 0 else f'tuples:{line}'
+    return dict(
+        line=line, defense=name, profile='', label=LINES[line].label, setting=plan.recipe.settings[0].name, seed=seed,
+        place=[*LINES].index(line), train=described(trained, 'log', 'seconds'),
+        eval=described(done, 'clean', 'probes', 'indicators', 'collapsed')
+    )
 
 @kept_memory()
 def results(
@@ -178,12 +226,25 @@ def results(
     show:bool=True,
 )->dict:       # JSON-able, for `write_tuples`
     "Make every model of a plan that the store does not hold, and return all."
-    r, unused = plan.recipe, ('settings', 'lam', 'ics', 'profiles', 'natural_miner', 'eval_step_size', 'eval_steps', 'eval_batch', 'seeds')
+    r, unused = plan.recipe, (
+        'settings', 'lam', 'ics', 'profiles', 'natural_miner', 'eval_step_size', 'eval_steps', 'eval_batch', 'seeds'
+    )
     paper = replace(PAPER_B, **{name: getattr(r, name) for name in unused})
-    attack = dict(searches='selfshift, nnpos, gap', FGSM='one step of ε', PGD=f'{r.settings[0].steps} steps of 2 ε/steps from a random start, best iterate', limit=r.limit)
-    return dict(experiment='tuples', title=f'Robust optimisation of tuples, {plan.dataset}', dataset=plan.dataset, preset=plan.preset, parameters=_shareable(plan.parameters), overrides=overrides(r, paper),
-                data=plan.card, device=plan.device, settings={s.name: {k: v for k,v in asdict(s).items() if k in ('name', 'eps', 'step_size', 'steps')} for s in r.settings}, attack=attack,
-                records=[record(plan, line, seed, show=show) for line in plan.defenses for seed in r.seeds])
+    attack = dict(
+        searches='selfshift, nnpos, gap', FGSM='one step of ε',
+        PGD=f'{r.settings[0].steps} steps of 2 ε/steps from a random start, best iterate', limit=r.limit
+    )
+    return dict(
+        experiment='tuples', title=f'Robust optimisation of tuples, {plan.dataset}', dataset=plan.dataset,
+        preset=plan.preset, parameters=_shareable(plan.parameters), overrides=overrides(r, paper), data=plan.card,
+        device=plan.device,
+        settings={
+            s.name: {k: v for k, v in asdict(s).items() if k in ('name', 'eps', 'step_size', 'steps')}
+            for s in r.settings
+        },
+        attack=attack,
+        records=[record(plan, line, seed, show=show) for line in plan.defenses for seed in r.seeds],
+    )
 
 # %% ../../nbs/papers/00_tuples.ipynb #32076fc1
 def outcome(
@@ -195,7 +256,9 @@ def outcome(
 )->Any:                  # a dict of `defenses.tuples.retrieved`; None where it was not measured
     "What a record knows of one measurement."
     options = record['train']['config']['options']
-    wanted = Probe(attack, method, options['eps'] if eps is None else eps, options['steps'] if steps is None else steps, scope)
+    wanted = Probe(
+        attack, method, options['eps'] if eps is None else eps, options['steps'] if steps is None else steps, scope
+    )
     return next((t for t in record['eval']['probes'] if Probe(*(t[key] for key in Probe._fields)) == wanted), None)
 
 def _under(key, *what, **where)->Callable:
@@ -209,9 +272,19 @@ def _nonzero(record):
     return math.nan if share is None else 100*share
 
 _CLEAN = {'R@1': (lambda r: r['eval']['clean']['R@1'], 1), 'mAP@R': (lambda r: r['eval']['clean']['mAP@R'], 1)}
-_HARD = {'gap, FGSM: R@1': (_under('R@1', 'gap', 'fgsm'), 1), 'gap, PGD: R@1': (_under('R@1'), 1), 'gap, PGD: mAP@R': (_under('mAP@R'), 1)}
-_SIGNS = {'Mean cosine': (lambda r: r['eval']['cosine'], 3), 'Mean distance': (lambda r: r['eval']['indicators']['mean_distance'], 3), 'Non-zero terms (%)': (_nonzero, 1)}
-_OWN = {f'{name}, {method.upper()}: {key}': (_under(key, name, method), 1) for name in ('selfshift', 'nnpos') for method,key in (('fgsm', 'R@1'), ('pgd', 'R@1'), ('pgd', 'mAP@R'))}
+_HARD = {
+    'gap, FGSM: R@1': (_under('R@1', 'gap', 'fgsm'), 1), 'gap, PGD: R@1': (_under('R@1'), 1),
+    'gap, PGD: mAP@R': (_under('mAP@R'), 1)
+}
+_SIGNS = {
+    'Mean cosine': (lambda r: r['eval']['cosine'], 3),
+    'Mean distance': (lambda r: r['eval']['indicators']['mean_distance'], 3), 'Non-zero terms (%)': (_nonzero, 1)
+}
+_OWN = {
+    f'{name}, {method.upper()}: {key}': (_under(key, name, method), 1)
+    for name in ('selfshift', 'nnpos')
+    for method, key in (('fgsm', 'R@1'), ('pgd', 'R@1'), ('pgd', 'mAP@R'))
+}
 
 class Table(NamedTuple):
     "A table of the page."
@@ -220,11 +293,20 @@ class Table(NamedTuple):
     columns:dict         # name -> (function of a record, digits)
 
 TABLES = dict(
-    B1=Table('Natural against robust training', CURVED, _CLEAN | _OWN | _HARD | {'all perturbed: R@1': (_under('R@1', scope='all'), 1)}),
+    B1=Table(
+        'Natural against robust training', CURVED,
+        _CLEAN | _OWN | _HARD | {'all perturbed: R@1': (_under('R@1', scope='all'), 1)}
+    ),
     B2=Table('Which element is moved', ('tuples_triplet', 'moved_neg', 'moved_anc'), _CLEAN | _HARD),
-    B3=Table('How many tuples are attacked', ('natural_triplet', 'rate_25', 'rate_50', 'tuples_triplet'), _CLEAN | _HARD),
-    B4=Table('Radius and steps of the attack', CURVED, {}), # a figure; its numbers are in `curve_table`
-    B5=Table('What is perturbed together', ('natural_triplet', 'tuples_triplet', 'jointly', 'per_image'), _CLEAN | _HARD | _SIGNS))
+    B3=Table(
+        'How many tuples are attacked', ('natural_triplet', 'rate_25', 'rate_50', 'tuples_triplet'), _CLEAN | _HARD
+    ),
+    B4=Table('Radius and steps of the attack', CURVED, {}),  # a figure; its numbers are in `curve_table`
+    B5=Table(
+        'What is perturbed together', ('natural_triplet', 'tuples_triplet', 'jointly', 'per_image'),
+        _CLEAN | _HARD | _SIGNS
+    ),
+)
 
 def by_line(
     records:Sequence[Mapping[str,Any]],
@@ -253,11 +335,21 @@ def table(
     records:Sequence[Mapping[str,Any]],
     name:str,      # 'B1', 'B2', 'B3' or 'B5'
 )->'DataFrame':    # texts; a line per model that was run
-    "One of the tables, mean and spread over the seeds, with the fold increase under `gap` and, in B1, under the other two."
+    """One of the tables, mean and spread over the seeds, with the fold increase under `gap` and, in B1, under the
+    other two."""
     wanted, rows = TABLES[name], []
     for line,seeds in by_line(records, wanted.lines).items():
-        row = {'Model': seeds[0]['label'], **{column: spread_text(*mean_spread([read(r) for r in seeds]), digits) for column,(read, digits) in wanted.columns.items()}}
-        row |= {f'Fold increase, {attack}': fold_of(records, line, attack) for attack in (('selfshift', 'nnpos', 'gap') if name == 'B1' else ('gap',))}
+        row = {
+            'Model': seeds[0]['label'],
+            **{
+                column: spread_text(*mean_spread([read(r) for r in seeds]), digits)
+                for column, (read, digits) in wanted.columns.items()
+            },
+        }
+        row |= {
+            f'Fold increase, {attack}': fold_of(records, line, attack)
+            for attack in (('selfshift', 'nnpos', 'gap') if name == 'B1' else ('gap',))
+        }
         if name == 'B5': row['Collapsed'] = f"{sum(bool(r['eval']['collapsed']) for r in seeds)} of {len(seeds)}"
         rows.append(row)
     return need('pandas', 'a table').DataFrame(rows)
@@ -270,7 +362,11 @@ def along(
     "The curve of one model; the other quantity is that of the training."
     options = record['train']['config']['options']
     other = dict(eps='steps', steps='eps')[what]
-    return sorted((t[what], t['R@1']) for t in record['eval']['probes'] if (t['attack'], t['method'], t['scope']) == ('gap', 'pgd', 'query') and t[other] == options[other])
+    return sorted(
+        (t[what], t['R@1'])
+        for t in record['eval']['probes']
+        if (t['attack'], t['method'], t['scope']) == ('gap', 'pgd', 'query') and t[other] == options[other]
+    )
 
 def curve(
     records:Sequence[Mapping[str,Any]],
@@ -284,7 +380,10 @@ def curve(
             for n,r in enumerate(seeds):
                 colour, marker = look(r)
                 x, y = zip(*([(0., r['eval']['clean']['R@1'])] if what == 'eps' else []), *along(r, what))
-                ax.plot(x, y, '--' if 'contrastive' in line else '-', color=colour, marker=marker, markersize=4, linewidth=1.2, label='' if n else r['label'])
+                ax.plot(
+                    x, y, '--' if 'contrastive' in line else '-', color=colour, marker=marker, markersize=4,
+                    linewidth=1.2, label='' if n else r['label']
+                )
         if what == 'steps' and ax.lines: ax.set_xscale('log'), ax.set_xticks(x, map(str, x)), ax.minorticks_off()
         ax.set(xlabel='ε (fraction of the pixel range)' if what == 'eps' else 'steps K', ylabel='R@1 under gap (%)')
         ax.set_ylim(bottom=-2)
@@ -307,7 +406,15 @@ def curve_table(
     rows = []
     for seeds in by_line(records, CURVED).values():
         values = [dict(along(r, what)) for r in seeds]
-        rows.append({'Model': seeds[0]['label'], **{f"{'ε' if what == 'eps' else 'K'} = {x:g}": spread_text(*mean_spread([v[x] for v in values]), 1) for x in values[0]}})
+        rows.append(
+            {
+                'Model': seeds[0]['label'],
+                **{
+                    f"{'ε' if what == 'eps' else 'K'} = {x:g}": spread_text(*mean_spread([v[x] for v in values]), 1)
+                    for x in values[0]
+                },
+            }
+        )
     return need('pandas', 'a table').DataFrame(rows)
 
 # %% ../../nbs/papers/00_tuples.ipynb #4c4f8180
@@ -316,14 +423,36 @@ def words(records:Sequence[Mapping[str,Any]])->list[str]:
     of, said = by_line(records, LINES), []
     for line in ('tuples_triplet', 'tuples_contrastive'):
         if line not in of or (fold := fold_of(records, line, 'gap')) == '–': continue
-        clean = [mean_spread([r['eval']['clean']['R@1'] for r in of[name]])[0] for name in (line, f"natural_{line.removeprefix('tuples_')}")]
-        said.append(f"{LINES[line].label}: under gap it answers {fold} times as many queries as natural training; without an attack R@1 is {clean[0]:.1f} against {clean[1]:.1f}.")
-    together = {line: spread_text(*mean_spread([outcome(r)['R@1'] for r in of[line]]), 1) for line in ('tuples_triplet', 'per_image', 'jointly') if line in of}
-    if len(together) == 3: said.append('R@1 under gap after training with one element of each tuple moved: {}; with one perturbation per image: {}; with all images moved jointly: {}.'.format(*together.values()))
-    last = [(seeds[0]['label'], *(y for _,y in along(r, 'steps')[-2:])) for seeds in by_line(records, CURVED).values() for r in seeds if len(along(r, 'steps')) > 1]
+        clean = [
+            mean_spread([r['eval']['clean']['R@1'] for r in of[name]])[0]
+            for name in (line, f"natural_{line.removeprefix('tuples_')}")
+        ]
+        said.append(
+            f"{LINES[line].label}: under gap it answers {fold} times as many queries as natural training; without an"
+            f" attack R@1 is {clean[0]:.1f} against {clean[1]:.1f}."
+        )
+    together = {
+        line: spread_text(*mean_spread([outcome(r)['R@1'] for r in of[line]]), 1)
+        for line in ('tuples_triplet', 'per_image', 'jointly')
+        if line in of
+    }
+    if len(together) == 3:
+        said.append(
+            'R@1 under gap after training with one element of each tuple moved: {}; with one perturbation per image:'
+            ' {}; with all images moved jointly: {}.'.format(*together.values())
+        )
+    last = [
+        (seeds[0]['label'], *(y for _, y in along(r, 'steps')[-2:]))
+        for seeds in by_line(records, CURVED).values()
+        for r in seeds
+        if len(along(r, 'steps')) > 1
+    ]
     if last:
         label, worst = max(((label, a - b) for label,a,b in last), key=lambda pair: pair[1])
-        said.append(f'Saturation: from the last but one number of steps to the last, R@1 falls by {worst:.1f} points at most ({label}).')
+        said.append(
+            f'Saturation: from the last but one number of steps to the last, R@1 falls by {worst:.1f} points at most'
+            f' ({label}).'
+        )
     fallen = list(dict.fromkeys(r['label'] for r in records if r['eval']['collapsed']))
     if fallen: said.append(f"Flagged as collapsed: {', '.join(fallen)}.")
     if len({r['seed'] for r in records}) < 2: said.append('One seed has no spread, so no effect is claimed.')
@@ -335,7 +464,10 @@ _WIDEST, _PART = 10, 8 # columns of numbers that fit on a page, and those of a p
 def _html(shown:'DataFrame', seeds:Sequence[Sequence[Mapping[str,Any]]])->str:
     "A table of texts, each line with the mark of its model; a wide one in several parts."
     def part(columns):
-        body = [html_row([defence_name(records[0]), *(number_cell(escape(text), False) for text in row)]) for records,row in zip(seeds, shown[columns].values.tolist())]
+        body = [
+            html_row([defence_name(records[0]), *(number_cell(escape(text), False) for text in row)])
+            for records, row in zip(seeds, shown[columns].values.tolist())
+        ]
         return table_box(html_row([escape(c) for c in (shown.columns[0], *columns)], head=True), body, 'results')
     numbers = list(shown)[1:]
     size = _WIDEST if len(numbers) <= _WIDEST else _PART
@@ -347,8 +479,15 @@ def _section(records:Sequence[Mapping[str,Any]], name:str)->str:
     head = f'<h2>{name}: {escape(TABLES[name].title)}</h2>'
     if not seeds: return f'{head}<p class="note">None of its models was asked for.</p>'
     if name != 'B4': return head + _html(table(records, name), [*seeds])
-    caption = 'R@1 of gated queries under gap, over the radius (left, with the steps of the training) and over the steps (right, at the radius of the training). Solid: triplet; dashed: contrastive.'
-    return head + html_figure(png(both_curves(records)), caption) + ''.join(_html(curve_table(records, what), [*seeds]) for what in ('eps', 'steps'))
+    caption = (
+        'R@1 of gated queries under gap, over the radius (left, with the steps of the training) and over the steps'
+        ' (right, at the radius of the training). Solid: triplet; dashed: contrastive.'
+    )
+    return (
+        head
+        + html_figure(png(both_curves(records)), caption)
+        + ''.join(_html(curve_table(records, what), [*seeds]) for what in ('eps', 'steps'))
+    )
 
 def write_tuples(
     folder:Path,               # for example reports/tuples-glyphs-quick
@@ -356,10 +495,20 @@ def write_tuples(
 )->Path:                       # index.html
     "Write index.html and results.json."
     records = results['records']
-    note = ('R@1 under attack counts queries that were right before it (gated); mAP@R counts all. Fold increase: R@1 under PGD over that of natural training with the same loss, in brackets numerator and denominator; '
-            '≥ where natural training has no hit and one hit stands in for none. The paper was read without its result tables: it speaks of gains of 5 to 76 times, on data, networks and budgets of its own.')
+    note = (
+        'R@1 under attack counts queries that were right before it (gated); mAP@R counts all. Fold increase: R@1 under'
+        ' PGD over that of natural training with the same loss, in brackets numerator and denominator; ≥ where natural'
+        ' training has no hit and one hit stands in for none. The paper was read without its result tables: it speaks'
+        ' of gains of 5 to 76 times, on data, networks and budgets of its own.'
+    )
     smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
     page = ''.join(_section(records, name) for name in TABLES)
-    page += '<h2>Training</h2>' + html_figure(png(curves(records)), 'Training, one thin line per seed. Distances that shrink together announce a collapse.')
-    return publish(folder, results, opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', words(records)) + f'<p class="note">{escape(note)}</p>{page}'
-                    f'<h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}')
+    page += '<h2>Training</h2>' + html_figure(
+        png(curves(records)), 'Training, one thin line per seed. Distances that shrink together announce a collapse.'
+    )
+    return publish(
+        folder, results,
+        opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', words(records))
+        + f'<p class="note">{escape(note)}</p>{page}'
+        f'<h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}',
+    )

@@ -39,7 +39,11 @@ def spread_text(
     unknown:str='0/0', # what stands for a mean that is NaN
 )->str:
     "A mean with its spread, as tables show it."
-    return unknown if math.isnan(mean) else fixed_text(mean, digits) + ('' if math.isnan(spread) else f' ± {fixed_text(spread, digits)}')
+    return (
+        unknown
+        if math.isnan(mean)
+        else fixed_text(mean, digits) + ('' if math.isnan(spread) else f' ± {fixed_text(spread, digits)}')
+    )
 
 def in_255(value:float)->str:
     "A pixel distance in units of 1/255: '32/255'."
@@ -47,11 +51,26 @@ def in_255(value:float)->str:
 
 def in_pixels(facts:Mapping[str,Any])->dict[str,Any]:
     "The same mapping with pixel distances in units of 1/255."
-    return {k: in_255(v) if k in ('eps', 'step_size') and isinstance(v, (int, float)) else in_pixels(v) if isinstance(v, Mapping) else v for k,v in facts.items()}
+    return {
+        k: (
+            in_255(v)
+            if k in ('eps', 'step_size') and isinstance(v, (int, float))
+            else in_pixels(v) if isinstance(v, Mapping) else v
+        )
+        for k, v in facts.items()
+    }
 
 def clock_text(seconds:float)->str:
     "Seconds as a person says them."
-    return f'{seconds:.1f} s' if seconds < 10 else f'{seconds:.0f} s' if seconds < 600 else f'{seconds/60:.0f} min' if seconds < 36000 else f'{seconds/3600:.0f} h'
+    return (
+        f'{seconds:.1f} s'
+        if seconds < 10
+        else (
+            f'{seconds:.0f} s'
+            if seconds < 600
+            else f'{seconds/60:.0f} min' if seconds < 36000 else f'{seconds/3600:.0f} h'
+        )
+    )
 
 def join_words(parts:Sequence[str])->str:
     "Words as a list is said: 'a, b and c'."
@@ -62,19 +81,61 @@ def slug(text:str)->str:
     return re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-') or 'x'
 
 # %% ../../nbs/report/00_pages.ipynb #fe9836d7
-_LOOKS = { # colour and marker
-    'natural': ('#7a7a7a', 'o'), 'act': ('#0072b2', 's'), 'hm': ('#009e73', '^'), 'colo_tride': ('#d55e00', 'D'), 'colo_tride paper': ('#cc79a7', 'P'),
-    'colo_cap': ('#b45f06', 'v'), 'colo_anp': ('#0b5394', '<'), 'colo_cap paper': ('#f6b26b', 'v'), 'colo_anp paper': ('#6fa8dc', '<'), 'colo_steps paper': ('#8c564b', 'h'), 'colo_tride paper_steps': ('#8c564b', 'd'),
-    'colo_early paper': ('#741b47', 'p'), 'assist_part paper': ('#38761d', '^'), 'assist_full paper': ('#93c47d', 'd'),
-    'colo_tride paper_range': ('#c90076', '>'), 'colo_cap paper_range': ('#bf9000', 'v'), 'colo_anp paper_range': ('#134f5c', '<'),
-    'range_early paper_range': ('#351c75', 'p'), 'range_part paper_range': ('#274e13', '^'), 'range_full paper_range': ('#6aa84f', 'd'),
-    'est': ('#1b9e77', 'o'), 'ses': ('#7570b3', 's'), 'minmax': ('#5e4fa2', 'X'), 'free': ('#66a61e', 'v'), 'multi_similarity': ('#e7298a', '<'),
-    'naive_cap': ('#e69f00', 'v'), 'naive_anp': ('#56b4e9', '<'), 'naive_tride': ('#a6761d', '>'), 'naive_sip': ('#6a3d9a', 'X'),
-    'natural_triplet': ('#3f3f74', 'p'), 'natural_contrastive': ('#8a8ab0', 'p'), 'tuples_triplet': ('#0072b2', 'p'), 'tuples_contrastive': ('#009e73', 'p'),
-    'pal_natural': ('#5c4033', '*'), 'pal_at': ('#0072b2', '*'), 'pal_mixup': ('#e69f00', '*'), 'pal_mixup_at': ('#d55e00', '*'), 'pal_trades': ('#cc79a7', '*'), 'pal_alp': ('#009e73', '*'),
-    'ensemble_at': ('#0072b2', 'h'), 'joint_at': ('#009e73', 'h'), 'adp': ('#cc79a7', 'h'), 'gal': ('#e69f00', 'h'), 'dverge': ('#56b4e9', 'h'), 'eat': ('#d55e00', 'h')}
-_SHAPES = {'o': '●', 's': '■', '^': '▲', 'D': '◆', 'P': '✚', 'v': '▼', '<': '◀', '>': '▶', 'X': '✖', '*': '★', 'p': '⬟', 'd': '♦', 'h': '⬢', '8': '●'}
-_CYCLE = tuple((colour, marker) for marker in 'oDhs' for colour in ('#000000', '#0072b2', '#009e73', '#cc79a7', '#e69f00')) # lines with changed switches
+_LOOKS = {  # colour and marker
+    'natural': ('#7a7a7a', 'o'),
+    'act': ('#0072b2', 's'),
+    'hm': ('#009e73', '^'),
+    'colo_tride': ('#d55e00', 'D'),
+    'colo_tride paper': ('#cc79a7', 'P'),
+    'colo_cap': ('#b45f06', 'v'),
+    'colo_anp': ('#0b5394', '<'),
+    'colo_cap paper': ('#f6b26b', 'v'),
+    'colo_anp paper': ('#6fa8dc', '<'),
+    'colo_steps paper': ('#8c564b', 'h'),
+    'colo_tride paper_steps': ('#8c564b', 'd'),
+    'colo_early paper': ('#741b47', 'p'),
+    'assist_part paper': ('#38761d', '^'),
+    'assist_full paper': ('#93c47d', 'd'),
+    'colo_tride paper_range': ('#c90076', '>'),
+    'colo_cap paper_range': ('#bf9000', 'v'),
+    'colo_anp paper_range': ('#134f5c', '<'),
+    'range_early paper_range': ('#351c75', 'p'),
+    'range_part paper_range': ('#274e13', '^'),
+    'range_full paper_range': ('#6aa84f', 'd'),
+    'est': ('#1b9e77', 'o'),
+    'ses': ('#7570b3', 's'),
+    'minmax': ('#5e4fa2', 'X'),
+    'free': ('#66a61e', 'v'),
+    'multi_similarity': ('#e7298a', '<'),
+    'naive_cap': ('#e69f00', 'v'),
+    'naive_anp': ('#56b4e9', '<'),
+    'naive_tride': ('#a6761d', '>'),
+    'naive_sip': ('#6a3d9a', 'X'),
+    'natural_triplet': ('#3f3f74', 'p'),
+    'natural_contrastive': ('#8a8ab0', 'p'),
+    'tuples_triplet': ('#0072b2', 'p'),
+    'tuples_contrastive': ('#009e73', 'p'),
+    'pal_natural': ('#5c4033', '*'),
+    'pal_at': ('#0072b2', '*'),
+    'pal_mixup': ('#e69f00', '*'),
+    'pal_mixup_at': ('#d55e00', '*'),
+    'pal_trades': ('#cc79a7', '*'),
+    'pal_alp': ('#009e73', '*'),
+    'ensemble_at': ('#0072b2', 'h'),
+    'joint_at': ('#009e73', 'h'),
+    'adp': ('#cc79a7', 'h'),
+    'gal': ('#e69f00', 'h'),
+    'dverge': ('#56b4e9', 'h'),
+    'eat': ('#d55e00', 'h'),
+}
+_SHAPES = {
+    'o': '●', 's': '■', '^': '▲', 'D': '◆', 'P': '✚', 'v': '▼', '<': '◀', '>': '▶', 'X': '✖', '*': '★', 'p': '⬟',
+    'd': '♦', 'h': '⬢', '8': '●'
+}
+# lines with changed switches
+_CYCLE = tuple(
+    (colour, marker) for marker in 'oDhs' for colour in ('#000000', '#0072b2', '#009e73', '#cc79a7', '#e69f00')
+)
 
 def look(record:Mapping[str,Any])->tuple[str,str]: # colour and marker
     "The colour and marker of a defence, the same in every figure and table."
@@ -86,8 +147,12 @@ def look(record:Mapping[str,Any])->tuple[str,str]: # colour and marker
 def theme()->Iterator[None]:
     "Fonts, sizes and lines of all figures of this project."
     base, sns = need('matplotlib', 'a figure'), need('seaborn', 'a figure')
-    own = {'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.color': '#e6e6e6', 'axes.edgecolor': '#666666', 'axes.titlesize': 10, 'axes.titleweight': 'bold',
-           'axes.titlelocation': 'left', 'axes.labelsize': 9, 'xtick.labelsize': 9, 'ytick.labelsize': 9, 'legend.fontsize': 9, 'legend.frameon': False, 'font.family': 'DejaVu Sans'}
+    own = {
+        'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.color': '#e6e6e6',
+        'axes.edgecolor': '#666666', 'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
+        'axes.labelsize': 9, 'xtick.labelsize': 9, 'ytick.labelsize': 9, 'legend.fontsize': 9, 'legend.frameon': False,
+        'font.family': 'DejaVu Sans'
+    }
     with base.rc_context(sns.axes_style('ticks') | sns.plotting_context('paper') | own): yield
 
 # %% ../../nbs/report/00_pages.ipynb #89669f0e
@@ -101,9 +166,14 @@ def defence_legend(fig:'Figure', rows:Mapping[Any,Sequence[Mapping[str,Any]]])->
     for records in rows.values():
         colour, marker = look(records[0])
         n = len(records)
-        handles[records[0]['label']] = line([], [], color=colour, marker=marker, label=f"{records[0]['label']}, n = {n}")
+        handles[records[0]['label']] = line(
+            [], [], color=colour, marker=marker, label=f"{records[0]['label']}, n = {n}"
+        )
     widest = max(map(len, handles))
-    fig.legend(handles=list(handles.values()), loc='outside upper left', ncols=max(1, min(5, 130//(widest + 11))), handlelength=1.8, columnspacing=1.5)
+    fig.legend(
+        handles=list(handles.values()), loc='outside upper left', ncols=max(1, min(5, 130 // (widest + 11))),
+        handlelength=1.8, columnspacing=1.5
+    )
 
 def png(
     fig:'Figure',
@@ -115,7 +185,8 @@ def png(
     file, small = io.BytesIO(), io.BytesIO()
     with theme(): fig.savefig(file, format='png', dpi=dpi, facecolor='white', metadata={'Software': None})
     if not colours: return file.getvalue()
-    with PIL.Image.open(file) as image: image.convert('RGB').quantize(colours, dither=PIL.Image.Dither.NONE).save(small, 'png', optimize=True)
+    with PIL.Image.open(file) as image:
+        image.convert('RGB').quantize(colours, dither=PIL.Image.Dither.NONE).save(small, 'png', optimize=True)
     return small.getvalue()
 
 def png_file(
@@ -141,8 +212,12 @@ def document(
     script:str='', # more of it
 )->str:
     "A page in the style of all reports, which needs no other file."
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape(title)}</title><style>{static("page.css")}</style></head>'
-            f'<body><main>{body}</main><script>{static("page.js")}{script}</script></body></html>\n')
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
+        f' content="width=device-width,initial-scale=1"><title>{escape(title)}</title><style>{static("page.css")}'
+        '</style></head>'
+        f'<body><main>{body}</main><script>{static("page.js")}{script}</script></body></html>\n'
+    )
 
 def opening(
     title:str,
@@ -155,9 +230,19 @@ def opening(
     if first and len(first[0]) > 240: # a whole paragraph: its first sentence is the head line
         head, *more = re.split(r'(?<=[a-z)%]\.) (?=[A-Z0-9])', first[0], maxsplit=1)
         first, rest = [head], [*more, *rest]
-    flags = f'<div class="flags"><p>{len(flagged)} {"flag" if len(flagged) == 1 else "flags"} raised</p><ul>{"".join(f"<li>{escape(text)}</li>" for text in flagged)}</ul></div>' if flagged else ''
-    return (f'<h1>{escape(title)}</h1>' + ''.join(f'<p class="headline">{escape(text)}</p>' for text in first) + (f'<p class="sub">{escape(sub)}</p>' if sub else '')
-            + ''.join(f'<p class="lead">{escape(text)}</p>' for text in rest) + flags)
+    flags = (
+        f'<div class="flags"><p>{len(flagged)} {"flag" if len(flagged) == 1 else "flags"}'
+        f' raised</p><ul>{"".join(f"<li>{escape(text)}</li>" for text in flagged)}</ul></div>'
+        if flagged
+        else ''
+    )
+    return (
+        f'<h1>{escape(title)}</h1>'
+        + ''.join(f'<p class="headline">{escape(text)}</p>' for text in first)
+        + (f'<p class="sub">{escape(sub)}</p>' if sub else '')
+        + ''.join(f'<p class="lead">{escape(text)}</p>' for text in rest)
+        + flags
+    )
 
 # %% ../../nbs/report/00_pages.ipynb #bd6c7046
 def table_box(
@@ -166,7 +251,9 @@ def table_box(
     kind:str='',        # classes: text, results, fixed
 )->str:
     "A table in its scrolling box."
-    return f'<div class="box {kind}" tabindex="0"><table><thead>{head}</thead><tbody>{"".join(body)}</tbody></table></div>'
+    return (
+        f'<div class="box {kind}" tabindex="0"><table><thead>{head}</thead><tbody>{"".join(body)}</tbody></table></div>'
+    )
 
 def html_row(cells:Sequence[str], *, head:bool=False, kind:str='')->str:
     "One table row of HTML cells; the first one names the row."
@@ -182,7 +269,10 @@ def number_cell(text:str, bold:bool)->str:
 def defence_name(record:Mapping[str,Any])->str:
     "A defence with the coloured marker that it has in the figures."
     colour, marker = look(record)
-    return f'<span class="mark" style="color:{colour}" aria-hidden="true">{_SHAPES[marker]}</span>&nbsp;{escape(record["label"])}'
+    return (
+        f'<span class="mark" style="color:{colour}"'
+        f' aria-hidden="true">{_SHAPES[marker]}</span>&nbsp;{escape(record["label"])}'
+    )
 
 def facts_table(facts:Mapping[str,Any])->str:
     "A mapping as a table of two columns; nested mappings are spelled with their path."
@@ -191,8 +281,15 @@ def facts_table(facts:Mapping[str,Any])->str:
         else:
             for key, inner in value.items(): yield from flat(inner, f'{name} {key}'.strip())
     def text(value:Any)->str:
-        return ', '.join(map(str, value)) or 'none' if isinstance(value, (list, tuple)) else '(empty)' if value in ('', None) else str(value)
-    return table_box('', [html_row([escape(name), f'<code>{escape(text(value))}</code>']) for name, value in flat(facts, '')], 'text fixed')
+        return (
+            ', '.join(map(str, value)) or 'none'
+            if isinstance(value, (list, tuple))
+            else '(empty)' if value in ('', None) else str(value)
+        )
+    return table_box(
+        '', [html_row([escape(name), f'<code>{escape(text(value))}</code>']) for name, value in flat(facts, '')],
+        'text fixed'
+    )
 
 def html_figure(
     data:bytes,  # PNG
@@ -202,7 +299,10 @@ def html_figure(
 )->str:
     "A figure with its picture inside."
     code = base64.b64encode(data).decode()
-    return f'<figure class="{"photo" if photo else "chart"}"><div class="pic" tabindex="0"><img alt="{escape(caption)}" src="data:image/png;base64,{code}"></div><figcaption>{escape(caption)}</figcaption></figure>'
+    return (
+        f'<figure class="{"photo" if photo else "chart"}"><div class="pic" tabindex="0"><img alt="{escape(caption)}"'
+        f' src="data:image/png;base64,{code}"></div><figcaption>{escape(caption)}</figcaption></figure>'
+    )
 
 # %% ../../nbs/report/00_pages.ipynb #ae87cee3
 _TOKEN = re.compile(r'[^\W\d_]+|\d+(?:\.\d+)?|\S')
@@ -215,7 +315,8 @@ def _atom(tokens:list[str], *, scripts:bool=True)->str:
     elif token == 'frac': found = f'<mfrac>{_atom(tokens, scripts=False)}{_atom(tokens, scripts=False)}</mfrac>'
     elif token == 'sqrt': found = f'<msqrt>{_atom(tokens, scripts=False)}</msqrt>'
     elif token[0].isdigit(): found = f'<mn>{token}</mn>'
-    elif token.isalpha(): found = f'<mi>{token}</mi>' if len(token) < 2 else f'<mspace width=".17em"></mspace><mi>{token}</mi>'
+    elif token.isalpha():
+        found = f'<mi>{token}</mi>' if len(token) < 2 else f'<mspace width=".17em"></mspace><mi>{token}</mi>'
     else: found = f'<mo stretchy="false"{_TIGHT if token == "/" else ""}>{escape(token)}</mo>'
     return _scripts(found, tokens) if scripts else found
 
@@ -225,7 +326,10 @@ def _scripts(found:str, tokens:list[str])->str:
     for sign, name in (('_', 'sub'), ('^', 'sup')):
         if tokens and tokens[0] == sign:
             tokens.pop(0)
-            if not tokens: raise ValueError(f'expected something after {sign} in a formula, found its end; write for example s_A or q^2')
+            if not tokens:
+                raise ValueError(
+                    f'expected something after {sign} in a formula, found its end; write for example s_A or q^2'
+                )
             parts[name] = _atom(tokens, scripts=False)
     tag = 'm' + ''.join(parts)
     return f'<{tag}>{found}{"".join(parts.values())}</{tag}>' if parts else found

@@ -48,37 +48,109 @@ BENIGN_COLUMNS = tuple(Column(name, 'no attack', ('eval', 'benign', name), 1, 1,
     ('NMI', 'agreement of k-means clusters with the classes, in percent')))
 
 # %% ../../nbs/report/01_tables.ipynb #f7db8507
-ATTACK_WORDS = ( # heading, direction that is good for the defender, what is done, what the raw number says
-    ('CA+', 1, 'an image is altered to climb in the results of random queries', 'its position in percent of the gallery: 50 unharmed, 0 the attack succeeded'),
-    ('CA-', -1, 'an image near the top of the results is altered to sink', 'its position: about 1 unharmed, 100 the attack succeeded'),
-    ('QA+', 1, 'a query is altered so that random images climb in its results', 'their position: 50 unharmed, 0 the attack succeeded'),
-    ('QA-', -1, 'a query is altered so that near images sink in its results', 'their position: below 1 unharmed, 100 the attack succeeded'),
-    ('TMA', -1, 'a query is altered to resemble a random image', 'cosine between the two embeddings: 1 the attack succeeded'),
+ATTACK_WORDS = (  # heading, direction that is good for the defender, what is done, what the raw number says
+    (
+        'CA+', 1, 'an image is altered to climb in the results of random queries',
+        'its position in percent of the gallery: 50 unharmed, 0 the attack succeeded'
+    ),
+    (
+        'CA-', -1, 'an image near the top of the results is altered to sink',
+        'its position: about 1 unharmed, 100 the attack succeeded'
+    ),
+    (
+        'QA+', 1, 'a query is altered so that random images climb in its results',
+        'their position: 50 unharmed, 0 the attack succeeded'
+    ),
+    (
+        'QA-', -1, 'a query is altered so that near images sink in its results',
+        'their position: below 1 unharmed, 100 the attack succeeded'
+    ),
+    (
+        'TMA', -1, 'a query is altered to resemble a random image',
+        'cosine between the two embeddings: 1 the attack succeeded'
+    ),
     ('ES:D', -1, 'a query is altered to move as far from itself as possible', 'the distance it moves, from 0 to 2'),
     ('ES:R', 1, 'a query is altered to move as far from itself as possible', 'R@1 afterwards'),
     ('LTM', 1, 'a query is altered to approach a wrong class and to leave its own', 'R@1 afterwards'),
     ('GTM', 1, 'a query is altered to approach a wrong image', 'R@1 afterwards'),
-    ('GTT', 1, 'a query is altered to lose its best match', 'queries that keep it among the first four, in percent'))
-_RAW = tuple(Column(h, 'after the attack', ('eval', 'after', h), 3 if h in ('TMA', 'ES:D') else 1, better, f'{deed}; {reading}') for h, better, deed, reading in ATTACK_WORDS)
-RESISTANCE_COLUMNS = tuple(Column(h, 'resistance (ARS)', ('eval', 'ars_cells', h), 1, 1, deed) for h,_,deed,_ in ATTACK_WORDS if h in ARS_HEADINGS)
+    ('GTT', 1, 'a query is altered to lose its best match', 'queries that keep it among the first four, in percent'),
+)
+_RAW = tuple(
+    Column(h, 'after the attack', ('eval', 'after', h), 3 if h in ('TMA', 'ES:D') else 1, better, f'{deed}; {reading}')
+    for h, better, deed, reading in ATTACK_WORDS
+)
+RESISTANCE_COLUMNS = tuple(
+    Column(h, 'resistance (ARS)', ('eval', 'ars_cells', h), 1, 1, deed)
+    for h, _, deed, _ in ATTACK_WORDS
+    if h in ARS_HEADINGS
+)
 STATE_COLUMNS = (
-    Column('Mean distance', 'embedding', ('eval', 'indicators', 'mean_distance'), 3, 0, 'mean distance of two test images, at most about 1.41 when spread evenly; near 0 all images look alike to the model'),
-    Column('Separability', 'embedding', ('eval', 'indicators', 'separability'), 3, 0, 'how much farther other classes are than the own class, relative to the mean distance; near 0 the classes are not told apart'))
+    Column(
+        'Mean distance', 'embedding', ('eval', 'indicators', 'mean_distance'), 3, 0,
+        'mean distance of two test images, at most about 1.41 when spread evenly; near 0 all images look alike to the'
+        ' model',
+    ),
+    Column(
+        'Separability', 'embedding', ('eval', 'indicators', 'separability'), 3, 0,
+        'how much farther other classes are than the own class, relative to the mean distance; near 0 the classes are'
+        ' not told apart',
+    ),
+)
 
 # %% ../../nbs/report/01_tables.ipynb #a8859932
-TABLE1_COLUMNS = (*BENIGN_COLUMNS, *_RAW,
-    Column('ERS', 'score', ('eval', 'ers'), 1, 1, 'mean of the ten results, each rescaled so that 100 means no effect and 0 that the attack succeeded'),
-    Column('LTM fixed', 'sound form', ('eval', 'after', 'LTM fixed'), 1, 1, 'LTM without the slip of the official code that lets the query match itself'),
-    Column('GTM fixed', 'sound form', ('eval', 'after', 'GTM fixed'), 1, 1, 'GTM without the slip of the official code that often picks the wrong target'), *STATE_COLUMNS)
-_TABLE2 = (*BENIGN_COLUMNS, *RESISTANCE_COLUMNS,
-    Column('Averaged ARS', 'score', ('eval', 'ars'), 1, 1, 'mean of the resistances; each is 100 when the attack moves nothing and 0 when it reaches its goal, counted from the value measured without attack'),
-    Column('ARS (50/1)', 'score', ('eval', 'ars_constant'), 1, 1, 'the same with the constants 50 and 1 in place of the measured ranks, as the paper did for rows taken from others'), *STATE_COLUMNS)
-_ASSISTED = Column('Assisted', 'training', ('train', 'assisted_pct'), 1, 0, 'batches whose hardness was lowered at one inner step at least, because a collapse impended, in percent')
-_SHORT = (BENIGN_COLUMNS[0], *(c for c in _RAW if c.name in ('ES:R', 'LTM')), Column('ERS', 'score', ('eval', 'ers'), 1, 1, 'mean of ten rescaled attack results'),
-          Column('Averaged ARS', 'score', ('eval', 'ars'), 1, 1, 'mean of the eight resistances'), *STATE_COLUMNS, _ASSISTED)
-_TABLE3 = (BENIGN_COLUMNS[0], *RESISTANCE_COLUMNS, *(c for c in _SHORT if c.group == 'score'), *STATE_COLUMNS, _ASSISTED)
+TABLE1_COLUMNS = (
+    *BENIGN_COLUMNS, *_RAW,
+    Column(
+        'ERS', 'score', ('eval', 'ers'), 1, 1,
+        'mean of the ten results, each rescaled so that 100 means no effect and 0 that the attack succeeded'
+    ),
+    Column(
+        'LTM fixed', 'sound form', ('eval', 'after', 'LTM fixed'), 1, 1,
+        'LTM without the slip of the official code that lets the query match itself'
+    ),
+    Column(
+        'GTM fixed', 'sound form', ('eval', 'after', 'GTM fixed'), 1, 1,
+        'GTM without the slip of the official code that often picks the wrong target'
+    ),
+    *STATE_COLUMNS,
+)
+_TABLE2 = (
+    *BENIGN_COLUMNS, *RESISTANCE_COLUMNS,
+    Column(
+        'Averaged ARS', 'score', ('eval', 'ars'), 1, 1,
+        'mean of the resistances; each is 100 when the attack moves nothing and 0 when it reaches its goal, counted'
+        ' from the value measured without attack',
+    ),
+    Column(
+        'ARS (50/1)', 'score', ('eval', 'ars_constant'), 1, 1,
+        'the same with the constants 50 and 1 in place of the measured ranks, as the paper did for rows taken from'
+        ' others',
+    ),
+    *STATE_COLUMNS,
+)
+_ASSISTED = Column(
+    'Assisted', 'training', ('train', 'assisted_pct'), 1, 0,
+    'batches whose hardness was lowered at one inner step at least, because a collapse impended, in percent'
+)
+_SHORT = (
+    BENIGN_COLUMNS[0], *(c for c in _RAW if c.name in ('ES:R', 'LTM')),
+    Column('ERS', 'score', ('eval', 'ers'), 1, 1, 'mean of ten rescaled attack results'),
+    Column('Averaged ARS', 'score', ('eval', 'ars'), 1, 1, 'mean of the eight resistances'), *STATE_COLUMNS, _ASSISTED
+)
+_TABLE3 = (
+    BENIGN_COLUMNS[0], *RESISTANCE_COLUMNS, *(c for c in _SHORT if c.group == 'score'), *STATE_COLUMNS, _ASSISTED
+)
 _TABLE4 = _SHORT
-COLUMNS = {'table1': (*TABLE1_COLUMNS, _ASSISTED), 'table2': (*_TABLE2, _ASSISTED), 'table3': _TABLE3, 'table4': _TABLE4, **dict.fromkeys(('figure3', 'figure4', 'switches', 'paper_switches', 'hard_triplets', 'lambda', 'early_disabling', 'limits', 'baselines'), _SHORT)}
+COLUMNS = {
+    'table1': (*TABLE1_COLUMNS, _ASSISTED), 'table2': (*_TABLE2, _ASSISTED), 'table3': _TABLE3, 'table4': _TABLE4,
+    **dict.fromkeys(
+        (
+            'figure3', 'figure4', 'switches', 'paper_switches', 'hard_triplets', 'lambda', 'early_disabling', 'limits',
+            'baselines'
+        ),
+        _SHORT,
+    ),
+}
 
 # %% ../../nbs/report/01_tables.ipynb #845a1075
 def assisted_pct(record:Mapping[str,Any])->float:
@@ -93,7 +165,10 @@ def number_at(record:Mapping[str,Any], path:Sequence[str])->float:
     if tuple(path) == _ASSISTED.path: return assisted_pct(record)
     value:Any = record
     for key in path:
-        if key not in value: raise ValueError(f"expected {'/'.join(path)} in the record of {record.get('label')}, found no {key!r}; evaluate it again")
+        if key not in value:
+            raise ValueError(
+                f"expected {'/'.join(path)} in the record of {record.get('label')}, found no {key!r}; evaluate it again"
+            )
         value = value[key]
     return math.nan if value is None else float(value)
 
@@ -101,12 +176,14 @@ def number_at(record:Mapping[str,Any], path:Sequence[str])->float:
 def _rows(results:Mapping[str,Any])->dict[tuple[str,str],list[dict]]:
     "Records by (setting, label), in the order of the records; a seed may come once."
     check_choice('experiment', results['experiment'], COLUMNS)
-    if not results['records']: raise ValueError('a report needs at least one record, found none; name at least one defence and one seed')
+    if not results['records']:
+        raise ValueError('a report needs at least one record, found none; name at least one defence and one seed')
     rows:dict[tuple[str,str],list[dict]] = {}
     for record in results['records']: rows.setdefault((record['setting'], record['label']), []).append(record)
     for (setting, label), records in rows.items():
         seeds = [r['seed'] for r in records]
-        if len(set(seeds)) < len(seeds): raise ValueError(f'expected every seed once, found seeds {seeds} for {label} in setting {setting}')
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f'expected every seed once, found seeds {seeds} for {label} in setting {setting}')
     return rows
 
 def _steps(record:Mapping[str,Any], settings:Mapping[str,Any])->int|str:
@@ -119,7 +196,9 @@ def _table(results:Mapping[str,Any], experiment:str)->'DataFrame':
     "One line per setting and defence: means, spreads (columns that end in ' sd'), collapsed seeds and number of seeds."
     lines = []
     for (setting, label), records in _rows(results).items():
-        line:dict[str, Any] = {'Setting': setting, 'Defense': label, 'PGD steps': _steps(records[0], results['settings'])}
+        line: dict[str, Any] = {
+            'Setting': setting, 'Defense': label, 'PGD steps': _steps(records[0], results['settings'])
+        }
         for column in COLUMNS[experiment]:
             line[column.name], line[column.name + ' sd'] = mean_spread([number_at(r, column.path) for r in records])
         lines.append(line | {'Collapsed': sum(bool(r['eval']['collapsed']) for r in records), 'Seeds': len(records)})
@@ -145,7 +224,8 @@ def leaders(
             value, spread = column.better*block[column.name], block[column.name + ' sd']
             if len(block) < 2 or value.isna().any() or spread.isna().any(): continue
             best = value.idxmax()
-            if value[best] - spread[best] > (value + spread).drop(best).max() and not table['Collapsed'][best]: found.add((best, column.name))
+            if value[best] - spread[best] > (value + spread).drop(best).max() and not table['Collapsed'][best]:
+                found.add((best, column.name))
     return found
 
 # %% ../../nbs/report/01_tables.ipynb #038e3b8d
@@ -159,15 +239,20 @@ def as_text(
     "The table as it is read."
     shown = table[['Setting', 'Defense', 'PGD steps']].astype(str)
     for column in COLUMNS[check_choice('experiment', experiment, COLUMNS)]:
-        shown[column.name] = [spread_text(v, s, column.digits) for v,s in zip(table[column.name], table[column.name + ' sd'])]
-    return shown.assign(Collapsed=[_flag(c, n) for c,n in zip(table['Collapsed'], table['Seeds'])], Seeds=table['Seeds'].astype(str))
+        shown[column.name] = [
+            spread_text(v, s, column.digits) for v, s in zip(table[column.name], table[column.name + ' sd'])
+        ]
+    return shown.assign(
+        Collapsed=[_flag(c, n) for c, n in zip(table['Collapsed'], table['Seeds'])], Seeds=table['Seeds'].astype(str)
+    )
 
 # %% ../../nbs/report/01_tables.ipynb #5e051009
 def to_csv(table:'DataFrame', experiment:str)->bytes:
     "Numbers for other programs; equal records give equal bytes."
     plain = table.astype(object)
     for column in COLUMNS[experiment]:
-        def number(v, unknown): return unknown if math.isnan(v) else f'{round(v, max(2, column.digits)) + 0.:.{max(2, column.digits)}f}'
+        def number(v, unknown):
+            return unknown if math.isnan(v) else f'{round(v, max(2, column.digits)) + 0.:.{max(2, column.digits)}f}'
         plain[column.name] = [number(v, 'NaN') for v in table[column.name]]
         plain[column.name + ' sd'] = [number(v, '') for v in table[column.name + ' sd']]
     return plain.to_csv(index=False, lineterminator='\n').encode(errors='backslashreplace')
@@ -178,17 +263,26 @@ def to_markdown(table:'DataFrame', experiment:str)->str:
     def cell(row:int, name:str)->str:
         text = ' '.join(shown[name][row].replace('|', '\\|').splitlines())
         return f'**{text}**' if (row, name) in bold else text
-    lines = [list(shown), ['---' if name in ('Setting', 'Defense') else '--:' for name in shown], *([cell(row, name) for name in shown] for row in shown.index)]
+    lines = [
+        list(shown), ['---' if name in ('Setting', 'Defense') else '--:' for name in shown],
+        *([cell(row, name) for name in shown] for row in shown.index)
+    ]
     return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines)
 
 # %% ../../nbs/report/01_tables.ipynb #79494a48
-_PRINTED = {'N/A': 'natural', 'ACT': 'act', 'HM': 'hm', 'Ours': 'colo_tride', 'COLO-CAP': 'colo_cap', 'COLO-ANP': 'colo_anp', 'COLO-TRIDE': 'colo_tride', 'w/o': 'natural',
-            '“assist”-part': 'assist_part', '“assist”-full': 'assist_full', 'Ours w/o early disabling': 'colo_early', 'Ours (“assist”+“attack”)': 'colo_steps'}
+_PRINTED = {
+    'N/A': 'natural', 'ACT': 'act', 'HM': 'hm', 'Ours': 'colo_tride', 'COLO-CAP': 'colo_cap', 'COLO-ANP': 'colo_anp',
+    'COLO-TRIDE': 'colo_tride', 'w/o': 'natural', '“assist”-part': 'assist_part', '“assist”-full': 'assist_full',
+    'Ours w/o early disabling': 'colo_early', 'Ours (“assist”+“attack”)': 'colo_steps'
+}
 
-def compare(results:Mapping[str,Any])->'DataFrame': # Setting, Defense, Metric, Printed (text), Ours, Difference (ours - printed)
+# Setting, Defense, Metric, Printed (text), Ours, Difference (ours - printed)
+def compare(results:Mapping[str,Any])->'DataFrame':
     "The paper's numbers for this data set, ours, and the difference."
     table, lines = _table(results, results['experiment']), []
-    defenses, number = {key: records[0]['defense'] for key, records in _rows(results).items()}, results['experiment'].removeprefix('table')
+    defenses, number = {key: records[0]['defense'] for key, records in _rows(results).items()}, results[
+        'experiment'
+    ].removeprefix('table')
     cells = [c for c in results.get('published') or () if str(c.get('table', number)) == number]
     for row in table.to_dict('records'):
         for cell in cells:
@@ -196,8 +290,15 @@ def compare(results:Mapping[str,Any])->'DataFrame': # Setting, Defense, Metric, 
             if _PRINTED.get(cell['defense']) != defenses[row['Setting'], row['Defense']] or metric not in row: continue
             ours, text = row[metric], str(cell['value'])
             printed = float(text) if re.fullmatch(r'-?\d+(\.\d+)?', text) else math.nan
-            lines.append({'Setting': row['Setting'], 'Defense': row['Defense'], 'Metric': metric, 'Printed': text, 'Ours': ours, 'Difference': ours - printed})
-    return need('pandas', 'a table').DataFrame(lines, columns=['Setting', 'Defense', 'Metric', 'Printed', 'Ours', 'Difference'])
+            lines.append(
+                {
+                    'Setting': row['Setting'], 'Defense': row['Defense'], 'Metric': metric, 'Printed': text,
+                    'Ours': ours, 'Difference': ours - printed
+                }
+            )
+    return need('pandas', 'a table').DataFrame(
+        lines, columns=['Setting', 'Defense', 'Metric', 'Printed', 'Ours', 'Difference']
+    )
 
 # %% ../../nbs/report/01_tables.ipynb #97b9ed59
 def cost(results:Mapping[str,Any])->'DataFrame':
@@ -208,29 +309,49 @@ def cost(results:Mapping[str,Any])->'DataFrame':
     lines = []
     for (setting, label), records in _rows(results).items():
         train, test = [r['train'] for r in records], [r['eval'] for r in records]
-        lines.append({'Setting': setting, 'Defense': label, 'Training (s)': mean_spread([number_at(r, ('train', 'seconds')) for r in records])[0], 'Updates': train[0]['updates'],
-            'Training, image steps/s': pace(train), 'Attacks (s)': mean_spread([number_at(r, ('eval', 'seconds')) for r in records])[0], 'Attacks, image steps/s': pace(test),
-            'Device': ', '.join(dict.fromkeys(str(t.get('device') or results.get('device', 'unknown')) for t in train + test))})
+        lines.append(
+            {
+                'Setting': setting, 'Defense': label,
+                'Training (s)': mean_spread([number_at(r, ('train', 'seconds')) for r in records])[0],
+                'Updates': train[0]['updates'], 'Training, image steps/s': pace(train),
+                'Attacks (s)': mean_spread([number_at(r, ('eval', 'seconds')) for r in records])[0],
+                'Attacks, image steps/s': pace(test),
+                'Device': ', '.join(
+                    dict.fromkeys(str(t.get('device') or results.get('device', 'unknown')) for t in train + test)
+                ),
+            }
+        )
     return need('pandas', 'a table').DataFrame(lines)
 
 # %% ../../nbs/report/01_tables.ipynb #d1757838
 _EVALUATION = ('gallery', 'metrics', 'indicators', 'checks') # parts of an evaluation; its other parts are attacks
-_SEGMENTS = { # parts of a bar in the order of the work: colour and words; training blue, evaluation orange, told apart by lightness
-    'data': ('#c6dbef', 'data of the training'), 'defence': ('#2171b5', 'steps of the defence'), 'update': ('#6baed6', 'updates of the weights'), 'checkpoint': ('#08306b', 'checkpoints'),
-    'gallery': ('#fdd0a2', 'embedding the test images'), 'attacks': ('#d94801', 'attacks of the evaluation'), 'metrics': ('#fd8d3c', 'retrieval metrics')}
+# parts of a bar in the order of the work: colour and words; training blue, evaluation orange, told apart by lightness
+_SEGMENTS = {
+    'data': ('#c6dbef', 'data of the training'), 'defence': ('#2171b5', 'steps of the defence'),
+    'update': ('#6baed6', 'updates of the weights'), 'checkpoint': ('#08306b', 'checkpoints'),
+    'gallery': ('#fdd0a2', 'embedding the test images'), 'attacks': ('#d94801', 'attacks of the evaluation'),
+    'metrics': ('#fd8d3c', 'retrieval metrics')
+}
 
 def _attack_seconds(record:Mapping[str,Any])->dict[str,float]:
     "Seconds of each attack, in the order of the tables; empty where none were noted."
     noted = record['eval'].get('parts') or {}
     place = {h.partition(':')[0]: k for k, h in enumerate(HEADINGS)}
-    def order(name:str)->tuple: return name not in place, place.get(name.partition(' ')[0], len(HEADINGS)), name # variants such as 'LTM fixed' last
+    # variants such as 'LTM fixed' last
+    def order(name:str)->tuple: return name not in place, place.get(name.partition(' ')[0], len(HEADINGS)), name
     return {name: noted[name] for name in sorted(noted.keys() - {*_EVALUATION}, key=order)}
 
 def _segments(record:Mapping[str,Any])->dict[str,float]:
     "Seconds of each segment of the figure; a segment that was not noted is absent."
-    train, test, attacks = record['train'].get('parts') or {}, record['eval'].get('parts') or {}, _attack_seconds(record)
+    train, test, attacks = (
+        record['train'].get('parts') or {}, record['eval'].get('parts') or {}, _attack_seconds(record)
+    )
     found = {name: train[name] for name in ('data', 'defence', 'update', 'checkpoint') if name in train}
-    if test: found |= dict(gallery=test['gallery'], attacks=math.fsum(attacks.values()), metrics=test['metrics'] + test['indicators'] + test.get('checks', 0.))
+    if test:
+        found |= dict(
+            gallery=test['gallery'], attacks=math.fsum(attacks.values()),
+            metrics=test['metrics'] + test['indicators'] + test.get('checks', 0.0)
+        )
     return found
 
 # %% ../../nbs/report/01_tables.ipynb #ab12fed2
@@ -240,7 +361,11 @@ def _mean_seconds(results:Mapping[str,Any], seconds)->'DataFrame':
     for (setting, label), records in _rows(results).items():
         noted = [s for s in map(seconds, records) if s]
         names = dict.fromkeys(name for s in noted for name in s)
-        if noted: lines.append({'Setting': setting, 'Defense': label} | {name: statistics.fmean(s[name] for s in noted if name in s) for name in names})
+        if noted:
+            lines.append(
+                {'Setting': setting, 'Defense': label}
+                | {name: statistics.fmean(s[name] for s in noted if name in s) for name in names}
+            )
     return need('pandas', 'a table').DataFrame(lines, columns=None if lines else ['Setting', 'Defense'])
 
 def parts(results:Mapping[str,Any])->'DataFrame':
@@ -256,7 +381,10 @@ def _largest(table:'DataFrame')->str: # of `parts`
     "The part that took the most time over all rows, in words."
     total = table.drop(columns=['Setting', 'Defense']).sum()
     name = total.idxmax()
-    return f'The largest part: {_SEGMENTS[name][1]}, {clock_text(total[name])} of {clock_text(total.sum())} ({100*total[name]/total.sum():.0f} %).'
+    return (
+        f'The largest part: {_SEGMENTS[name][1]}, {clock_text(total[name])} of {clock_text(total.sum())}'
+        f' ({100*total[name]/total.sum():.0f} %).'
+    )
 
 # %% ../../nbs/report/01_tables.ipynb #fae21c01
 def _order(table:'DataFrame', column:Column)->str:
@@ -264,15 +392,22 @@ def _order(table:'DataFrame', column:Column)->str:
     ranked = table[table['Collapsed'] == 0].sort_values(column.name, ascending=False)
     if len(ranked) < 2: return ''
     if ranked['Seeds'].min() < 2: return 'One seed has no spread, so no order of the defences is claimed.'
-    first, second = (f"{r['Defense']} ({r[column.name]:.1f}\u00a0±\u00a0{r[column.name + ' sd']:.1f})" for _,r in ranked.iloc[:2].iterrows())
-    if leaders(ranked, [column]): return f'In {column.name}, {first} is ahead of {second} by more than the spread of the seeds.'
+    first, second = (
+        f"{r['Defense']} ({r[column.name]:.1f}\u00a0±\u00a0{r[column.name + ' sd']:.1f})"
+        for _, r in ranked.iloc[:2].iterrows()
+    )
+    if leaders(ranked, [column]):
+        return f'In {column.name}, {first} is ahead of {second} by more than the spread of the seeds.'
     return f'In {column.name}, {first} and {second} lie within the spread of the seeds: no order is claimed.'
 
 # %% ../../nbs/report/01_tables.ipynb #a7e6482e
 def _fall(row:Mapping[str,Any])->str:
     "What two strong attacks do to a model without defence."
     verb = 'falls' if max(row['ES:R'], row['LTM']) < row['R@1'] else 'goes'
-    return f"Without defence, the share of queries whose nearest image is right (R@1) {verb} from {row['R@1']:.1f} % to {row['ES:R']:.1f} % under the attack ES and to {row['LTM']:.1f} % under LTM."
+    return (
+        f"Without defence, the share of queries whose nearest image is right (R@1) {verb} from {row['R@1']:.1f} % to"
+        f" {row['ES:R']:.1f} % under the attack ES and to {row['LTM']:.1f} % under LTM."
+    )
 
 def _limited(results:Mapping[str,Any])->str:
     "A warning where only some queries were attacked."
@@ -284,7 +419,8 @@ def alike(records:Sequence[Mapping[str,Any]])->list[list[str]]: # groups of labe
     of:dict[tuple[str,str], dict[int,str]] = {}
     for r in records: of.setdefault((r['setting'], r['label']), {})[r['seed']] = r['eval'].get('weights', '')
     groups:dict[tuple, list[str]] = {}
-    for (setting, label), weights in of.items(): groups.setdefault((setting, *sorted(weights.items())), []).append(label)
+    for (setting, label), weights in of.items():
+        groups.setdefault((setting, *sorted(weights.items())), []).append(label)
     return [labels for key, labels in groups.items() if len(labels) > 1 and all(weights for _, weights in key[1:])]
 
 def summary(results:Mapping[str,Any])->list[str]: # a paragraph per setting
@@ -295,19 +431,33 @@ def summary(results:Mapping[str,Any])->list[str]: # a paragraph per setting
     natural = {records[0]['label'] for records in _rows(results).values() if records[0]['defense'] == 'natural'}
     for setting, block in table.groupby('Setting', sort=False):
         plain, kept = block[block['Defense'].isin(natural)], block[~block['Defense'].isin(natural)]
-        parts = [f'Setting {setting}, ε = {in_255(results["settings"][setting]["eps"])}.', _limited(results), *(_fall(row) for _,row in plain.iterrows())]
+        parts = [
+            f'Setting {setting}, ε = {in_255(results["settings"][setting]["eps"])}.', _limited(results),
+            *(_fall(row) for _, row in plain.iterrows())
+        ]
         keeps = [f"{r['LTM']:.1f} % ({r['R@1']:.1f} %) for {r['Defense']}" for _,r in kept.iterrows()]
         if len(keeps) > 7: parts += [f'{len(keeps)} defences.', _order(scored.loc[kept.index], score)]
-        elif keeps: parts += [f'Trained against attacks, R@1 under LTM (without attack) is {join_words(keeps)}.', _order(scored.loc[kept.index], score)]
+        elif keeps:
+            parts += [
+                f'Trained against attacks, R@1 under LTM (without attack) is {join_words(keeps)}.',
+                _order(scored.loc[kept.index], score)
+            ]
         flagged = list(block['Defense'][block['Collapsed'] > 0])
-        if flagged: parts.append(f'{join_words(flagged)}: flagged as collapsed, so attack scores of these rows do not mean robustness.')
-        parts += [f'{join_words(labels)} end in the same weights: what differs between them never acted.' for labels in alike([r for r in results['records'] if r['setting'] == setting])]
+        if flagged:
+            parts.append(
+                f'{join_words(flagged)}: flagged as collapsed, so attack scores of these rows do not mean robustness.'
+            )
+        parts += [
+            f'{join_words(labels)} end in the same weights: what differs between them never acted.'
+            for labels in alike([r for r in results['records'] if r['setting'] == setting])
+        ]
         said.append(' '.join(filter(None, parts)))
     return said
 
 # %% ../../nbs/report/01_tables.ipynb #7be1a002
 _ABOUT_ASSISTING = ('table3', 'table4', 'switches', 'paper_switches', 'early_disabling')
-_BOTH_PHASES = ('colo_tride', 'colo_steps', 'colo_early', 'range_early') # what one phase alone does is no matter of assisting
+# what one phase alone does is no matter of assisting
+_BOTH_PHASES = ('colo_tride', 'colo_steps', 'colo_early', 'range_early')
 
 def never_assists(results:Mapping[str,Any])->str:
     "The sentence that opens a table about assisting in which no batch is assisted; empty for every other."
@@ -320,11 +470,15 @@ def what_assisting_does(results:Mapping[str,Any])->list[str]: # a sentence per s
     for (setting, label), records in rows.items():
         if records[0]['defense'].partition(':')[0] not in _BOTH_PHASES: continue
         version = 'official' if records[0]['profile'] == 'official' else 'paper'
-        idle, share = rows.get((setting, f'COLO-TRIDE ({version})'), []), mean_spread([assisted_pct(r) for r in records])[0]
+        idle, share = (
+            rows.get((setting, f'COLO-TRIDE ({version})'), []), mean_spread([assisted_pct(r) for r in records])[0]
+        )
         if not share > 0 or not idle or any(assisted_pct(r) != 0 for r in idle): continue
         changes = [_change(records, idle, path) for path in (('eval', 'benign', 'R@1'), ('eval', 'ars'))]
-        said.append(f'Setting {setting}, {label} ({fixed_text(share, 1)} % of its batches assisted) against {idle[0]["label"]} (none): '
-                    f'R@1 {changes[0]}, ARS {changes[1]}.')
+        said.append(
+            f'Setting {setting}, {label} ({fixed_text(share, 1)} % of its batches assisted) against {idle[0]["label"]}'
+            f' (none): R@1 {changes[0]}, ARS {changes[1]}.'
+        )
     return said
 
 def _change(records:Sequence[Mapping[str,Any]], others:Sequence[Mapping[str,Any]], path:Sequence[str])->str:
@@ -341,17 +495,27 @@ def headline(results:Mapping[str,Any])->str:
     table, said = _table(results, results['experiment']), []
     natural = {records[0]['label'] for records in _rows(results).values() if records[0]['defense'] == 'natural'}
     for setting, block in table.groupby('Setting', sort=False):
-        plain, kept = block[block['Defense'].isin(natural)], block[~block['Defense'].isin(natural) & (block['Collapsed'] == 0)].sort_values(score.name, ascending=False)
+        plain, kept = block[block['Defense'].isin(natural)], block[
+            ~block['Defense'].isin(natural) & (block['Collapsed'] == 0)
+        ].sort_values(score.name, ascending=False)
         bare = f' (without defence {plain[score.name].iloc[0]:.1f})' if len(plain) else ''
         if len(kept): said.append(f'at ε = {in_255(results["settings"][setting]["eps"])} {_best(kept, score)}{bare}')
-    text = '; '.join(said) + '.'*bool(said) + (' Leads exceed the spread of the seeds.' if any(' leads in ' in s for s in said) else '')
+    text = (
+        '; '.join(said)
+        + '.' * bool(said)
+        + (' Leads exceed the spread of the seeds.' if any(' leads in ' in s for s in said) else '')
+    )
     return text[:1].upper() + text[1:]
 
 def _best(ranked:'DataFrame', score:Column)->str:
     "The leader of ranked rows, or the range of their scores where nobody leads."
     first, values = ranked.iloc[0], ranked[score.name]
     if len(ranked) < 2: return f"{first['Defense']} has {score.name} {first[score.name]:.1f}"
-    if leaders(ranked, [score]): return f"{first['Defense']} leads in {score.name} with {first[score.name]:.1f}\u00a0±\u00a0{first[score.name + ' sd']:.1f}"
+    if leaders(ranked, [score]):
+        return (
+            f"{first['Defense']} leads in {score.name} with"
+            f" {first[score.name]:.1f}\u00a0±\u00a0{first[score.name + ' sd']:.1f}"
+        )
     why = 'one seed allows no order' if ranked['Seeds'].min() < 2 else 'none leads by more than the spread of the seeds'
     return f'the defences have {score.name} {values.min():.1f} to {values.max():.1f}, {why}'
 
@@ -365,11 +529,22 @@ def show(results:Mapping[str,Any])->None:
         print(f'{sentence}\n\n{wide.rename(index=lambda name: name + arrow.get(name, "")).to_string()}\n')
 
 # %% ../../nbs/report/01_tables.ipynb #065b6ff7
-_PANELS = (('loss', 'Loss'), ('dist_ap', 'Distance to the positive'), ('dist_an', 'Distance to the negative'),
-           ('separability', 'Separability'), ('collapseness', 'Collapseness C (near, λ = 10)'), ('collapsing', 'Batches with C ≥ 0; dashed: assisted'))
-_ADVERSARIAL = (('adv_hardness', 'Hardness of the perturbed triplets'), ('adv_collapseness', 'Collapseness of the perturbed triplets'))
-PANELS = dict(figure3=(*_PANELS[1:4], ('hardness', 'Hardness H of the clean triplets'), *_ADVERSARIAL),
-              figure4=(('relative_shift', 'Shift of perturbed images / mean distance'), ('gain', 'Gain in hardness by the perturbation'), *_ADVERSARIAL, _PANELS[3], _PANELS[2]))
+_PANELS = (
+    ('loss', 'Loss'), ('dist_ap', 'Distance to the positive'), ('dist_an', 'Distance to the negative'),
+    ('separability', 'Separability'), ('collapseness', 'Collapseness C (near, λ = 10)'),
+    ('collapsing', 'Batches with C ≥ 0; dashed: assisted')
+)
+_ADVERSARIAL = (
+    ('adv_hardness', 'Hardness of the perturbed triplets'),
+    ('adv_collapseness', 'Collapseness of the perturbed triplets')
+)
+PANELS = dict(
+    figure3=(*_PANELS[1:4], ('hardness', 'Hardness H of the clean triplets'), *_ADVERSARIAL),
+    figure4=(
+        ('relative_shift', 'Shift of perturbed images / mean distance'),
+        ('gain', 'Gain in hardness by the perturbation'), *_ADVERSARIAL, _PANELS[3], _PANELS[2]
+    ),
+)
 
 def logged_value(row:Mapping[str,Any], key:str)->float:
     "A number of an epoch, logged or made of what was logged; NaN where it is missing."
@@ -385,7 +560,10 @@ def _curve(ax:'Axes', record:Mapping[str,Any], key:str, style:str='-')->None:
     if all(map(math.isnan, values)): return
     colour, marker = look(record)
     epochs = [row['epoch'] + 1 for row in record['train']['log']]
-    ax.plot(epochs, values, style, color=colour, marker=marker, markevery=max(1, len(values)//5), markersize=3.5, linewidth=1, alpha=.85)
+    ax.plot(
+        epochs, values, style, color=colour, marker=marker, markevery=max(1, len(values) // 5), markersize=3.5,
+        linewidth=1, alpha=0.85
+    )
 
 def curves(
     records:Sequence[Mapping[str,Any]], # of one setting
@@ -410,11 +588,16 @@ def curves(
     return fig
 
 # %% ../../nbs/report/01_tables.ipynb #1ee0d3c8
-def _dots(results:Mapping[str,Any])->list[tuple[str,tuple[str,...],float]]: # label, path of the number, factor that brings it to 0..100
+# label, path of the number, factor that brings it to 0..100
+def _dots(results:Mapping[str,Any])->list[tuple[str,tuple[str,...],float]]:
     "Lines of the robustness figure: quality first, then the attacks, then the score."
     kind, headings = ('ers', HEADINGS) if results['experiment'] == 'table1' else ('ars', ARS_HEADINGS)
-    return [('R@1, no attack', ('eval', 'benign', 'R@1'), 1.), ('Mean distance (% of √2)', ('eval', 'indicators', 'mean_distance'), 100/2**.5),
-            *((h, ('eval', f'{kind}_cells', h), 1.) for h in headings), ({'ers': 'ERS', 'ars': 'Averaged ARS'}[kind], ('eval', kind), 1.)]
+    return [
+        ('R@1, no attack', ('eval', 'benign', 'R@1'), 1.0),
+        ('Mean distance (% of √2)', ('eval', 'indicators', 'mean_distance'), 100 / 2**0.5),
+        *((h, ('eval', f'{kind}_cells', h), 1.0) for h in headings),
+        ({'ers': 'ERS', 'ars': 'Averaged ARS'}[kind], ('eval', kind), 1.0)
+    ]
 
 def robustness(
     results:Mapping[str,Any],
@@ -429,8 +612,12 @@ def robustness(
             colour, marker = look(records[0])
             for y, (_, path, factor) in enumerate(lines):
                 values, height = [factor*number_at(r, path) for r in records], y + .7*((place + .5)/len(rows) - .5)
-                if len(values) > 1: ax.scatter(values, [height]*len(values), s=10, color=colour, marker=marker, alpha=.35, linewidths=0)
-                ax.scatter(mean_spread(values)[0], height, s=42, color=colour, marker=marker, edgecolors='white', linewidths=.6, zorder=3)
+                if len(values) > 1:
+                    ax.scatter(values, [height]*len(values), s=10, color=colour, marker=marker, alpha=.35, linewidths=0)
+                ax.scatter(
+                    mean_spread(values)[0], height, s=42, color=colour, marker=marker, edgecolors='white',
+                    linewidths=0.6, zorder=3
+                )
         _dot_axes(ax, [name for name,_,_ in lines])
         defence_legend(ax.figure, rows)
     return ax
@@ -460,11 +647,19 @@ def time_bars(
     with theme():
         ax = ax or new_figure(10.5, .42*len(table) + 1.3).subplots()
         for name in names:
-            bars = ax.barh(range(len(table)), table[name].fillna(0.), left=ends[name] - table[name].fillna(0.), height=.62, color=_SEGMENTS[name][0], edgecolor='white', linewidth=.8, label=name)
+            bars = ax.barh(
+                range(len(table)), table[name].fillna(0.0), left=ends[name] - table[name].fillna(0.0), height=0.62,
+                color=_SEGMENTS[name][0], edgecolor='white', linewidth=0.8, label=name
+            )
             text = [f'{v:,.0f}' if v > .03*widest and v >= 1 else '' for v in table[name]]
-            ax.bar_label(bars, text, label_type='center', fontsize=8, color='white' if name in ('defence', 'checkpoint', 'attacks') else '#1c1c1c')
+            ax.bar_label(
+                bars, text, label_type='center', fontsize=8,
+                color='white' if name in ('defence', 'checkpoint', 'attacks') else '#1c1c1c'
+            )
         several = table['Setting'].nunique() > 1
-        ax.set_yticks(range(len(table)), [f'{d}, {s}' if several else d for s, d in zip(table['Setting'], table['Defense'])])
+        ax.set_yticks(
+            range(len(table)), [f'{d}, {s}' if several else d for s, d in zip(table['Setting'], table['Defense'])]
+        )
         ax.set_ylim(len(table) - .5, -.5)
         ax.grid(False, axis='y')
         ax.tick_params(axis='y', length=0)
@@ -479,13 +674,18 @@ def _unit(image:Tensor)->Tensor:
     "One (C, H, W) image, float or uint8, as floats in [0, 1] on the CPU."
     return (image if image.is_floating_point() else image.float()/255).clamp(0, 1).cpu()
 
-def _strip_row(tensors:Mapping[str,Tensor], row:int, scale:float)->list[tuple[int,Tensor,tuple|None]]: # place, image, frame
+# place, image, frame
+def _strip_row(tensors:Mapping[str,Tensor], row:int, scale:float)->list[tuple[int,Tensor,tuple|None]]:
     "One query: three pictures at places 0 to 2, five before from place 3, five after from place 8."
     clean, adv = tensors['clean'][row].cpu(), tensors['adv'][row].cpu()
-    shown:list[tuple[int,Tensor,tuple|None]] = [(k, _unit(image), None) for k, image in enumerate((clean, adv, .5 + (adv - clean)/(2*scale)))]
+    shown: list[tuple[int, Tensor, tuple | None]] = [
+        (k, _unit(image), None) for k, image in enumerate((clean, adv, 0.5 + (adv - clean) / (2 * scale)))
+    ]
     for start, when in ((3, 'before'), (8, 'after')):
         hits = tensors[f'label_{when}'][row] == tensors['label'][row]
-        shown += [(start + k, _unit(tensors[when][row, k]), _HIT if hit else _MISS) for k, hit in enumerate(hits.tolist())]
+        shown += [
+            (start + k, _unit(tensors[when][row, k]), _HIT if hit else _MISS) for k, hit in enumerate(hits.tolist())
+        ]
     return shown
 
 # %% ../../nbs/report/01_tables.ipynb #f82695bf
@@ -498,15 +698,24 @@ def _strip_axes(ax:'Axes', rows:Sequence[Sequence[tuple[int,Tensor,tuple|None]]]
     for y, row in zip(top, rows):
         for place, image, frame in row:
             canvas[:, y:y + H, left[place]:left[place] + W] = image
-            if frame: ax.add_patch(box((left[place], y), W, H, fill=False, edgecolor=frame[0], linestyle=frame[1], linewidth=2.4))
-    ax.imshow((canvas[0] if C == 1 else canvas.permute(1, 2, 0)).numpy(), cmap='gray', vmin=0, vmax=1, interpolation='nearest', extent=(0, canvas.shape[2], canvas.shape[1], 0))
-    for place, title in ((0, 'query'), (1, 'attacked'), (2, 'difference'), (3, 'top 5 before'), (8, 'top 5 after')): ax.text(left[place], -.1*H, title, fontsize=9, va='bottom')
+            if frame:
+                ax.add_patch(
+                    box((left[place], y), W, H, fill=False, edgecolor=frame[0], linestyle=frame[1], linewidth=2.4)
+                )
+    ax.imshow(
+        (canvas[0] if C == 1 else canvas.permute(1, 2, 0)).numpy(), cmap='gray', vmin=0, vmax=1,
+        interpolation='nearest', extent=(0, canvas.shape[2], canvas.shape[1], 0)
+    )
+    for place, title in ((0, 'query'), (1, 'attacked'), (2, 'difference'), (3, 'top 5 before'), (8, 'top 5 after')):
+        ax.text(left[place], -.1*H, title, fontsize=9, va='bottom')
     ax.set(xlim=(-.04*W, canvas.shape[2] + .04*W), ylim=(canvas.shape[1] + .04*H, -.36*H))
     ax.set_axis_off()
 
 # %% ../../nbs/report/01_tables.ipynb #598d0d01
 def strip(
-    tensors:Mapping[str,Tensor], # 'clean', 'adv' (K, C, H, W) float; 'before', 'after' (K, 5, C, H, W) uint8; 'label' (K,), 'label_before', 'label_after' (K, 5)
+    # 'clean', 'adv' (K, C, H, W) float; 'before', 'after' (K, 5, C, H, W) uint8; 'label' (K,), 'label_before',
+    # 'label_after' (K, 5)
+    tensors:Mapping[str,Tensor],
     fig:'Figure|None'=None,      # where to draw; None makes one
 )->'Figure':
     "Queries, their perturbation and the top five before and after the attack."
@@ -515,9 +724,14 @@ def strip(
         fig = fig or new_figure(11, .76*count + .7)
         _strip_axes(fig.subplots(), [_strip_row(tensors, row, scale) for row in range(count)])
         line = need('matplotlib.lines', 'a figure').Line2D
-        handles = [line([], [], color=c, linestyle=s, linewidth=2.4, label=text) for (c,s), text in ((_HIT, 'same class'), (_MISS, 'other class'))]
+        handles = [
+            line([], [], color=c, linestyle=s, linewidth=2.4, label=text)
+            for (c, s), text in ((_HIT, 'same class'), (_MISS, 'other class'))
+        ]
         fig.legend(handles=handles, loc='outside lower right', ncols=2, title=None)
-        fig.supxlabel(f'difference: black −{in_255(scale)}, grey 0, white +{in_255(scale)}', fontsize=9, x=.01, ha='left')
+        fig.supxlabel(
+            f'difference: black −{in_255(scale)}, grey 0, white +{in_255(scale)}', fontsize=9, x=0.01, ha='left'
+        )
     return fig
 
 # %% ../../nbs/report/01_tables.ipynb #2f9a7e41
@@ -531,15 +745,31 @@ def _sheet(rows:Sequence[Sequence[tuple[int,Tensor,tuple|None]]])->bytes: # PNG
 
 def _tile(place:int, label:str, kind:str='', under:str='')->str:
     "One picture of the sheet; `under` is what a slider uncovers."
-    return f'<span class="tile {kind}" role="img" aria-label="{escape(label)}">{under}<i{" class=moving" if under else ""} style="--x:{place}"></i></span>'
+    return (
+        f'<span class="tile {kind}" role="img" aria-label="{escape(label)}">{under}<i{" class=moving" if under else ""}'
+        f' style="--x:{place}"></i></span>'
+    )
 
 def _query(row:Sequence[tuple[int,Tensor,tuple|None]], y:int, sizes:Sequence[float], scale:float)->str:
     "Clean, attacked, difference, then what was found before and after."
     change = f'difference × {.5/scale:.3g}'
-    first = _tile(0, 'clean query') + _tile(1, 'attacked query', under='<i style="--x:0"></i>') + _tile(2, change, under='<i class="none"></i>')
-    groups = [f'<div class="set" style="--k:{sizes[0]:.4g}"><span class="name">clean, attacked, {change}</span>{first}</div>']
+    first = (
+        _tile(0, 'clean query')
+        + _tile(1, 'attacked query', under='<i style="--x:0"></i>')
+        + _tile(2, change, under='<i class="none"></i>')
+    )
+    groups = [
+        f'<div class="set" style="--k:{sizes[0]:.4g}"><span class="name">clean, attacked, {change}</span>{first}</div>'
+    ]
     for start, name in ((3, 'top 5 before'), (8, 'top 5 after')):
-        tiles = ''.join(_tile(place, f'{name}, {place - start + 1}: {"same" if frame is _HIT else "other"} class', 'hit' if frame is _HIT else 'miss') for place, _, frame in row if start <= place < start + 5)
+        tiles = ''.join(
+            _tile(
+                place, f'{name}, {place - start + 1}: {"same" if frame is _HIT else "other"} class',
+                'hit' if frame is _HIT else 'miss'
+            )
+            for place, _, frame in row
+            if start <= place < start + 5
+        )
         groups.append(f'<div class="set" style="--k:{sizes[1]:.4g}"><span class="name">{name}</span>{tiles}</div>')
     return f'<div class="query" style="--y:{y}">{"".join(groups)}</div>'
 
@@ -551,16 +781,25 @@ def viewer(
     scale = max((tensors['adv'] - tensors['clean']).abs().max().item(), 1e-6)
     rows = [_strip_row(tensors, row, scale) for row in range(len(tensors['clean']))]
     _, H, W = rows[0][0][1].shape
-    sizes = [max(1, round(side/W)) if W <= side else side/W for side in (84, 56)] # CSS pixels of a pixel: whole where the picture is small
-    data = f'--sheet:url(data:image/png;base64,{base64.b64encode(_sheet(rows)).decode()});--w:{W};--h:{H};--n:13;--m:{len(rows)}'
+    # CSS pixels of a pixel: whole where the picture is small
+    sizes = [max(1, round(side/W)) if W <= side else side/W for side in (84, 56)]
+    sheet = base64.b64encode(_sheet(rows)).decode()
+    data = f'--sheet:url(data:image/png;base64,{sheet});--w:{W};--h:{H};--n:13;--m:{len(rows)}'
     text = f'{caption} Difference: black −{in_255(scale)}, grey 0, white +{in_255(scale)}.'
-    return f'<figure class="viewer" style="{data}"><figcaption>{escape(text)}</figcaption>{"".join(_query(row, y, sizes, scale) for y, row in enumerate(rows))}</figure>'
+    return (
+        '<figure class="viewer"'
+        f' style="{data}"><figcaption>{escape(text)}</figcaption>'
+        f'{"".join(_query(row, y, sizes, scale) for y, row in enumerate(rows))}</figure>'
+    )
 
 # %% ../../nbs/report/01_tables.ipynb #07acbe36
 def _heading(results:Mapping[str,Any], setting:str, width:int)->str:
     "The row above a setting: how strong the attack was."
     s, attack = results['settings'][setting], results['attack']
-    text = f"Setting {setting}: ε = {in_255(s['eps'])}, attacked with {attack['steps']} steps of {in_255(attack['step_size'])}"
+    text = (
+        f"Setting {setting}: ε = {in_255(s['eps'])}, attacked with {attack['steps']} steps of"
+        f" {in_255(attack['step_size'])}"
+    )
     return f'<tr class="setting"><th colspan="{width}" scope="rowgroup"><span>{escape(text)}</span></th></tr>'
 
 def _head(columns:Sequence[Column], last:Sequence[str])->str:
@@ -569,9 +808,15 @@ def _head(columns:Sequence[Column], last:Sequence[str])->str:
     for column in columns: groups[column.group] = groups.get(column.group, 0) + 1
     top = ''.join(f'<th colspan="{n}"><span>{escape(group)}</span></th>' for group, n in groups.items())
     arrow = {1: '&nbsp;↑', -1: '&nbsp;↓', 0: ''}
-    names = ''.join(f'<th scope="col" title="{escape(c.help)}">{escape(c.name).replace(" ", "<br>")}{arrow[c.better]}</th>' for c in columns)
+    names = ''.join(
+        f'<th scope="col" title="{escape(c.help)}">{escape(c.name).replace(" ", "<br>")}{arrow[c.better]}</th>'
+        for c in columns
+    )
     ends = ''.join(f'<th rowspan="2" scope="col">{name}</th>' for name in last)
-    return f'<tr class="group"><th class="who" rowspan="2" scope="col">Defence</th><th rowspan="2" scope="col">PGD<br>steps</th>{top}{ends}</tr><tr class="names">{names}</tr>'
+    return (
+        '<tr class="group"><th class="who" rowspan="2" scope="col">Defence</th><th rowspan="2"'
+        f' scope="col">PGD<br>steps</th>{top}{ends}</tr><tr class="names">{names}</tr>'
+    )
 
 # %% ../../nbs/report/01_tables.ipynb #f8e1502a
 def _main_table(results:Mapping[str,Any])->str:
@@ -584,7 +829,11 @@ def _main_table(results:Mapping[str,Any])->str:
     for row, ((setting, _), records) in enumerate(rows.items()):
         if setting != last: body.append(_heading(results, setting, len(columns) + 2 + len(ends)))
         names = ['PGD steps', *(c.name for c in columns), *ends]
-        body.append(html_row([defence_name(records[0]), *(number_cell(shown[name][row], (row, name) in bold) for name in names)]))
+        body.append(
+            html_row(
+                [defence_name(records[0]), *(number_cell(shown[name][row], (row, name) in bold) for name in names)]
+            )
+        )
         last = setting
     return table_box(_head(columns, ends), body, 'results')
 
@@ -594,12 +843,25 @@ def _reading(results:Mapping[str,Any])->str:
     columns, table = COLUMNS[results['experiment']], _table(results, results['experiment'])
     arrow = {1: ' ↑', -1: ' ↓', 0: ''}
     terms = ''.join(f'<div><dt>{escape(c.name)}{arrow[c.better]}</dt><dd>{escape(c.help)}</dd></div>' for c in columns)
-    one, many = ('One seed has no spread: no ranking is claimed and nothing is bold.',
-                 'Cells are the mean over the seeds ± their sample standard deviation; bold: the best value of a setting, where its interval overlaps with no other row.')
+    one, many = (
+        'One seed has no spread: no ranking is claimed and nothing is bold.',
+        (
+            'Cells are the mean over the seeds ± their sample standard deviation; bold: the best value of a setting,'
+            ' where its interval overlaps with no other row.'
+        ),
+    )
     notes = ['↑ higher is better for the defender, ↓ lower is better.', one if table['Seeds'].max() < 2 else many]
-    if table['Seeds'].max() > 1 and table['Seeds'].min() < 2: notes.append('Rows with one seed have no spread; nothing is bold in their setting.')
-    if table[[c.name for c in columns]].isna().any(axis=None): notes.append('0/0: undefined, because the value without attack already is the goal of the attacker; left out of the mean.')
-    notes.append('Collapsed: the model maps all images to nearly one point; little can be moved then, which earns points in ERS and ARS and is no robustness.')
+    if table['Seeds'].max() > 1 and table['Seeds'].min() < 2:
+        notes.append('Rows with one seed have no spread; nothing is bold in their setting.')
+    if table[[c.name for c in columns]].isna().any(axis=None):
+        notes.append(
+            '0/0: undefined, because the value without attack already is the goal of the attacker; left out of the'
+            ' mean.'
+        )
+    notes.append(
+        'Collapsed: the model maps all images to nearly one point; little can be moved then, which earns points in ERS'
+        ' and ARS and is no robustness.'
+    )
     return f'<p class="note">{escape(" ".join(notes))}</p><h3>How to read the columns</h3><dl>{terms}</dl>'
 
 # %% ../../nbs/report/01_tables.ipynb #4f057c09
@@ -615,11 +877,19 @@ def warnings(results:Mapping[str,Any])->list[str]: # empty when no flag is raise
             about.setdefault(name, []).append(f"{label} in setting {setting}{count} ({_short(mine[0]['value'])})")
             means.setdefault(name, mine[0]['says'])
     def some(rows): return join_words(rows if len(rows) < 4 else [*rows[:2], f'{len(rows) - 2} more'])
-    return [f"{_words(name)}: {some(rows)}. The first of them: {means[name]}" if len(rows) > 1 else f"{_words(name)}: {rows[0]}. {means[name]}" for name,rows in about.items()]
+    return [
+        (
+            f"{_words(name)}: {some(rows)}. The first of them: {means[name]}"
+            if len(rows) > 1
+            else f"{_words(name)}: {rows[0]}. {means[name]}"
+        )
+        for name, rows in about.items()
+    ]
 
 def _words(name:str)->str: return name.replace('_', ' ')
 
-def _short(value:float|None)->str: return 'not measured' if value is None or math.isnan(value) else f'{value:.3g}'.replace('-', '−')
+def _short(value:float|None)->str:
+    return 'not measured' if value is None or math.isnan(value) else f'{value:.3g}'.replace('-', '−')
 
 def _checks(results:Mapping[str,Any])->str:
     "The flags of every row, raised ones marked; nothing where records have none."
@@ -629,10 +899,21 @@ def _checks(results:Mapping[str,Any])->str:
         flags = [r['eval']['flags'][i] for r in records]
         text = ' '.join(dict.fromkeys(_short(f['value']) for f in flags))
         return f'<span class="bad">{text}</span>' if any(f['raised'] for f in flags) else text
-    body = [html_row([defence_name(records[0]), escape(setting), *(cell(records, i) for i in range(len(names)))]) for (setting, _), records in rows.items()]
-    says = ''.join(f"<div><dt>{escape(_words(f['name']))}</dt><dd>{escape(f['says'])}</dd></div>" for f in results['records'][0]['eval']['flags'])
-    return (f'<h3>Can the numbers be believed?</h3>{table_box(html_row(["Defence", "Setting", *(escape(_words(n)) for n in names)], head=True), body)}'
-            f'<p class="note">Measured on a sample of the queries, one figure for each seed; a raised flag is marked. What the figures mean, in the words of the first row:</p><dl>{says}</dl>')
+    body = [
+        html_row([defence_name(records[0]), escape(setting), *(cell(records, i) for i in range(len(names)))])
+        for (setting, _), records in rows.items()
+    ]
+    says = ''.join(
+        f"<div><dt>{escape(_words(f['name']))}</dt><dd>{escape(f['says'])}</dd></div>"
+        for f in results['records'][0]['eval']['flags']
+    )
+    return (
+        '<h3>Can the numbers be'
+        ' believed?</h3>'
+        f'{table_box(html_row(["Defence", "Setting", *(escape(_words(n)) for n in names)], head=True), body)}<p'
+        ' class="note">Measured on a sample of the queries, one figure for each seed; a raised flag is marked. What'
+        f' the figures mean, in the words of the first row:</p><dl>{says}</dl>'
+    )
 
 # %% ../../nbs/report/01_tables.ipynb #40ca1d54
 _SURE = ('R@1', 'ES:R', 'LTM', 'GTM', 'ERS', 'ARS') # numbers whose interval is shown
@@ -643,13 +924,21 @@ def _intervals(results:Mapping[str,Any])->str:
     def span(records:Sequence[Mapping[str,Any]], name:str)->str:
         ends = [statistics.fmean(r['eval']['intervals'][name][i] for r in records) for i in (0, 1)]
         return ' to '.join(fixed_text(v, 1) for v in ends)
-    body = [html_row([defence_name(records[0]), escape(setting), *(span(records, name) for name in _SURE)]) for (setting, _), records in _rows(results).items()]
-    return (f'<h3>Uncertainty from the choice of queries</h3>{table_box(html_row(["Defence", "Setting", *map(escape, _SURE)], head=True), body)}'
-            '<p class="note">95 % bootstrap intervals over the queries, with gallery, targets and weights held fixed; over several seeds the mean of their ends. All rows see the same resamples.</p>')
+    body = [
+        html_row([defence_name(records[0]), escape(setting), *(span(records, name) for name in _SURE)])
+        for (setting, _), records in _rows(results).items()
+    ]
+    return (
+        '<h3>Uncertainty from the choice of'
+        f' queries</h3>{table_box(html_row(["Defence", "Setting", *map(escape, _SURE)], head=True), body)}<p'
+        ' class="note">95 % bootstrap intervals over the queries, with gallery, targets and weights held fixed; over'
+        ' several seeds the mean of their ends. All rows see the same resamples.</p>'
+    )
 
 # %% ../../nbs/report/01_tables.ipynb #b6c7c949
 def _beside(results:Mapping[str,Any])->str:
-    "Printed numbers of the paper, ours and the difference: three lines per defence; nothing where the paper has no such data set."
+    """Printed numbers of the paper, ours and the difference: three lines per defence; nothing where the paper has no
+    such data set."""
     long, rows = compare(results), _rows(results)
     if not len(long): return ''
     digits = {c.name: c.digits for c in COLUMNS[results['experiment']]}
@@ -658,16 +947,54 @@ def _beside(results:Mapping[str,Any])->str:
         cells = block.set_index('Metric')
         def line(title:str, column:str, form:str)->str:
             values = [cells[column].get(m, math.nan) for m in metrics]
-            return html_row([title, *('–' if v != v else escape(v) if isinstance(v, str) else f'{v:{form}.{digits[m]}f}'.replace('-', '−') for m,v in zip(metrics, values))])
-        body += [f'<tr class="setting"><th colspan="{len(metrics) + 1}" scope="rowgroup"><span>{defence_name(rows[setting, label][0])}, setting {escape(setting)}</span></th></tr>', line('printed', 'Printed', ''), line('ours', 'Ours', ''), line('difference', 'Difference', '+')]
-    return ('<h2>Beside the paper</h2><p>Numbers printed in the paper for this data set, ours (mean over the seeds), and ours minus printed. Presets other than <code>paper</code> '
-            'train smaller models for a shorter time, so differences are expected.</p>' + table_box(html_row(['', *map(escape, metrics)], head=True), body, 'fixed'))
+            return html_row(
+                [
+                    title,
+                    *(
+                        (
+                            '–'
+                            if v != v
+                            else escape(v) if isinstance(v, str) else f'{v:{form}.{digits[m]}f}'.replace('-', '−')
+                        )
+                        for m, v in zip(metrics, values)
+                    ),
+                ]
+            )
+        body += [
+            (
+                f'<tr class="setting"><th colspan="{len(metrics) + 1}"'
+                f' scope="rowgroup"><span>{defence_name(rows[setting, label][0])}, setting'
+                f' {escape(setting)}</span></th></tr>'
+            ),
+            line('printed', 'Printed', ''),
+            line('ours', 'Ours', ''),
+            line('difference', 'Difference', '+'),
+        ]
+    return (
+        '<h2>Beside the paper</h2><p>Numbers printed in the paper for this data set, ours (mean over the seeds), and'
+        ' ours minus printed. Presets other than <code>paper</code> train smaller models for a shorter time, so'
+        ' differences are expected.</p>'
+        + table_box(html_row(['', *map(escape, metrics)], head=True), body, 'fixed')
+    )
 
 def _costs(results:Mapping[str,Any])->str:
     "The cost table."
     table, rows = cost(results), _rows(results)
-    def text(v:Any)->str: return ('–' if math.isnan(v) else f'{v:,.0f}' if v >= 100 else f'{v:.1f}') if isinstance(v, float) else f'{v:,}' if isinstance(v, int) else escape(str(v))
-    body = [html_row([defence_name(rows[line['Setting'], line['Defense']][0]), *(text(line[name]) for name in ('Setting', *list(table)[2:]))]) for line in table.to_dict('records')]
+    def text(v:Any)->str:
+        return (
+            ('–' if math.isnan(v) else f'{v:,.0f}' if v >= 100 else f'{v:.1f}')
+            if isinstance(v, float)
+            else f'{v:,}' if isinstance(v, int) else escape(str(v))
+        )
+    body = [
+        html_row(
+            [
+                defence_name(rows[line['Setting'], line['Defense']][0]),
+                *(text(line[name]) for name in ('Setting', *list(table)[2:]))
+            ]
+        )
+        for line in table.to_dict('records')
+    ]
     return table_box(html_row(['Defence', 'Setting', *map(escape, list(table)[2:])], head=True), body)
 
 # %% ../../nbs/report/01_tables.ipynb #9e15a145
@@ -676,49 +1003,124 @@ def _times(results:Mapping[str,Any], pictures:str)->str:
     table, rows = attack_seconds(results), _rows(results)
     if not pictures: return ''
     names = [name for name in table if name not in ('Setting', 'Defense')]
-    body = [html_row([defence_name(rows[line['Setting'], line['Defense']][0]), escape(line['Setting']), *('–' if math.isnan(line[n]) else f'{line[n]:.1f}' for n in names)]) for line in table.to_dict('records')]
-    seconds = f'<h3>Seconds of each attack</h3>{table_box(html_row(["Defence", "Setting", *map(escape, names)], head=True), body)}' if names else ''
+    body = [
+        html_row(
+            [
+                defence_name(rows[line['Setting'], line['Defense']][0]), escape(line['Setting']),
+                *('–' if math.isnan(line[n]) else f'{line[n]:.1f}' for n in names)
+            ]
+        )
+        for line in table.to_dict('records')
+    ]
+    seconds = (
+        '<h3>Seconds of each'
+        f' attack</h3>{table_box(html_row(["Defence", "Setting", *map(escape, names)], head=True), body)}'
+        if names
+        else ''
+    )
     return f'<h3>Where the time went</h3>{pictures}{seconds}'
 
 # %% ../../nbs/report/01_tables.ipynb #61c259e5
 def setup_part(results:Mapping[str,Any])->str:
     "What was asked for: parameters, changes of the preset, settings."
     changes = ''.join(f'<li>{escape(str(change))}</li>' for change in results['overrides']) or '<li>nothing</li>'
-    names = {'eps': 'ε', 'step_size': 'Training step size', 'steps': 'Training steps', 'colo_steps': 'Training steps of COLO-TRIDE', 'warm_epochs': 'Natural epochs first'}
+    names = {
+        'eps': 'ε', 'step_size': 'Training step size', 'steps': 'Training steps',
+        'colo_steps': 'Training steps of COLO-TRIDE', 'warm_epochs': 'Natural epochs first'
+    }
     used = [name for name in names if all(name in s for s in results['settings'].values())]
-    body = [html_row([escape(str(key)), *(escape(str(in_pixels(s)[name])) for name in used)]) for key, s in results['settings'].items()]
-    attack = in_pixels(results['attack']) | ({'limit': results['attack']['limit'] or 'all queries'} if 'limit' in results['attack'] else {})
-    return (f'<h3>Parameters as given</h3>{facts_table(results["parameters"])}<h3>What the preset changes against the paper</h3><ul>{changes}</ul>'
-            f'<h3>Settings of the training</h3>{table_box(html_row(["Setting", *(names[u] for u in used)], head=True), body)}<h3>Attacks of the evaluation</h3>{facts_table(attack)}')
+    body = [
+        html_row([escape(str(key)), *(escape(str(in_pixels(s)[name])) for name in used)])
+        for key, s in results['settings'].items()
+    ]
+    attack = in_pixels(results['attack']) | (
+        {'limit': results['attack']['limit'] or 'all queries'} if 'limit' in results['attack'] else {}
+    )
+    return (
+        f'<h3>Parameters as given</h3>{facts_table(results["parameters"])}<h3>What the preset changes against the'
+        f' paper</h3><ul>{changes}</ul><h3>Settings of the'
+        f' training</h3>{table_box(html_row(["Setting", *(names[u] for u in used)], head=True), body)}<h3>Attacks of'
+        f' the evaluation</h3>{facts_table(attack)}'
+    )
 
 def provenance_part(results:Mapping[str,Any])->str:
     "Where every number comes from: runs, data, versions."
-    body = [html_row([defence_name(r), escape(r['setting']), str(r['seed']), *(f'<code>{escape(str(r[k].get("address", "")))}</code>' for k in ('train', 'eval')),
-                   f"{r['eval']['queries']:,}", str(r['eval']['excluded']), escape(str(r['eval']['backend']))]) for r in results['records']]
-    head = html_row(['Defence', 'Setting', 'Seed', 'Training run', 'Evaluation run', 'Queries', 'Without partner', 'Search'], head=True)
+    body = [
+        html_row(
+            [
+                defence_name(r), escape(r['setting']), str(r['seed']),
+                *(f'<code>{escape(str(r[k].get("address", "")))}</code>' for k in ('train', 'eval')),
+                f"{r['eval']['queries']:,}", str(r['eval']['excluded']), escape(str(r['eval']['backend']))
+            ]
+        )
+        for r in results['records']
+    ]
+    head = html_row(
+        ['Defence', 'Setting', 'Seed', 'Training run', 'Evaluation run', 'Queries', 'Without partner', 'Search'],
+        head=True
+    )
     machines = list({to_json(r['train']['provenance']): r['train']['provenance'] for r in results['records']}.values())
-    return (f'<h3>Runs in the store</h3>{table_box(head, body)}<p class="note">Without partner: queries whose class has no other image in the gallery; R@1 is undefined for them and they are left out.</p>'
-            f'<h3>Data</h3>{facts_table(results["data"])}<h3>Software</h3>' + ''.join(map(facts_table, machines)))
+    return (
+        f'<h3>Runs in the store</h3>{table_box(head, body)}<p class="note">Without partner: queries whose class has no'
+        ' other image in the gallery; R@1 is undefined for them and they are left'
+        f' out.</p><h3>Data</h3>{facts_table(results["data"])}<h3>Software</h3>'
+        + ''.join(map(facts_table, machines))
+    )
 
 # %% ../../nbs/report/01_tables.ipynb #b439b3cb
-def _captioned(results:Mapping[str,Any], examples:Mapping[str,Mapping[str,Tensor]])->list[tuple[Mapping[str,Tensor],str]]:
+def _captioned(
+    results: Mapping[str, Any], examples: Mapping[str, Mapping[str, Tensor]]
+) -> list[tuple[Mapping[str, Tensor], str]]:
     "The examples of each row with their caption."
-    names, attack = {f'{setting} {label}': f'{label}, setting {setting}' for setting, label in _rows(results)}, results['records'][0]['eval'].get('example_attack', 'ES')
-    return [(tensors, f'{names.get(label, label)}: queries under the attack {attack} and the five nearest test images before and after. Solid blue frame: same class; dashed orange frame: other class.')
-            for label, tensors in examples.items()]
+    names, attack = {f'{setting} {label}': f'{label}, setting {setting}' for setting, label in _rows(results)}, results[
+        'records'
+    ][0]['eval'].get('example_attack', 'ES')
+    return [
+        (
+            tensors,
+            (
+                f'{names.get(label, label)}: queries under the attack {attack} and the five nearest test images before'
+                ' and after. Solid blue frame: same class; dashed orange frame: other class.'
+            ),
+        )
+        for label, tensors in examples.items()
+    ]
 
-def _figures(results:Mapping[str,Any], examples:Mapping[str,Mapping[str,Tensor]])->dict[str,tuple[bytes,str]]: # file name to (PNG, caption)
+# file name to (PNG, caption)
+def _figures(results:Mapping[str,Any], examples:Mapping[str,Mapping[str,Tensor]])->dict[str,tuple[bytes,str]]:
     "All figures of a report with their captions."
     made = {}
     for setting in dict.fromkeys(r['setting'] for r in results['records']):
-        made[f'robustness-{slug(setting)}.png'] = png(robustness(results, setting).figure), (f'Setting {setting}. Each line is an attack, each marker a defence (mean over its seeds; faint: single seeds). '
-            'Farther right is more robust. The two lines on top show what the model is worth without attack; read the scores of a model with a mean distance near 0 with suspicion.')
-        made[f'curves-{slug(setting)}.png'] = png(curves([r for r in results['records'] if r['setting'] == setting], panels=PANELS.get(results['experiment'], _PANELS))), (f'Training in setting {setting}, one thin line per seed. '
-            'Distances that shrink together while separability falls announce a collapse; C is positive when one is impending, and COLO-TRIDE then assists or stops instead of attacking.')
+        made[f'robustness-{slug(setting)}.png'] = (
+            png(robustness(results, setting).figure),
+            (
+                f'Setting {setting}. Each line is an attack, each marker a defence (mean over its seeds; faint: single'
+                ' seeds). Farther right is more robust. The two lines on top show what the model is worth without'
+                ' attack; read the scores of a model with a mean distance near 0 with suspicion.'
+            ),
+        )
+        made[f'curves-{slug(setting)}.png'] = (
+            png(
+                curves(
+                    [r for r in results['records'] if r['setting'] == setting],
+                    panels=PANELS.get(results['experiment'], _PANELS)
+                )
+            ),
+            (
+                f'Training in setting {setting}, one thin line per seed. Distances that shrink together while'
+                ' separability falls announce a collapse; C is positive when one is impending, and COLO-TRIDE then'
+                ' assists or stops instead of attacking.'
+            ),
+        )
     for label, (tensors, caption) in zip(examples, _captioned(results, examples)):
-        made[f'queries-{slug(label)}.png'] = png(strip(tensors), colours=0 if tensors['clean'].shape[1] > 1 else 256), caption
+        made[f'queries-{slug(label)}.png'] = (
+            png(strip(tensors), colours=0 if tensors['clean'].shape[1] > 1 else 256), caption
+        )
     if len(table := parts(results)):
-        made['time.png'] = png(time_bars(results).figure), f'Seconds of training (blue) and evaluation (orange), mean over the seeds. {_largest(table)}'
+        made['time.png'] = (
+            png(time_bars(results).figure),
+            f'Seconds of training (blue) and evaluation (orange), mean over the seeds. {_largest(table)}'
+        )
     return made
 
 # %% ../../nbs/report/01_tables.ipynb #255981ad
@@ -729,26 +1131,49 @@ def _title(results:Mapping[str,Any])->str:
 def _seeds(results:Mapping[str,Any])->str:
     "How many seeds stand behind a row: '3 seeds', '1 to 3 seeds'."
     counts = sorted({len(records) for records in _rows(results).values()})
-    return (f'{counts[0]} to {counts[-1]}' if len(counts) > 1 else f'{counts[0]}') + (' seed' if counts[-1] == 1 else ' seeds')
+    return (f'{counts[0]} to {counts[-1]}' if len(counts) > 1 else f'{counts[0]}') + (
+        ' seed' if counts[-1] == 1 else ' seeds'
+    )
 
 def _assisting(results:Mapping[str,Any])->str:
     "The paragraph on what assisting does; nothing where the table cannot show it."
     said = what_assisting_does(results)
-    note = ('Mean of the differences seed by seed, with their standard deviation. Beside the assistance, a row differs from the other '
-            'in the switch or the miner that its name says.')
+    note = (
+        'Mean of the differences seed by seed, with their standard deviation. Beside the assistance, a row differs from'
+        ' the other in the switch or the miner that its name says.'
+    )
     items = ''.join(f'<li>{escape(text)}</li>' for text in said)
     return f'<h3>What assisting does</h3><ul>{items}</ul><p class="note">{note}</p>' if said else ''
 
-def _page(results:Mapping[str,Any], figures:Mapping[str,tuple[bytes,str]], examples:Mapping[str,Mapping[str,Tensor]]={})->str:
+def _page(
+    results: Mapping[str, Any], figures: Mapping[str, tuple[bytes, str]],
+    examples: Mapping[str, Mapping[str, Tensor]] = {}
+) -> str:
     "The whole page."
-    def pictures(kind:str)->str: return ''.join(html_figure(*figure) for name, figure in figures.items() if name.startswith(kind))
-    title, queries, said = _title(results), ''.join(viewer(tensors, caption) for tensors, caption in _captioned(results, examples)), [*filter(None, [never_assists(results), headline(results)]), *summary(results)]
+    def pictures(kind:str)->str:
+        return ''.join(html_figure(*figure) for name, figure in figures.items() if name.startswith(kind))
+    title, queries, said = (
+        _title(results), ''.join(viewer(tensors, caption) for tensors, caption in _captioned(results, examples)),
+        [*filter(None, [never_assists(results), headline(results)]), *summary(results)]
+    )
     smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
     strips = f'<h2>Queries under attack</h2>{queries}' if queries else ''
-    return document(title, opening(title, f'Data {results["dataset"]}, preset {results["preset"]}, {_seeds(results)}.{smoke}', said, warnings(results)) +
-            f'<p class="note">What the preset changes against the paper stands under <a href="#setup">Configuration</a>.</p><h2>Results</h2>{_main_table(results)}{_assisting(results)}{_reading(results)}{_checks(results)}{_intervals(results)}{_beside(results)}<h2>Robustness of each defence</h2>{pictures("robustness")}<h2>Training</h2>{pictures("curves")}{strips}'
-            f'<h2>Cost</h2>{_costs(results)}<p class="note">Means over the seeds. Image steps: images times PGD steps. Times depend on the machine and are not part of the csv file.</p>{_times(results, pictures("time"))}'
-            f'<h2 id="setup">Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}')
+    return document(
+        title,
+        opening(
+            title, f'Data {results["dataset"]}, preset {results["preset"]}, {_seeds(results)}.{smoke}', said,
+            warnings(results)
+        )
+        + '<p class="note">What the preset changes against the paper stands under <a'
+        f' href="#setup">Configuration</a>.</p><h2>Results</h2>{_main_table(results)}{_assisting(results)}'
+        f'{_reading(results)}{_checks(results)}{_intervals(results)}{_beside(results)}<h2>Robustness'
+        ' of each'
+        f' defence</h2>{pictures("robustness")}<h2>Training</h2>{pictures("curves")}{strips}<h2>Cost</h2>'
+        f'{_costs(results)}<p'
+        ' class="note">Means over the seeds. Image steps: images times PGD steps. Times depend on the machine and'
+        f' are not part of the csv file.</p>{_times(results, pictures("time"))}<h2'
+        f' id="setup">Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}',
+    )
 
 # %% ../../nbs/report/01_tables.ipynb #7f3959da
 def write_report(

@@ -21,7 +21,10 @@ from ..core import check_choice, need, progress, typed
 
 # %% ../../nbs/runs/01_jobs.ipynb #5cd5bd7d
 _SHARED = dict(minutes=10080, restarts=100, gpus=0)
-OPTIONS = dict[str, dict[str, Any]](inline={}, local=dict(_SHARED, jobs=2, threads=0), slurm=dict(_SHARED, jobs=0, minutes=1440, cpus=0, memory=0, partition='', account='', qos='', constraint=''))
+OPTIONS = dict[str, dict[str, Any]](
+    inline={}, local=dict(_SHARED, jobs=2, threads=0),
+    slurm=dict(_SHARED, jobs=0, minutes=1440, cpus=0, memory=0, partition='', account='', qos='', constraint='')
+)
 
 @dataclass(frozen=True)
 class Executor:
@@ -36,24 +39,47 @@ def executor(
     kind, _, rest = text.partition(':')
     known = OPTIONS[check_choice('executor', kind, tuple(OPTIONS))]
     pairs = [part.partition('=') for part in rest.split('+')] if rest else []
-    if not all(key and value for key,_,value in pairs): raise ValueError(f"executor must be written as in 'slurm:partition=gpu+gpus=1', found {text!r}")
-    if unknown := sorted({key for key,*_ in pairs} - known.keys()): raise ValueError(f'{kind} has no option {", ".join(unknown)}, found in executor {text!r}; it has {", ".join(known) or "none"}')
+    if not all(key and value for key,_,value in pairs):
+        raise ValueError(f"executor must be written as in 'slurm:partition=gpu+gpus=1', found {text!r}")
+    if unknown := sorted({key for key,*_ in pairs} - known.keys()):
+        raise ValueError(
+            f'{kind} has no option {", ".join(unknown)}, found in executor {text!r}; it has'
+            f' {", ".join(known) or "none"}'
+        )
     for key,_,value in pairs: # these words stand in a script of the cluster
-        if not re.fullmatch(r'[\w.,&|*()-]{1,200}', value, re.ASCII): raise ValueError(f'option {key} of an executor must be at most 200 letters, digits and . , & | * ( ) - _, found {value[:50]!r}')
-    return Executor(kind, known | {key: typed(f'executor, option {key},', int(value) if value.isdecimal() and isinstance(known[key], int) else value, known[key]) for key,_,value in pairs})
+        if not re.fullmatch(r'[\w.,&|*()-]{1,200}', value, re.ASCII):
+            raise ValueError(
+                f'option {key} of an executor must be at most 200 letters, digits and . , & | * ( ) - _, found'
+                f' {value[:50]!r}'
+            )
+    return Executor(
+        kind,
+        known | {
+            key: typed(
+                f'executor, option {key},', int(value) if value.isdecimal() and isinstance(known[key], int) else value,
+                known[key]
+            )
+            for key, _, value in pairs
+        },
+    )
 
 def only_inline(
     text:str, # of the parameter
 )->None:
     "Refuse an executor where nothing is given away as a job."
-    if (kind := executor(text).kind) != 'inline': raise ValueError(f'executor must be inline here, found {kind}; this notebook computes everything itself')
+    if (kind := executor(text).kind) != 'inline':
+        raise ValueError(f'executor must be inline here, found {kind}; this notebook computes everything itself')
 
 # %% ../../nbs/runs/01_jobs.ipynb #bb8e4cc5
 @contextmanager
 def stoppable()->Iterator[None]:
     "SIGTERM and SIGUSR1 end the block with SystemExit; nothing changes outside the main thread."
     def stop(number, _): raise SystemExit(128 + number)
-    signals = (signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM)) if threading.current_thread() is threading.main_thread() else ()
+    signals = (
+        (signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM))
+        if threading.current_thread() is threading.main_thread()
+        else ()
+    )
     before = {number: signal.signal(number, stop) for number in signals}
     try: yield
     finally:
@@ -88,28 +114,47 @@ def private_folder(
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     found = home.stat()
     if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        raise PermissionError(f'expected {home} to be yours and closed to others, found owner {found.st_uid} and mode {stat.S_IMODE(found.st_mode):o}; delete it or close it with chmod 700')
+        raise PermissionError(
+            f'expected {home} to be yours and closed to others, found owner {found.st_uid} and mode'
+            f' {stat.S_IMODE(found.st_mode):o}; delete it or close it with chmod 700'
+        )
     (home/'.gitignore').write_text('*\n')
     new = home/f'{time.strftime("%Y%m%d-%H%M%S")}-{uuid4().hex[:6]}'
     new.mkdir(mode=0o700)
     return new
 
 # %% ../../nbs/runs/01_jobs.ipynb #f4fac35f
-_UNDER_WAY = {'PENDING', 'CONFIGURING', 'RUNNING', 'COMPLETING', 'REQUEUED', 'REQUEUE_HOLD', 'REQUEUE_FED', 'SUSPENDED', 'RESIZING', 'SIGNALING', 'STAGE_OUT', 'STOPPED', 'SPECIAL_EXIT', 'PREEMPTED'}
+_UNDER_WAY = {
+    'PENDING', 'CONFIGURING', 'RUNNING', 'COMPLETING', 'REQUEUED', 'REQUEUE_HOLD', 'REQUEUE_FED', 'SUSPENDED',
+    'RESIZING', 'SIGNALING', 'STAGE_OUT', 'STOPPED', 'SPECIAL_EXIT', 'PREEMPTED'
+}
 
 def _engine(submitit:ModuleType, how:Executor, folder:Path)->Any:
     "submitit's executor with our options."
-    if how.kind == 'slurm' and shutil.which('sbatch') is None: raise FileNotFoundError('executor slurm needs the command sbatch, found none; run on a machine of the cluster, or with executor local')
+    if how.kind == 'slurm' and shutil.which('sbatch') is None:
+        raise FileNotFoundError(
+            'executor slurm needs the command sbatch, found none; run on a machine of the cluster, or with executor'
+            ' local'
+        )
     o = how.options
     engine = submitit.AutoExecutor(folder=folder, cluster=how.kind, **{f'{how.kind}_max_num_timeout': o['restarts']})
-    names = dict(cpus='cpus_per_task', memory='mem_gb', partition='slurm_partition', account='slurm_account', qos='slurm_qos', constraint='slurm_constraint', gpus='gpus_per_node')
-    engine.update_parameters(name='robust_dml', timeout_min=o['minutes'], **{name: o[key] for key,name in names.items() if o.get(key)})
+    names = dict(
+        cpus='cpus_per_task', memory='mem_gb', partition='slurm_partition', account='slurm_account', qos='slurm_qos',
+        constraint='slurm_constraint', gpus='gpus_per_node'
+    )
+    engine.update_parameters(
+        name='robust_dml', timeout_min=o['minutes'], **{name: o[key] for key, name in names.items() if o.get(key)}
+    )
     return engine
 
 def _gone(jobs:Mapping[str, Any])->set[str]:
-    "Jobs that the queue of the cluster no longer holds; submitit alone would wait for them for ever where the cluster keeps no accounts."
+    """Jobs that the queue of the cluster no longer holds; submitit alone would wait for them for ever where the
+    cluster keeps no accounts."""
     ids = {job.job_id: label for label,job in jobs.items()}
-    asked = subprocess.run(['squeue', '--noheader', '--states=all', '--format=%i %T', f'--jobs={",".join(ids)}'], capture_output=True, text=True)
+    asked = subprocess.run(
+        ['squeue', '--noheader', '--states=all', '--format=%i %T', f'--jobs={",".join(ids)}'], capture_output=True,
+        text=True
+    )
     if asked.returncode and 'Invalid job id' not in asked.stderr: return set() # a controller that is away
     states = dict(line.split()[:2] for line in asked.stdout.splitlines())
     return {label for id,label in ids.items() if states.get(id, 'GONE') not in _UNDER_WAY}
@@ -118,13 +163,15 @@ def _failure(job:Any, patience:float=15.)->str: # seconds that a network file sy
     "Why a job that is over failed, as the last line of its error; '' when it did not."
     end, result = time.monotonic() + patience, job.paths.result_pickle
     while not result.exists() and time.monotonic() < end: time.sleep(.5)
-    if not result.exists(): return f'it ended without a result (killed, cancelled, out of time or memory); log: {job.paths.stderr}'
+    if not result.exists():
+        return f'it ended without a result (killed, cancelled, out of time or memory); log: {job.paths.stderr}'
     if (error := job.exception()) is None: return ''
     trace = str(error).split('-'*22)[1].strip().splitlines() # between two rules
     return f'{trace[-1]}; log: {job.paths.stderr}'
 
 def run_jobs(
-    calls:Mapping[str, Callable[[], Any]], # what to compute, by a name for messages; each leaves its result in the store
+    # what to compute, by a name for messages; each leaves its result in the store
+    calls:Mapping[str, Callable[[], Any]],
     how:Executor,   # 'local' or 'slurm'
     folder:Path,    # for the jobs' own files; on a cluster one that all machines see
     *,
@@ -143,12 +190,24 @@ def run_jobs(
                     left.pop(0)
                 time.sleep(every)
                 over = {label for label,job in running.items() if job.done()}
-                if how.kind == 'slurm' and running and time.monotonic() > looked + 10*every: over, looked = over | _gone(running), time.monotonic()
+                if how.kind == 'slurm' and running and time.monotonic() > looked + 10*every:
+                    over, looked = over | _gone(running), time.monotonic()
                 for label in over:
                     if why := _failure(running.pop(label)): failed.append(f'{label} failed: {why}')
                     bar.update(1)
     finally:
         if how.kind == 'local':
             for job in running.values(): job.cancel()
-    if failed: raise JobError('\n'.join([f'{len(failed)} of {len(calls)} jobs failed (the others are kept: run again to compute only what is missing)', *failed]))
+    if failed:
+        raise JobError(
+            '\n'.join(
+                [
+                    (
+                        f'{len(failed)} of {len(calls)} jobs failed (the others are kept: run again to compute only'
+                        ' what is missing)'
+                    ),
+                    *failed,
+                ]
+            )
+        )
     shutil.rmtree(logs)

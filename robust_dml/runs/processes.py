@@ -28,7 +28,11 @@ def _is_joined()->bool: return dist.is_available() and dist.is_initialized()
 def process_count()->int:
     "Processes that work together; 1 without a launcher."
     if _is_joined(): return dist.get_world_size()
-    if _started() > 1: raise RuntimeError(f'expected the {_started()} processes of this launch to be joined, found them apart; put the work into `with runs.processes.joined(device):`')
+    if _started() > 1:
+        raise RuntimeError(
+            f'expected the {_started()} processes of this launch to be joined, found them apart; put the work into'
+            ' `with runs.processes.joined(device):`'
+        )
     return 1
 
 def process_index()->int:
@@ -47,8 +51,11 @@ def _talking()->Iterator[None]:
     "Errors of the connection in one sentence; the cause is in the other process."
     try: yield
     except RuntimeError as error:
-        raise ProcessLost('expected an answer from every process of this run, found one that had ended or was silent; its own message says why, and started again the run goes on '
-                          f'from its last checkpoint ({str(error).splitlines()[0][:120]})') from error
+        raise ProcessLost(
+            'expected an answer from every process of this run, found one that had ended or was silent; its own'
+            ' message says why, and started again the run goes on from its last checkpoint'
+            f' ({str(error).splitlines()[0][:120]})'
+        ) from error
 
 def check_started(
     processes:int|None, # how many there must be; None: any number
@@ -56,13 +63,24 @@ def check_started(
     "Refuse a launch that started another number of processes."
     found = dist.get_world_size() if _is_joined() else _started()
     if processes in (None, found): return found
-    raise RuntimeError(f'expected {processes} processes, found {found}; start the program with `torchrun --standalone --nproc_per_node {processes}`, or a function from a notebook with runs.processes.launch')
+    raise RuntimeError(
+        f'expected {processes} processes, found {found}; start the program with `torchrun --standalone --nproc_per_node'
+        f' {processes}`, or a function from a notebook with runs.processes.launch'
+    )
 
 def _own_gpu(device:str)->None:
     "The GPU that has the number of this process on its machine becomes the one that 'cuda' means."
-    if torch.device(device).index is not None: raise ValueError(f"device must be 'cuda' for several processes, each of which takes the GPU of its own number, found {device!r}")
+    if torch.device(device).index is not None:
+        raise ValueError(
+            "device must be 'cuda' for several processes, each of which takes the GPU of its own number, found"
+            f" {device!r}"
+        )
     number, gpus = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
-    if number >= gpus: raise RuntimeError(f"expected a GPU for every process of a machine, found {gpus} for process {number}; start at most {gpus} per machine, or use device='cpu'")
+    if number >= gpus:
+        raise RuntimeError(
+            f"expected a GPU for every process of a machine, found {gpus} for process {number}; start at most {gpus}"
+            " per machine, or use device='cpu'"
+        )
     torch.cuda.set_device(number)
 
 @contextmanager
@@ -108,7 +126,8 @@ def launch(
 
 # %% ../../nbs/runs/02_processes.ipynb #5b1c8631
 def _device()->str: return 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
-def _to_bytes(value:Any)->Tensor: return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(_device())
+def _to_bytes(value:Any)->Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(_device())
 def _from_bytes(data:Tensor)->Any: return json.loads(data.cpu().numpy().tobytes())
 
 def wait()->None:
@@ -156,8 +175,11 @@ def check_same(
     "Refuse to go on when the processes hold different values."
     found = everyone(value)
     other = [i for i,v in enumerate(found) if v != found[0]]
-    if other: raise RuntimeError(f'{name} must be the same in all processes, found others in process {", ".join(map(str, other))} than in process 0; '
-                                 'use the same machines, versions, files and seeds for all (what was stored before is kept)')
+    if other:
+        raise RuntimeError(
+            f'{name} must be the same in all processes, found others in process {", ".join(map(str, other))} than in'
+            ' process 0; use the same machines, versions, files and seeds for all (what was stored before is kept)'
+        )
 
 # %% ../../nbs/runs/02_processes.ipynb #973c1dbf
 class _Cut(Function):
@@ -190,7 +212,8 @@ class _Copy(Function):
     @staticmethod
     def backward(ctx, *grads):
         total = iter(_Total.apply(*(g for g in grads if g is not None)))
-        return tuple(None if g is None else next(total) for g in grads) # a weight that the network does not use has no gradient
+        # a weight that the network does not use has no gradient
+        return tuple(None if g is None else next(total) for g in grads)
 
 class _Total(Function):
     "What each process has -> the sum over all, in one message."
@@ -213,9 +236,15 @@ def shares(
 
 def _check_fixed(network:nn.Module)->None:
     "Refuse batch statistics."
-    moving = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None) for m in network.modules())
-    if moving: raise ValueError(f'a network in {process_count()} processes must have BatchNorm with fixed statistics, found statistics of the batch, of which each process has a part; '
-                                'train with freeze_batchnorm=True or in one process')
+    moving = any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None)
+        for m in network.modules()
+    )
+    if moving:
+        raise ValueError(
+            f'a network in {process_count()} processes must have BatchNorm with fixed statistics, found statistics of'
+            ' the batch, of which each process has a part; train with freeze_batchnorm=True or in one process'
+        )
 
 def _forward(self, x:Tensor, *, alone:bool=False)->Tensor:
     "Embeddings (B, D) of the whole batch; the rows of this process are computed here."
@@ -262,5 +291,8 @@ def traffic(
     "What a process receives in one update, with all-reduce as a ring (two rounds) and rows dealt out evenly."
     if processes < 1: raise ValueError(f'processes must be 1 or more, found {processes}')
     others = itemsize*(processes - 1)/processes
-    found = dict(embeddings=others*dim*(clean + steps*moved + update), images=others*pixels*steps*moved, weights=2*others*weights)
+    found = dict(
+        embeddings=others * dim * (clean + steps * moved + update), images=others * pixels * steps * moved,
+        weights=2 * others * weights
+    )
     return found | dict(total=sum(found.values()))

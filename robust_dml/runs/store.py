@@ -58,8 +58,10 @@ def write_atomic(
         raise _unwritable(path, error) from error
 
 def _unwritable(path:Path, error:OSError)->StoreError:
-    return StoreError(f'expected to write {path}, found: {error.strerror}; free space or choose another folder with -p out FOLDER '
-                      '(what was finished before is kept)')
+    return StoreError(
+        f'expected to write {path}, found: {error.strerror}; free space or choose another folder with -p out FOLDER '
+        '(what was finished before is kept)'
+    )
 
 # %% ../../nbs/runs/00_store.ipynb #a72165e1
 def to_json(
@@ -74,7 +76,9 @@ def to_json(
         if isinstance(v, (list, tuple)): return [plain(x) for x in v]
         return v
     form = dict(separators=(',', ':')) if compact else dict(indent=1, sort_keys=True)
-    return (json.dumps(plain(value), allow_nan=False, ensure_ascii=False, **form) + '\n').encode(errors='backslashreplace')
+    return (json.dumps(plain(value), allow_nan=False, ensure_ascii=False, **form) + '\n').encode(
+        errors='backslashreplace'
+    )
 
 # %% ../../nbs/runs/00_store.ipynb #5d0c1e02
 def _signed(value:dict)->dict:
@@ -85,7 +89,11 @@ def _verified(value:dict, path:Path, line:str='')->dict:
     "The content of what `_signed` returned; StoreError when it is another one."
     if not isinstance(value, dict) or 'content' not in value: return value
     plain = {key: v for key,v in value.items() if key != 'content'}
-    if _signed(plain)['content'] != value['content']: raise StoreError(f'expected {line or "content"} with the hash {str(value["content"])[:12]} in {path}, found a damaged file; delete it and run again')
+    if _signed(plain)['content'] != value['content']:
+        raise StoreError(
+            f'expected {line or "content"} with the hash {str(value["content"])[:12]} in {path}, found a damaged file;'
+            ' delete it and run again'
+        )
     return plain
 
 
@@ -98,11 +106,14 @@ def ledger_of(
 
 _HASH = ',"content":"{}"}}\n' # ends every line
 
-def _repair(path:Path)->str: return f'take the file from git again (git checkout -- {path}), or remove the line and collect the runs again'
+def _repair(path:Path)->str:
+    return f'take the file from git again (git checkout -- {path}), or remove the line and collect the runs again'
 
 def _as_line(record:dict)->bytes:
     "A run as one line that ends in the hash of what stands before it."
-    text = json.dumps(record, separators=(',', ':'), ensure_ascii=False, allow_nan=False)[:-1].encode(errors='backslashreplace')
+    text = json.dumps(record, separators=(',', ':'), ensure_ascii=False, allow_nan=False)[:-1].encode(
+        errors='backslashreplace'
+    )
     return text + _HASH.format(hashlib.sha256(text).hexdigest()).encode()
 
 def _from_line(line:bytes, path:Path)->dict:
@@ -110,7 +121,10 @@ def _from_line(line:bytes, path:Path)->dict:
     size = len(_HASH.format('0'*64))
     if line[-size:] != _HASH.format(hashlib.sha256(line[:-size]).hexdigest()).encode():
         name = line[:60].decode(errors='replace').rstrip()
-        raise StoreError(f'expected a line that ends in its own hash in {path}, found an edited or damaged one ({name} ...); {_repair(path)}')
+        raise StoreError(
+            f'expected a line that ends in its own hash in {path}, found an edited or damaged one ({name} ...);'
+            f' {_repair(path)}'
+        )
     return json.loads(line[:-size] + b'}')
 
 @lru_cache(maxsize=8)
@@ -122,7 +136,8 @@ def _indexed(path:Path, size:int, changed:int)->dict[str, bytes]:
     for number, line in enumerate(data.splitlines(keepends=True), 1):
         before, _, rest = line.partition(b'{"address":"')
         address = rest.partition(b'"')[0].decode(errors='replace')
-        if before or not address: raise StoreError(f'expected a run in line {number} of {path}, found something else; {_repair(path)}')
+        if before or not address:
+            raise StoreError(f'expected a run in line {number} of {path}, found something else; {_repair(path)}')
         if address in lines: raise StoreError(f'expected one line for {address} in {path}, found two; {_repair(path)}')
         lines[address] = line
     return lines
@@ -191,9 +206,16 @@ class Run:
         except FileNotFoundError as error:
             value = _kept(self, name)
             if value is None: raise StoreError(f'expected {path}, found no such file; run again') from error
-        except (ValueError, RecursionError) as error: raise StoreError(f'expected JSON in {path}, found a damaged file ({error}); delete it and run again') from error
+        except (ValueError, RecursionError) as error:
+            raise StoreError(
+                f'expected JSON in {path}, found a damaged file ({error}); delete it and run again'
+            ) from error
         absent = [key for key in keys if not isinstance(value, dict) or key not in value]
-        if absent: raise StoreError(f'expected {", ".join(absent)} in {path}, found a file without; it was edited or damaged: delete it and run again')
+        if absent:
+            raise StoreError(
+                f'expected {", ".join(absent)} in {path}, found a file without; it was edited or damaged: delete it and'
+                ' run again'
+            )
         return value
 
 # %% ../../nbs/runs/00_store.ipynb #4fe9624e
@@ -211,7 +233,10 @@ def append_line(
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise StoreError(f'expected to append to {run.folder/name}, found: {error.strerror}; free space and run again, it goes on from here') from error
+        raise StoreError(
+            f'expected to append to {run.folder/name}, found: {error.strerror}; free space and run again, it goes on'
+            ' from here'
+        ) from error
 
 def read_lines(
     run:Run,
@@ -225,9 +250,15 @@ def read_lines(
     if tail: write_atomic(path, whole + cut)
     try: found = [_verified(json.loads(line), path, 'a line') for line in whole.split(b'\n') if line]
     except (ValueError, RecursionError) as error:
-        raise StoreError(f'expected JSON lines in {path}, found a damaged line ({error}); delete the file and run again') from error
+        raise StoreError(
+            f'expected JSON lines in {path}, found a damaged line ({error}); delete the file and run again'
+        ) from error
     absent = [key for key in keys if any(not isinstance(record, dict) or key not in record for record in found)]
-    if absent: raise StoreError(f'expected {", ".join(absent)} in every line of {path}, found a line without; another version wrote it: delete the file and run again')
+    if absent:
+        raise StoreError(
+            f'expected {", ".join(absent)} in every line of {path}, found a line without; another version wrote it:'
+            ' delete the file and run again'
+        )
     return [record for record in kept if record not in found] + found
 
 # %% ../../nbs/runs/00_store.ipynb #e588ae38
@@ -249,17 +280,28 @@ def load_tensors(
 )->dict[str,Tensor]:
     "Read tensors back; a clear error when the file is absent, changed, no safetensors file, or of another version."
     if not run.has(name):
-        raise FileNotFoundError(f'expected {run.folder/name}, found no such file; weights are not shared with the reports, delete the folder {run.address} to train it again')
+        raise FileNotFoundError(
+            f'expected {run.folder/name}, found no such file; weights are not shared with the reports, delete the'
+            f' folder {run.address} to train it again'
+        )
     found = load_safetensors(run.path(name), sha256=sha256)
-    if absent := [key for key in names if key not in found]: raise StoreError(f'expected {", ".join(absent)} in {run.folder/name}, found none; another version wrote it: delete the folder {run.address} and run again')
+    if absent := [key for key in names if key not in found]:
+        raise StoreError(
+            f'expected {", ".join(absent)} in {run.folder/name}, found none; another version wrote it: delete the'
+            f' folder {run.address} and run again'
+        )
     return found
 
 # %% ../../nbs/runs/00_store.ipynb #903b7fad
 def provenance()->dict:
-    "Versions, machine, threads and commit of this computation; informative only, never part of an address, though weights depend on them by rounding."
+    """Versions, machine, threads and commit of this computation; informative only, never part of an address, though
+    weights depend on them by rounding."""
     names = ('robust_dml', 'torch', 'torchvision', 'numpy', 'faiss-gpu', 'faiss-cpu')
     versions = {d.metadata['Name']: d.version for d in metadata.distributions() if d.metadata['Name'] in names}
-    return dict(versions=versions, python=platform.python_version(), machine=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(), commit=_commit())
+    return dict(
+        versions=versions, python=platform.python_version(), machine=platform.machine(), cores=os.cpu_count(),
+        threads=torch.get_num_threads(), commit=_commit()
+    )
 
 def _commit()->str:
     "Commit of the checkout that this package runs from, or 'unknown'."
@@ -286,7 +328,10 @@ def open_run(
     run = find_run(reports, kind, config)
     if not run.has('card.json'): run.write('card.json', dict(kind=kind, config=config, provenance=provenance()))
     if fingerprint(run.read('card.json', 'config', 'provenance')['config']) != fingerprint(config):
-        raise StoreError(f'expected the configuration of {run.address} in {run.folder/"card.json"}, found another one; the card was edited: delete the folder')
+        raise StoreError(
+            f'expected the configuration of {run.address} in {run.folder/"card.json"}, found another one; the card was'
+            ' edited: delete the folder'
+        )
     return run
 
 def described(
@@ -295,7 +340,9 @@ def described(
 )->dict:       # the result with 'address', 'config' and 'provenance'
     "A finished run as reports quote it."
     card = run.read('card.json', 'config', 'provenance')
-    return dict(run.read('result.json', *keys), address=run.address, config=card['config'], provenance=card['provenance'])
+    return dict(
+        run.read('result.json', *keys), address=run.address, config=card['config'], provenance=card['provenance']
+    )
 
 # %% ../../nbs/runs/00_store.ipynb #071f7d35
 _BEAT, _EXPIRY = 10., 120. # seconds between two signs of life, and without one until a holder counts as dead
@@ -305,7 +352,12 @@ def _machine()->str:
     def first(path, read):
         try: return read(path)
         except OSError: return ''
-    return '/'.join([platform.node(), first('/proc/sys/kernel/random/boot_id', lambda p: Path(p).read_text().strip()), first('/proc/self/ns/pid', os.readlink)])
+    return '/'.join(
+        [
+            platform.node(), first('/proc/sys/kernel/random/boot_id', lambda p: Path(p).read_text().strip()),
+            first('/proc/self/ns/pid', os.readlink)
+        ]
+    )
 
 def _claim(path:Path, owner:dict)->bool:
     "Make a lock file that is not there; False when it is."
@@ -320,7 +372,8 @@ def _claim(path:Path, owner:dict)->bool:
 def _linked(own:Path, path:Path)->bool:
     "Give a file a second name that no other file has; a file system without links makes a copy."
     try: os.link(own, path)
-    except FileExistsError: return own.stat().st_nlink == 2 # a network file system may do the link, lose the answer and ask again
+    # a network file system may do the link, lose the answer and ask again
+    except FileExistsError: return own.stat().st_nlink == 2
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS): raise
         try:
@@ -331,11 +384,13 @@ def _linked(own:Path, path:Path)->bool:
 def _holder(path:Path)->tuple[dict, float]|None:
     "What a lock says and when it was last touched; None when it is free."
     try:
-        with open(path, 'rb') as file: text, touched = file.read(), os.fstat(file.fileno()).st_mtime # opening asks the server, where a stat may be answered from a cache
+        # opening asks the server, where a stat may be answered from a cache
+        with open(path, 'rb') as file: text, touched = file.read(), os.fstat(file.fileno()).st_mtime
     except FileNotFoundError: return None
     try: said = json.loads(text)
     except (ValueError, RecursionError): said = {}
-    return (said if isinstance(said, dict) else {}), touched # just being written, or damaged: counts as dead when it stays so
+    # just being written, or damaged: counts as dead when it stays so
+    return (said if isinstance(said, dict) else {}), touched
 
 def _ended(owner:dict)->bool:
     "Whether the holder of a lock was a process of this machine that is no more."
@@ -395,7 +450,10 @@ def locked(
 )->Iterator[None]:
     "Hold a run alone; waits, with one sentence, while another process has it."
     path, said, stop, lost = run.folder/'lock', False, threading.Event(), threading.Event()
-    owner = dict(pid=os.getpid(), host=platform.node(), machine=_machine(), job=os.environ.get('SLURM_JOB_ID', ''), since=time.strftime('%Y-%m-%d %H:%M:%S'), token=uuid4().hex)
+    owner = dict(
+        pid=os.getpid(), host=platform.node(), machine=_machine(), job=os.environ.get('SLURM_JOB_ID', ''),
+        since=time.strftime('%Y-%m-%d %H:%M:%S'), token=uuid4().hex
+    )
     while not _claim(path, owner):
         if (found := _holder(path)) is None: continue
         if _dead(path, *found, expiry):
@@ -405,7 +463,8 @@ def locked(
         said = True
         time.sleep(min(1., expiry/10))
     sweep(run)
-    for part in run.folder.glob('*.part'): # of a holder that gave the lock back and was killed in a write; a card is written without the lock
+    # of a holder that gave the lock back and was killed in a write; a card is written without the lock
+    for part in run.folder.glob('*.part'):
         if not part.name.startswith('card.json'): part.unlink(missing_ok=True)
     thread = threading.Thread(target=_beating, args=(path, owner, beat, stop, lost), daemon=True)
     thread.start()
@@ -416,11 +475,18 @@ def locked(
         stop.set()
         thread.join()
         if (found := _holder(path)) and found[0] == owner: path.unlink(missing_ok=True)
-    if lost.is_set(): raise StoreError(f'expected to hold {run.address} alone, found that another process took it over after {expiry:g} s without a sign of life of this one; run again to wait for its result')
+    if lost.is_set():
+        raise StoreError(
+            f'expected to hold {run.address} alone, found that another process took it over after {expiry:g} s without'
+            ' a sign of life of this one; run again to wait for its result'
+        )
 
 def _waiting(run:Run, owner:dict)->str:
     job = f', job {owner["job"]}' if owner.get('job') else ''
-    return f'{run.address} is computed by process {owner.get("pid")} on {owner.get("host")}{job} since {owner.get("since")}; waiting for it'
+    return (
+        f'{run.address} is computed by process {owner.get("pid")} on {owner.get("host")}{job} since'
+        f' {owner.get("since")}; waiting for it'
+    )
 
 # %% ../../nbs/runs/00_store.ipynb #5d0c1e08
 _TIMES = ('seconds', 'parts') # of a result; two equal runs differ in them
@@ -430,23 +496,32 @@ def _record(run:Run, unsigned:bool)->dict:
     files = {name: run.folder/name for name in ('card.json', 'result.json')}
     for path in files.values() if not unsigned else ():
         if path.is_file() and b'"content"' not in path.read_bytes():
-            raise StoreError(f'expected a file with a hash of its content, found {path} without; a store from before there were hashes is read with unsigned=True')
+            raise StoreError(
+                f'expected a file with a hash of its content, found {path} without; a store from before there were'
+                ' hashes is read with unsigned=True'
+            )
     card = run.read('card.json', 'kind', 'config', 'provenance')
     result = run.read('result.json') if files['result.json'].is_file() else None
     weights = (result or {}).get('sha256') or (result or {}).get('weights') or ''
-    record = dict(address=run.address, kind=card['kind'], config=card['config'], provenance=card['provenance'], sha256=weights, result=_tabled(result))
+    record = dict(
+        address=run.address, kind=card['kind'], config=card['config'], provenance=card['provenance'], sha256=weights,
+        result=_tabled(result)
+    )
     return record | (dict(peaks=read_lines(run, 'peaks.jsonl')) if card['kind'] == 'memory' else {})
 
 def _differences(one:dict, other:dict)->list[str]:
     "Parts in which two results of a run differ, times aside."
     a, b = one['result'] or {}, other['result'] or {}
-    same_weights = one['kind'] == 'train' and a.get('sha256') == b.get('sha256') # another version may log more of the same training
+    # another version may log more of the same training
+    same_weights = one['kind'] == 'train' and a.get('sha256') == b.get('sha256')
     ignored = (*_TIMES, 'log') if same_weights else _TIMES
     differ = [key for key in sorted({*a, *b}) if key not in ignored and a.get(key) != b.get(key)]
     return differ + ['config']*(one['config'] != other['config'])
 
 def _is_finished(folder:Path)->bool:
-    return (folder/'card.json').is_file() and ((folder/'result.json').is_file() or folder.name.startswith('memory-') and (folder/'peaks.jsonl').is_file())
+    return (folder / 'card.json').is_file() and (
+        (folder / 'result.json').is_file() or folder.name.startswith('memory-') and (folder / 'peaks.jsonl').is_file()
+    )
 
 def collect(
     reports:Path,          # folder of the reports
@@ -466,7 +541,10 @@ def collect(
                 lines[folder.name] = _as_line(found)
                 new.append(folder.name)
             elif found['kind'] != 'memory' and (differ := _differences(found, _from_line(lines[folder.name], path))):
-                raise StoreError(f'expected one result for {folder.name}, found another in {folder} than in {path}: they differ in {", ".join(differ)}; delete the folder, or the line if it is the wrong one')
+                raise StoreError(
+                    f'expected one result for {folder.name}, found another in {folder} than in {path}: they differ in'
+                    f' {", ".join(differ)}; delete the folder, or the line if it is the wrong one'
+                )
         if new: write_atomic(path, b''.join(lines[address] for address in sorted(lines)))
     return new
 
@@ -482,11 +560,15 @@ def _packed(value:Any, path:Path)->Any:
     without = [k for k in known if k not in value]
     changed = [k for k in known if k in value and value[k] != known[k]]
     if not known or changed or len(without) > 2: return {k: _packed(v, path) for k,v in value.items()}
-    return dict(from_run=value['address']) | (dict(also=also) if also else {}) | (dict(without=without) if without else {})
+    return (
+        dict(from_run=value['address']) | (dict(also=also) if also else {}) | (dict(without=without) if without else {})
+    )
 
 def _quotable(record:dict)->dict:
     "A run as `described` gives it."
-    return dict(record['result'] or {}, address=record['address'], config=record['config'], provenance=record['provenance'])
+    return dict(
+        record['result'] or {}, address=record['address'], config=record['config'], provenance=record['provenance']
+    )
 
 def _unpacked(value:Any, path:Path)->Any:
     "What `_packed` was given."
@@ -494,7 +576,10 @@ def _unpacked(value:Any, path:Path)->Any:
     if not isinstance(value, dict): return value
     if 'from_run' not in value: return {k: _unpacked(v, path) for k,v in value.items()}
     record = ledger_record(path, value['from_run'])
-    if record is None: raise StoreError(f'expected the run {value["from_run"]} in {path}, on which a report rests, found none; {_repair(path)}')
+    if record is None:
+        raise StoreError(
+            f'expected the run {value["from_run"]} in {path}, on which a report rests, found none; {_repair(path)}'
+        )
     known = {k: v for k,v in _quotable(record).items() if k not in value.get('without', ())}
     return known | value.get('also', {})
 
@@ -534,7 +619,10 @@ def share(
         write_results(path.parent, results)
         if results.get('experiment') not in _PICTURED: continue
         for address in sorted(_addresses(Run(path.parent).read('results.json'))):
-            shown, kept = Path(source or reports/'store')/address/'examples.safetensors', reports/'examples'/f'{address}.safetensors'
+            shown, kept = (
+                Path(source or reports / 'store') / address / 'examples.safetensors',
+                reports / 'examples' / f'{address}.safetensors'
+            )
             if shown.is_file() and not kept.is_file(): write_atomic(kept, shown.read_bytes())
     return new
 
@@ -543,5 +631,8 @@ def finished_runs(
 )->list[Run]:     # sorted by address
     "Every finished run of a folder of reports, in the ledger or in the store."
     store = Path(reports)/'store'
-    return [Run(store/name) for name in sorted({*_ledger(ledger_of(reports)), *(p.parent.name for p in store.glob('*/result.json'))})]
+    return [
+        Run(store / name)
+        for name in sorted({*_ledger(ledger_of(reports)), *(p.parent.name for p in store.glob('*/result.json'))})
+    ]
 

@@ -23,7 +23,8 @@ from ..core import generator, kept_memory, need
 from ..metrics.evaluate import Protocol, attack_batches, queries_and_gallery, resampled
 from .experiments import Cell, Plan, cells, parameters, plan, query_count, results, train_cell
 from ..models.networks import checksum, embed_all, streamlined
-from ..report.pages import defence_name, html_figure, html_row, join_words, look, mean_spread, new_figure, opening, png, table_box, theme
+from ..report.pages import defence_name, html_figure, html_row, join_words, look, mean_spread, new_figure
+from ..report.pages import opening, png, table_box, theme
 from ..report.tables import COLUMNS, number_at, provenance_part, publish, setup_part
 from ..metrics.scores import ARS_HEADINGS, HEADINGS, ars, ers
 from ..runs.store import Run, StoreError, read_lines, write_atomic
@@ -45,7 +46,10 @@ def per_query(
     "Outcomes of every query."
     found = outcomes(sorted(records, key=lambda r: r['start'])) | {('after', 'suite'): worst_case(records).queries}
     sizes = {h: len(found.get((moment, h), ())) for moment,h in KEYS}
-    if len(set(sizes.values())) != 1: raise ValueError(f'a comparison needs the same queries under all ten attacks, found {sizes}; finish the evaluation')
+    if len(set(sizes.values())) != 1:
+        raise ValueError(
+            f'a comparison needs the same queries under all ten attacks, found {sizes}; finish the evaluation'
+        )
     return torch.stack([found[key] for key in KEYS], 1)
 
 def scored(
@@ -69,14 +73,23 @@ class Answers(NamedTuple):
 def answers(
     label:str,
     trainings:Mapping[int,Sequence[dict]], # seed of the training to its records
-    **setup,                               # what determines queries and targets, for example the fields of `metrics.evaluate.Protocol` and the hash of the data
+    # what determines queries and targets, for example the fields of `metrics.evaluate.Protocol` and the hash of the
+    # data
+    **setup,
 )->Answers:
     "Gather the records of a model."
     tables = [per_query(records) for records in trainings.values()]
     sizes = {len(table) for table in tables}
-    if len(sizes) != 1: raise ValueError(f'{label} must have the same queries in every training, found {sorted(sizes)} queries; evaluate all of them in the same way')
+    if len(sizes) != 1:
+        raise ValueError(
+            f'{label} must have the same queries in every training, found {sorted(sizes)} queries; evaluate all of them'
+            ' in the same way'
+        )
     attacks = sorted({r['attack'] for records in trainings.values() for r in records})
-    return Answers(label, {**setup, 'queries': sizes.pop(), 'attacks': attacks, 'seeds of training': [*trainings]}, torch.stack(tables), tuple(map(worst_case, trainings.values())))
+    return Answers(
+        label, {**setup, 'queries': sizes.pop(), 'attacks': attacks, 'seeds of training': [*trainings]},
+        torch.stack(tables), tuple(map(worst_case, trainings.values()))
+    )
 
 def check_same(
     first:Answers,
@@ -85,7 +98,11 @@ def check_same(
     "Refuse two models that were not measured alike."
     for key in first.setup.keys() | second.setup.keys():
         mine, theirs = first.setup.get(key), second.setup.get(key)
-        if mine != theirs: raise ValueError(f'compared models must have the same data, protocol, queries and targets, found {key} {mine} for {first.label} and {theirs} for {second.label}; evaluate both in the same way')
+        if mine != theirs:
+            raise ValueError(
+                f'compared models must have the same data, protocol, queries and targets, found {key} {mine} for'
+                f' {first.label} and {theirs} for {second.label}; evaluate both in the same way'
+            )
 
 # %% ../../nbs/study/03_compare.ipynb #080510f7
 def _shared(first:Tensor, second:Tensor)->tuple[Tensor,Tensor]:
@@ -124,11 +141,14 @@ def swap_test(
     hits = torch.zeros_like(found)
     for start in range(0, draws, block):
         signs = 2.*torch.randint(2, (min(block, draws - start), half.shape[1]), generator=gen).double() - 1
-        hits = hits + (difference(torch.einsum('dq,sqk->dsk', signs, half)).abs() >= found - 1e-9).sum(0) # rounding must not break ties
+        # rounding must not break ties
+        hits = hits + (difference(torch.einsum('dq,sqk->dsk', signs, half)).abs() >= found - 1e-9).sum(0)
     return ((1 + hits)/(1 + draws)).where(~found.isnan(), math.nan)
 
 # %% ../../nbs/study/03_compare.ipynb #a4e4afae
-READINGS = {'●': 'larger than the noise of queries and trainings', '◐': 'larger than the noise of queries', '○': 'within noise'}
+READINGS = {
+    '●': 'larger than the noise of queries and trainings', '◐': 'larger than the noise of queries', '○': 'within noise'
+}
 
 def differences(
     first:Answers,
@@ -144,8 +164,14 @@ def differences(
     means, apart = [v.mean(0).tolist() for v in each], (each[0] - each[1]).T.tolist()
     low, high = query_interval(first.values, second.values, seed=seed, draws=samples).tolist()
     p = swap_test(first.values, second.values, seed=seed, draws=draws).tolist()
-    return [dict(first=first.label, second=second.label, metric=name, values=[means[0][i], means[1][i]], difference=means[0][i] - means[1][i], queries=[low[i], high[i]],
-                 seeds=seed_interval(apart[i]), trainings=len(apart[i]), p=p[i]) for i,name in enumerate(METRICS)]
+    return [
+        dict(
+            first=first.label, second=second.label, metric=name, values=[means[0][i], means[1][i]],
+            difference=means[0][i] - means[1][i], queries=[low[i], high[i]], seeds=seed_interval(apart[i]),
+            trainings=len(apart[i]), p=p[i]
+        )
+        for i, name in enumerate(METRICS)
+    ]
 
 def pairs(
     models:Sequence[Answers],
@@ -155,7 +181,11 @@ def pairs(
 )->list[dict]:   # lines of `differences` with 'holm', 'mark' (key of READINGS) and 'better' (label, '' within noise)
     "Every pair of models, corrected for the number of rows."
     rows = math.comb(len(models), 2)*len(METRICS)
-    if rows >= .05*(1 + draws): raise ValueError(f'a table of {rows} rows needs more than {20*rows} draws to find any difference after the correction for many tests, found {draws}; raise draws')
+    if rows >= .05*(1 + draws):
+        raise ValueError(
+            f'a table of {rows} rows needs more than {20*rows} draws to find any difference after the correction for'
+            f' many tests, found {draws}; raise draws'
+        )
     lines = [line for two in itertools.combinations(models, 2) for line in differences(*two, draws=draws, **options)]
     for line,adjusted in zip(lines, holm([line['p'] for line in lines])):
         low, high = line['seeds']
@@ -170,18 +200,23 @@ def suite_line(
     *,
     seed:int=0,
     samples:int=1000, # of the bootstrap
-)->dict:              # label, before, each (R@1 under each attack), suite, interval, points (R@1 before and under the suite, per training)
+# label, before, each (R@1 under each attack), suite, interval, points (R@1 before and under the suite, per training)
+)->dict:
     "A model's R@1 without attack, under each attack and under all of them."
     draws = resampled(model.values[..., -1].mean(0)[:, None], draws=samples, gen=generator(seed, 'bootstrap'))[:, 0]
     points = [[w.before, w.after] for w in model.worst]
     each = {h: statistics.fmean(w.each[h] for w in model.worst) for h in model.worst[0].each}
-    return dict(label=model.label, before=statistics.fmean(p[0] for p in points), each=each, suite=statistics.fmean(p[1] for p in points),
-                interval=torch.nanquantile(draws, torch.tensor([.025, .975], dtype=torch.float64)).tolist(), points=points)
+    return dict(
+        label=model.label, before=statistics.fmean(p[0] for p in points), each=each,
+        suite=statistics.fmean(p[1] for p in points),
+        interval=torch.nanquantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist(), points=points
+    )
 
 # %% ../../nbs/study/03_compare.ipynb #5fc177f9
 def plane(
     lines:Sequence[Mapping[str,Any]],            # of `suite_line`
-    records:Mapping[str,Sequence[Mapping]],      # label to the records of a model, for its colour and the flag of collapse
+    # label to the records of a model, for its colour and the flag of collapse
+    records:Mapping[str,Sequence[Mapping]],
     ax:'Axes|None'=None,                         # where to draw; None makes a figure
 )->'Axes':
     "Benign against worst-case R@1: trainings faint, their mean strong, collapsed models hollow and named."
@@ -190,17 +225,30 @@ def plane(
         ax = ax or new_figure(6.8, 4.8).subplots()
         _harmonic(ax, top)
         for line in lines:
-            (colour, marker), flagged = look(records[line['label']][0]), any(r['eval']['collapsed'] for r in records[line['label']])
-            if len(line['points']) > 1: ax.scatter(*zip(*line['points']), s=14, color=colour, marker=marker, alpha=.4, linewidths=0, clip_on=False)
-            ax.scatter(line['before'], line['suite'], s=52, facecolors='none' if flagged else colour, edgecolors=colour, marker=marker, zorder=3, clip_on=False, label=line['label'] + (', collapsed' if flagged else ''))
+            (colour, marker), flagged = look(records[line['label']][0]), any(
+                r['eval']['collapsed'] for r in records[line['label']]
+            )
+            if len(line['points']) > 1:
+                ax.scatter(
+                    *zip(*line['points']), s=14, color=colour, marker=marker, alpha=0.4, linewidths=0, clip_on=False
+                )
+            ax.scatter(
+                line['before'], line['suite'], s=52, facecolors='none' if flagged else colour, edgecolors=colour,
+                marker=marker, zorder=3, clip_on=False, label=line['label'] + (', collapsed' if flagged else '')
+            )
         ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=3)
-        ax.set(xlabel='R@1 without attack (%)', ylabel='R@1 under the worst of the suite (%)', xlim=(0, 100), ylim=(0, top))
+        ax.set(
+            xlabel='R@1 without attack (%)', ylabel='R@1 under the worst of the suite (%)', xlim=(0, 100), ylim=(0, top)
+        )
     return ax
 
 def _harmonic(ax:'Axes', top:float)->None:
     "Lines of equal harmonic mean below the diagonal."
     y, x = torch.meshgrid(torch.linspace(top/1000, top, 300), torch.linspace(.1, 100, 300), indexing='ij')
-    drawn = ax.contour(x.numpy(), y.numpy(), (2*x*y/(x + y)).where(y <= x, math.nan).numpy(), levels=(2, 5, *range(10, 100, 10)), colors='#c9c9c9', linewidths=.8)
+    drawn = ax.contour(
+        x.numpy(), y.numpy(), (2 * x * y / (x + y)).where(y <= x, math.nan).numpy(), levels=(2, 5, *range(10, 100, 10)),
+        colors='#c9c9c9', linewidths=0.8
+    )
     ax.clabel(drawn, fontsize=7.5, fmt='%d')
     ax.grid(False)
 
@@ -215,7 +263,8 @@ def retained_robustness(
     indicators:Mapping[str,float], # of `triplets.collapse.indicators`
 )->float:                         # percent, in [0, 100]; NaN where one of them is
     "ARS times two shares: benign retrieval, and distance between the classes. This project's own score."
-    if not natural > 0: raise ValueError(f'the R@1 of natural training must lie above 0, found {natural}; train it longer')
+    if not natural > 0:
+        raise ValueError(f'the R@1 of natural training must lie above 0, found {natural}; train it longer')
     gap = indicators['other_distance'] - indicators['same_distance']
     if any(map(math.isnan, (ars, r_at_1, gap))): return math.nan
     return min(100., max(0., ars))*min(1., r_at_1/natural)*min(1., max(0., gap/_GAP))
@@ -226,7 +275,11 @@ def kept(
 )->list[dict]: # empty where the store does not hold all of them
     "The records of every query under every attack, on the weights of the evaluation."
     done, asked = run.read('result.json', 'weights', 'queries'), {**suite(), **FIXED}
-    found = {(r['attack'], r['start']): r for r in read_lines(run, 'queries.jsonl') if r.get('weights') == done['weights'] and r['attack'] in asked}
+    found = {
+        (r['attack'], r['start']): r
+        for r in read_lines(run, 'queries.jsonl')
+        if r.get('weights') == done['weights'] and r['attack'] in asked
+    }
     counts = [sum(r['queries'] for (name, _),r in found.items() if name == attack) for attack in asked]
     return [*found.values()] if {*counts} == {done['queries']} else []
 
@@ -239,11 +292,21 @@ def stored(
     for run in runs:
         config = run.read('card.json', 'config')['config']
         trained = Run(run.folder.with_name(config['train'])).read('card.json', 'config')['config']
-        setups.append({k: v for k,v in config['protocol'].items() if k != 'batch_size'} | {k: trained[k] for k in ('data', 'size', 'crop', 'channels')})
+        setups.append(
+            {k: v for k, v in config['protocol'].items() if k != 'batch_size'}
+            | {k: trained[k] for k in ('data', 'size', 'crop', 'channels')}
+        )
         trainings[trained['seed']] = kept(run)
-        if not trainings[trained['seed']]: raise StoreError(f"expected the outcome of every query in {run.folder/'queries.jsonl'}, found none or not all; make them again with: make compare")
+        if not trainings[trained['seed']]:
+            raise StoreError(
+                f"expected the outcome of every query in {run.folder/'queries.jsonl'}, found none or not all; make them"
+                " again with: make compare"
+            )
     if any(s != setups[0] for s in setups) or len(trainings) < len(runs):
-        raise ValueError(f'{label} must be measured once and in the same way for every seed of the training, found other protocols, other data or equal seeds in {", ".join(r.address for r in runs)}')
+        raise ValueError(
+            f'{label} must be measured once and in the same way for every seed of the training, found other protocols,'
+            f' other data or equal seeds in {", ".join(r.address for r in runs)}'
+        )
     return answers(label, trainings, **setups[0])
 
 # %% ../../nbs/study/03_compare.ipynb #dcb36bdf
@@ -258,14 +321,25 @@ def attack_again(
     done, protocol = record['eval'], Protocol(**record['eval']['protocol'])
     run = Run(plan.reports/'store'/done['address'])
     if kept(run): return
-    print(f'{cell.label}, setting {cell.setting.name}, seed {cell.seed}: {run.address} does not hold the outcome of every query (they are not kept in git); attacking again')
+    print(
+        f'{cell.label}, setting {cell.setting.name}, seed {cell.seed}: {run.address} does not hold the outcome of every'
+        ' query (they are not kept in git); attacking again'
+    )
     model, _ = train_cell(plan, cell, show=show)
     if checksum(model) != done['weights']:
-        raise StoreError(f'expected the weights that {run.address} was measured on, found others after training again (another machine or version?); delete {run.folder} and run again')
-    test, everyone = plan.data.test, embed_all(streamlined(model), plan.data.test, batch_size=protocol.batch_size, device=plan.device)
+        raise StoreError(
+            f'expected the weights that {run.address} was measured on, found others after training again (another'
+            f' machine or version?); delete {run.folder} and run again'
+        )
+    test, everyone = plan.data.test, embed_all(
+        streamlined(model), plan.data.test, batch_size=protocol.batch_size, device=plan.device
+    )
     asked, gallery = queries_and_gallery(everyone, test.labels.to(plan.device), query_count(plan.data))
-    attack_batches(model, test, gallery, {**suite(self_exclusion=protocol.self_exclusion), **FIXED}, protocol, queries=asked, device=plan.device, compiled=plan.parameters['compiled'], run=run,
-                   show=show, desc=f'attack {cell.setting.name} {cell.label}, seed {cell.seed}:')
+    attack_batches(
+        model, test, gallery, {**suite(self_exclusion=protocol.self_exclusion), **FIXED}, protocol, queries=asked,
+        device=plan.device, compiled=plan.parameters['compiled'], run=run, show=show,
+        desc=f'attack {cell.setting.name} {cell.label}, seed {cell.seed}:'
+    )
 
 # %% ../../nbs/study/03_compare.ipynb #f92554c2
 def prepare(
@@ -274,19 +348,39 @@ def prepare(
     "Check the parameters and resolve them; ValueError names what is unknown."
     asked = replace(plan('table1', parameters(namespace)), experiment='compare')
     labels = {cell.label for cell in cells(asked)}
-    if len(labels) < 2: raise ValueError(f'a comparison needs two models at least, found {", ".join(labels)}; name more defences')
+    if len(labels) < 2:
+        raise ValueError(f'a comparison needs two models at least, found {", ".join(labels)}; name more defences')
     return asked
 
 def own_lines(
     models:Mapping[str,Sequence[Mapping[str,Any]]], # label to the records of its trainings, of one setting
-)->list[dict]:                                      # label, defense, collapsed (trainings) and, per training, r_at_1, gap, ers, ars, retained (empty without natural training)
+# label, defense, collapsed (trainings) and, per training, r_at_1, gap, ers, ars, retained (empty without natural
+# training)
+)->list[dict]:
     "What is needed to read the scores of every model, and this project's own score."
-    reference = [number_at(r, ('eval', 'benign', 'R@1')) for rows in models.values() for r in rows if r['defense'] == 'natural']
+    reference = [
+        number_at(r, ('eval', 'benign', 'R@1')) for rows in models.values() for r in rows if r['defense'] == 'natural'
+    ]
     def line(label, rows):
-        of = {name: [number_at(r, ('eval', *path)) for r in rows] for name,path in (('r_at_1', ('benign', 'R@1')), ('ers', ('ers',)), ('ars', ('ars',)))}
-        signs = [{k: number_at(r, ('eval', 'indicators', k)) for k in ('same_distance', 'other_distance')} for r in rows]
-        retained = [retained_robustness(a, r_at_1=r1, natural=statistics.fmean(reference), indicators=s) for a,r1,s in zip(of['ars'], of['r_at_1'], signs)] if reference else []
-        return dict(of, label=label, collapsed=sum(bool(r['eval']['collapsed']) for r in rows), gap=[s['other_distance'] - s['same_distance'] for s in signs], retained=retained)
+        of = {
+            name: [number_at(r, ('eval', *path)) for r in rows]
+            for name, path in (('r_at_1', ('benign', 'R@1')), ('ers', ('ers',)), ('ars', ('ars',)))
+        }
+        signs = [
+            {k: number_at(r, ('eval', 'indicators', k)) for k in ('same_distance', 'other_distance')} for r in rows
+        ]
+        retained = (
+            [
+                retained_robustness(a, r_at_1=r1, natural=statistics.fmean(reference), indicators=s)
+                for a, r1, s in zip(of['ars'], of['r_at_1'], signs)
+            ]
+            if reference
+            else []
+        )
+        return dict(
+            of, label=label, collapsed=sum(bool(r['eval']['collapsed']) for r in rows),
+            gap=[s['other_distance'] - s['same_distance'] for s in signs], retained=retained
+        )
     return [line(*item) for item in models.items()]
 
 # %% ../../nbs/study/03_compare.ipynb #4f7f5caa
@@ -308,9 +402,17 @@ def comparison(
     for cell,record in zip(cells(plan), found['records']): attack_again(plan, cell, record, show=show)
     parts = []
     for setting,models in by_setting(found['records']).items():
-        known = [stored(label, [Run(plan.reports/'store'/r['eval']['address']) for r in rows]) for label,rows in models.items()]
+        known = [
+            stored(label, [Run(plan.reports / 'store' / r['eval']['address']) for r in rows])
+            for label, rows in models.items()
+        ]
         enough = max(draws, 50*math.comb(len(known), 2)*len(METRICS))
-        parts.append(dict(setting=setting, draws=enough, pairs=pairs(known, draws=enough), suite=[suite_line(m) for m in known], own=own_lines(models)))
+        parts.append(
+            dict(
+                setting=setting, draws=enough, pairs=pairs(known, draws=enough), suite=[suite_line(m) for m in known],
+                own=own_lines(models)
+            )
+        )
     return dict(found, experiment='compare', title=f'Models compared in pairs, {plan.dataset}', comparisons=parts)
 
 # %% ../../nbs/study/03_compare.ipynb #b71f5c9d
@@ -326,10 +428,22 @@ def _foremost(part:Mapping[str,Any])->str:
     ranked = sorted((line for line in part['suite'] if line['label'] not in flagged), key=lambda line: -line['suite'])
     if len(ranked) < 2: return ''
     first, second = ranked[:2]
-    line = next(line for line in part['pairs'] if line['metric'] == 'suite' and {line['first'], line['second']} == {first['label'], second['label']})
-    once = '; with one training of each, the noise of the training is not known' if line['mark'] == '◐' and line['trainings'] == 1 else ', but not than that of the trainings' if line['mark'] == '◐' else ''
-    return (f"Under the worst of {len(first['each'])} attacks on R@1, {first['label']} keeps most: {first['suite']:.1f} % ({_range(first['interval'])}) of {first['before']:.1f} % without attack. "
-            f"{second['label']} keeps {second['suite']:.1f} %; the difference of {abs(line['difference']):.1f} points is {READINGS[line['mark']]}{once}.")
+    line = next(
+        line
+        for line in part['pairs']
+        if line['metric'] == 'suite' and {line['first'], line['second']} == {first['label'], second['label']}
+    )
+    once = (
+        '; with one training of each, the noise of the training is not known'
+        if line['mark'] == '◐' and line['trainings'] == 1
+        else ', but not than that of the trainings' if line['mark'] == '◐' else ''
+    )
+    return (
+        f"Under the worst of {len(first['each'])} attacks on R@1, {first['label']} keeps most: {first['suite']:.1f} %"
+        f" ({_range(first['interval'])}) of {first['before']:.1f} % without attack. {second['label']} keeps"
+        f" {second['suite']:.1f} %; the difference of {abs(line['difference']):.1f} points is"
+        f" {READINGS[line['mark']]}{once}."
+    )
 
 def words(part:Mapping[str,Any])->str: # of `comparison`'s 'comparisons'
     "What the comparison of a setting says."
@@ -337,10 +451,24 @@ def words(part:Mapping[str,Any])->str: # of `comparison`'s 'comparisons'
     trainings = part['pairs'][0]['trainings']
     both = f" and {marks.count('●')} of these than that of the trainings" if trainings > 1 else ''
     flagged = [line['label'] for line in part['own'] if line['collapsed']]
-    return ' '.join(filter(None, [
-        f"Setting {part['setting']}.", _foremost(part),
-        f"Of {len(marks)} differences between {len(part['suite'])} models, {len(marks) - marks.count('○')} are larger than the noise of the queries{both}.",
-        f'{join_words(flagged)}: flagged as collapsed, so attack scores of these models do not mean robustness.' if flagged else '']))
+    return ' '.join(
+        filter(
+            None,
+            [
+                f"Setting {part['setting']}.", _foremost(part),
+                (
+                    f"Of {len(marks)} differences between {len(part['suite'])} models, {len(marks) - marks.count('○')}"
+                    f" are larger than the noise of the queries{both}."
+                ),
+                (
+                    f'{join_words(flagged)}: flagged as collapsed, so attack scores of these models do not mean'
+                    ' robustness.'
+                    if flagged
+                    else ''
+                ),
+            ],
+        )
+    )
 
 # %% ../../nbs/study/03_compare.ipynb #e56b6be0
 _DIGITS = {c.name: c.digits for c in COLUMNS['table1']}
@@ -350,61 +478,141 @@ def _short(lines:Sequence[Mapping[str,Any]], names:Mapping[str,str])->str: # nam
     def cell(line):
         digits = _DIGITS.get(line['metric'], 1)
         text = f"{line['mark']}&nbsp;{_points(line['difference'], digits, '+')}"
-        return (f'<b>{text}</b>' if line['mark'] == '●' else text) + f"<span class=\"sd\">{_range(line['queries'], digits).replace(' to ', ' to<br>')}</span>"
+        return (
+            f'<b>{text}</b>' if line['mark'] == '●' else text
+        ) + f"<span class=\"sd\">{_range(line['queries'], digits).replace(' to ', ' to<br>')}</span>"
     rows = [lines[i:i + len(METRICS)] for i in range(0, len(lines), len(METRICS))]
     arrow = {1: '&nbsp;↑', -1: '&nbsp;↓'}
     body = [html_row([f"{names[row[0]['first']]}<br>minus {names[row[0]['second']]}", *map(cell, row)]) for row in rows]
-    return table_box(html_row(['Models', *(escape(m) + arrow[_BETTER[m]] for m in METRICS)], head=True), body, 'results')
+    return table_box(
+        html_row(['Models', *(escape(m) + arrow[_BETTER[m]] for m in METRICS)], head=True), body, 'results'
+    )
 
 def frame(
     parts:Sequence[Mapping[str,Any]], # of `comparison`
 )->'DataFrame':
     "Every number of the comparison, a line per setting, pair and metric."
     ends = dict(queries='interval over queries', seeds='interval over trainings')
-    return need('pandas', 'a table').DataFrame([{
-        'Setting': part['setting'], 'First': line['first'], 'Second': line['second'], 'Metric': line['metric'], 'Of first': line['values'][0], 'Of second': line['values'][1], 'Difference': line['difference'],
-        **{f'{text}, {side}': line[key][i] for key,text in ends.items() for i,side in enumerate(('low', 'high'))},
-        'Trainings': line['trainings'], 'p': line['p'], 'p, corrected': line['holm'], 'Reading': READINGS[line['mark']], 'Better': line['better']} for part in parts for line in part['pairs']])
+    return need('pandas', 'a table').DataFrame(
+        [
+            {
+                'Setting': part['setting'], 'First': line['first'], 'Second': line['second'], 'Metric': line['metric'],
+                'Of first': line['values'][0], 'Of second': line['values'][1], 'Difference': line['difference'],
+                **{
+                    f'{text}, {side}': line[key][i]
+                    for key, text in ends.items()
+                    for i, side in enumerate(('low', 'high'))
+                },
+                'Trainings': line['trainings'],
+                'p': line['p'],
+                'p, corrected': line['holm'],
+                'Reading': READINGS[line['mark']],
+                'Better': line['better'],
+            }
+            for part in parts
+            for line in part['pairs']
+        ]
+    )
 
 def _long(part:Mapping[str,Any])->str:
     "All numbers of a setting, folded."
     def row(line):
         d = _DIGITS.get(line['metric'], 1)
-        return html_row([f"{escape(line['first'])} minus {escape(line['second'])}", escape(line['metric']), *(_points(v, d) for v in line['values']), _points(line['difference'], d, '+'), _range(line['queries'], d),
-                      _range(line['seeds'], d) if line['trainings'] > 1 else '–', str(line['trainings']), _points(line['p'], 4), _points(line['holm'], 4), f"{line['mark']} {READINGS[line['mark']]}"])
-    head = ['Models', 'Metric', 'First', 'Second', 'Difference', '95 %, queries', '95 %, trainings', 'Trainings', 'p', 'p, corrected', 'Reading']
-    return f"<details><summary>All numbers</summary>{table_box(html_row(head, head=True), [row(line) for line in part['pairs']])}</details>"
+        return html_row(
+            [
+                f"{escape(line['first'])} minus {escape(line['second'])}", escape(line['metric']),
+                *(_points(v, d) for v in line['values']), _points(line['difference'], d, '+'),
+                _range(line['queries'], d), _range(line['seeds'], d) if line['trainings'] > 1 else '–',
+                str(line['trainings']), _points(line['p'], 4), _points(line['holm'], 4),
+                f"{line['mark']} {READINGS[line['mark']]}"
+            ]
+        )
+    head = [
+        'Models', 'Metric', 'First', 'Second', 'Difference', '95 %, queries', '95 %, trainings', 'Trainings', 'p',
+        'p, corrected', 'Reading'
+    ]
+    return (
+        "<details><summary>All"
+        f" numbers</summary>{table_box(html_row(head, head=True), [row(line) for line in part['pairs']])}</details>"
+    )
 
 # %% ../../nbs/study/03_compare.ipynb #f601e063
 def _suite_table(lines:Sequence[Mapping[str,Any]], names:Mapping[str,str])->str:
     "R@1 without attack, under each attack, and in a row of its own under all of them."
-    rows = [['no attack', *(_points(line['before']) for line in lines)], *([escape(h), *(_points(line['each'][h]) for line in lines)] for h in lines[0]['each'])]
-    last = ['<b>suite</b>', *(f"<b>{_points(line['suite'])}</b><span class=\"sd\">{_range(line['interval'])}</span>" for line in lines)]
-    return table_box(html_row(['R@1 (%)', *(names[line['label']] for line in lines)], head=True), [html_row(row) for row in (*rows, last)], 'text')
+    rows = [
+        ['no attack', *(_points(line['before']) for line in lines)],
+        *([escape(h), *(_points(line['each'][h]) for line in lines)] for h in lines[0]['each'])
+    ]
+    last = [
+        '<b>suite</b>',
+        *(f"<b>{_points(line['suite'])}</b><span class=\"sd\">{_range(line['interval'])}</span>" for line in lines)
+    ]
+    return table_box(
+        html_row(['R@1 (%)', *(names[line['label']] for line in lines)], head=True),
+        [html_row(row) for row in (*rows, last)], 'text'
+    )
 
 def _own_table(lines:Sequence[Mapping[str,Any]], names:Mapping[str,str])->str:
     "ERS and ARS beside what is needed to read them and this project's own score."
     def cell(values, digits=1):
         mean, spread = mean_spread(values)
         return _points(mean, digits) + ('' if math.isnan(spread) else f' ± {_points(spread, digits)}')
-    body = [html_row([names[line['label']], cell(line['r_at_1']), cell(line['gap'], 3), cell(line['ers']), cell(line['ars']), f"<b>{cell(line['retained'])}</b>"]) for line in lines]
-    return table_box(html_row(['Defence', 'R@1 (%)', 'Gap', 'ERS', 'ARS', "Retained robustness (this project's own)"], head=True), body, 'text')
+    body = [
+        html_row(
+            [
+                names[line['label']], cell(line['r_at_1']), cell(line['gap'], 3), cell(line['ers']), cell(line['ars']),
+                f"<b>{cell(line['retained'])}</b>"
+            ]
+        )
+        for line in lines
+    ]
+    return table_box(
+        html_row(['Defence', 'R@1 (%)', 'Gap', 'ERS', 'ARS', "Retained robustness (this project's own)"], head=True),
+        body, 'text'
+    )
 
 def _section(part:Mapping[str,Any], models:Mapping[str,Sequence[Mapping]])->str:
     "Everything about a setting."
     many, flagged = part['pairs'][0]['trainings'], {line['label']: line['collapsed'] for line in part['own']}
-    def flag(count): return f' <span class="bad">collapsed{"" if count == many else f" in {count} of {many}"}</span>' if count else ''
+    def flag(count):
+        return (
+            f' <span class="bad">collapsed{"" if count == many else f" in {count} of {many}"}</span>' if count else ''
+        )
     names = {label: defence_name(rows[0]) + flag(flagged[label]) for label,rows in models.items()}
     readings = '; '.join(f'{mark} {text}' for mark,text in READINGS.items())
-    seeds = f'95 % t interval of the differences of {many} trainings with the same seeds' if many > 1 else 'one training of each model, so nothing is known of the noise of the training'
-    note = (f'First minus second model, mean over the trainings, and below it the 95 % interval over the queries (the same resamples for both models). {readings}. The arrow points to what is better for the defender. '
-            f"Test: swap of the two models' outcomes of each query, {part['draws']:,} draws, two-sided, corrected by Holm for the {len(part['pairs'])} rows of this table. Trainings: {seeds}.")
-    missing = '' if part['own'][0]['retained'] else '<p class="warn">It needs natural training among the models; add natural to the defences.</p>'
-    return (f"<h2>Setting {escape(part['setting'])}</h2><h3>All pairs</h3>{_short(part['pairs'], names)}<p class=\"note\">{escape(note)}</p>{_long(part)}"
-            f"<h3>The worst of the suite</h3>{_suite_table(part['suite'], names)}<p class=\"note\">suite: the share of queries whose R@1 survives every attack above it, with its 95 % interval over the queries.</p>"
-            f"{html_figure(png(plane(part['suite'], models).figure), 'R@1 without attack against R@1 under the worst of the suite. Grey: equal harmonic mean of the two. Hollow: flagged as collapsed. Faint: single trainings.')}"
-            f"<h3>This project's own score</h3><p>In no paper, and no part of a reproduced table. Retained robustness is ARS, times the share of natural training's R@1 that is reached without attack, times the gap between the distances to other classes and to the own class, "
-            f"in units of {_GAP:g} and at most 1. It lies from 0 to 100; a model that maps all images to one point has 0, while its ERS and ARS are high.</p>{missing}{_own_table(part['own'], names)}")
+    seeds = (
+        f'95 % t interval of the differences of {many} trainings with the same seeds'
+        if many > 1
+        else 'one training of each model, so nothing is known of the noise of the training'
+    )
+    note = (
+        'First minus second model, mean over the trainings, and below it the 95 % interval over the queries (the same'
+        f' resamples for both models). {readings}. The arrow points to what is better for the defender. '
+        f"Test: swap of the two models' outcomes of each query, {part['draws']:,} draws, two-sided, corrected by Holm"
+        f" for the {len(part['pairs'])} rows of this table. Trainings: {seeds}."
+    )
+    missing = (
+        ''
+        if part['own'][0]['retained']
+        else '<p class="warn">It needs natural training among the models; add natural to the defences.</p>'
+    )
+    return (
+        f"<h2>Setting {escape(part['setting'])}</h2><h3>All pairs</h3>{_short(part['pairs'], names)}<p"
+        f" class=\"note\">{escape(note)}</p>{_long(part)}<h3>The worst of the"
+        f" suite</h3>{_suite_table(part['suite'], names)}<p class=\"note\">suite: the share of queries whose R@1"
+        " survives every attack above it, with its 95 % interval over the"
+        " queries.</p>"
+        + html_figure(
+            png(plane(part['suite'], models).figure),
+            'R@1 without attack against R@1 under the worst of the suite. Grey: equal harmonic mean of the two.'
+            ' Hollow: flagged as collapsed. Faint: single trainings.')
+        + "<h3>This"
+        " project's own score</h3><p>In no paper, and no part of a reproduced table. Retained robustness is ARS, times"
+        " the share of natural training's R@1 that is reached without attack, times the gap between the distances to"
+        f" other classes and to the own class, in units of {_GAP:g} and at most 1. It lies from 0 to 100; a model that"
+        " maps all images to one point has 0, while its ERS and ARS are"
+        f" high.</p>{missing}{_own_table(part['own'], names)}"
+    )
 
 # %% ../../nbs/study/03_compare.ipynb #b820c7a4
 def write_compare(
@@ -415,7 +623,13 @@ def write_compare(
     models = by_setting(results['records'])
     said = [words(part) for part in results['comparisons']]
     smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
-    write_atomic(Path(folder)/'compare.csv', frame(results['comparisons']).to_csv(index=False, lineterminator='\n', float_format='%.6g').encode())
-    return publish(folder, results, opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', said)
-                    + ''.join(_section(part, models[part['setting']]) for part in results['comparisons'])
-                    + f'<h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}')
+    write_atomic(
+        Path(folder) / 'compare.csv',
+        frame(results['comparisons']).to_csv(index=False, lineterminator='\n', float_format='%.6g').encode()
+    )
+    return publish(
+        folder, results,
+        opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', said)
+        + ''.join(_section(part, models[part['setting']]) for part in results['comparisons'])
+        + f'<h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}',
+    )

@@ -46,7 +46,8 @@ from .experiments import table_row, with_backbone, with_budget, TABLE_DEFENSES
 from ..metrics.retrieval import retrieval
 from ..models.networks import build, embed, embed_all, frozen, streamlined
 from ..attacks.loop import autograd_gradient
-from ..report.pages import document, facts_table, html_figure, html_row, new_figure, opening, png, table_box, theme
+from ..report.pages import document, facts_table, html_figure, html_row, new_figure, opening, png
+from ..report.pages import table_box, theme
 from ..neighbors import block_rows, kmeans, resolve_backend
 from ..metrics.scores import HEADINGS, PAPER_MINUTES
 from ..runs.store import Run, find_run, provenance, reports_root, write_atomic, write_results
@@ -58,7 +59,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # %% ../../nbs/study/08_cost.ipynb #9a7df065
-PAPER_SETS = dict(cub=(5864, 100, 5924, 100), cars=(8054, 98, 8131, 98), sop=(59551, 11318, 60502, 11316)) # images and classes to train on, images and classes to test on
+# images and classes to train on, images and classes to test on
+PAPER_SETS = dict(cub=(5864, 100, 5924, 100), cars=(8054, 98, 8131, 98), sop=(59551, 11318, 60502, 11316))
 
 @dataclass(frozen=True)
 class Workload:
@@ -80,7 +82,10 @@ def paper_workload(
     "A data set of the paper as a recipe stores it; fewer classes count as their share of the images."
     train, train_classes, test, test_classes = PAPER_SETS[name]
     few, some = recipe.train_classes or train_classes, recipe.test_classes or test_classes
-    return Workload(name, round(train*few/train_classes), round(test*some/test_classes), some, (recipe.channels, recipe.size, recipe.size), recipe.crop)
+    return Workload(
+        name, round(train * few / train_classes), round(test * some / test_classes), some,
+        (recipe.channels, recipe.size, recipe.size), recipe.crop
+    )
 
 def split_workload(
     name:str,
@@ -88,7 +93,9 @@ def split_workload(
 )->Workload:
     "A data set in memory."
     channels, height, width = data.train.images.shape[1:]
-    return Workload(name, len(data.train), len(data.test), len(data.test.classes), (channels, height, width), data.train.crop or 0)
+    return Workload(
+        name, len(data.train), len(data.test), len(data.test.classes), (channels, height, width), data.train.crop or 0
+    )
 
 # %% ../../nbs/study/08_cost.ipynb #2db85cea
 class Noise:
@@ -98,9 +105,12 @@ class Noise:
         shape:tuple[int, int, int], # (C, H, W)
     ):
         self.shape, self.dtype = (count, *shape), torch.uint8
-        self.pool = torch.randint(256, (min(count, 256), *shape), dtype=torch.uint8, generator=generator(0, 'noise', *shape))
+        self.pool = torch.randint(
+            256, (min(count, 256), *shape), dtype=torch.uint8, generator=generator(0, 'noise', *shape)
+        )
     def __len__(self)->int: return self.shape[0]
-    def __getitem__(self, rows:Tensor)->Tensor: return self.pool[rows % len(self.pool)] + (rows//len(self.pool) % 256).to(torch.uint8)[:,None,None,None]
+    def __getitem__(self, rows:Tensor)->Tensor:
+        return self.pool[rows % len(self.pool)] + (rows//len(self.pool) % 256).to(torch.uint8)[:,None,None,None]
 
 def noise_set(
     count:int,                  # images
@@ -114,7 +124,8 @@ def noise_set(
     return ImageSet(images, torch.arange(count)*classes//count, tuple(map(str, range(classes))), crop or None)
 
 # %% ../../nbs/study/08_cost.ipynb #5dc80d98
-MOVED = dict(PARTS, act='pn', hm='apn', est='ap', ses='ap', minmax='apn', clean='') # elements of a triplet that the inner search moves, by phase
+# elements of a triplet that the inner search moves, by phase
+MOVED = dict(PARTS, act='pn', hm='apn', est='ap', ses='ap', minmax='apn', clean='')
 
 def phases(defense:Defense)->tuple[str, ...]:
     "Phases that the batches of a defence have in turn."
@@ -210,7 +221,8 @@ def first_cost(
     allowance:float,  # seconds to spend on finding out
     clock:Callable[[], float],
 )->tuple[int, float]: # a size and the seconds of one round of it
-    "Cost of a probe at the largest size that is cheap to try; the faster of two rounds, because the first of a size also pays for what is slow only once."
+    """Cost of a probe at the largest size that is cheap to try; the faster of two rounds, because the first of a size
+    also pays for what is slow only once."""
     size, spent = probe.least, 0.
     while True:
         cost = min(seconds_of(probe, size, clock), seconds_of(probe, size, clock))
@@ -240,7 +252,10 @@ def calibrate(
     "A line for every probe, from rounds of all probes in turn."
     began = last = clock()
     def sizes(tried, rounds):
-        limit = limit_each([cost*(p.most/size)**p.power for p in probes for size,cost in [tried[p.key]]], max(0., seconds - clock() + began)/rounds)
+        limit = limit_each(
+            [cost * (p.most / size) ** p.power for p in probes for size, cost in [tried[p.key]]],
+            max(0.0, seconds - clock() + began) / rounds
+        )
         return {p.key: affordable(p, *tried[p.key], limit) for p in probes}
     tried = {p.key: first_cost(p, seconds/(8*len(probes)), clock) for p in probes}
     chosen = sizes({p.key: (size, seconds_of(p, size, clock)) for p in probes for size in [sizes(tried, 10)[p.key]]}, 5)
@@ -256,30 +271,42 @@ def calibrate(
 def network(recipe:Recipe)->str:
     "Key of what is trained: recipes with equal keys have equal times."
     r = recipe
-    return f'{r.model}, {r.dim} dimensions, {r.channels} x {r.crop or r.size} x {r.crop or r.size}, {r.pairs} pairs, {r.precision}'
+    return (
+        f'{r.model}, {r.dim} dimensions, {r.channels} x {r.crop or r.size} x {r.crop or r.size}, {r.pairs} pairs,'
+        f' {r.precision}'
+    )
 
 def _endless(chosen:Defense, phase:str, steps:int)->Defense:
     "A defence of one phase whose inner search makes all of its steps."
     if chosen.name == 'natural': return chosen
     changes:dict[str, Any] = dict(eps=.5, step_size=.05, steps=steps)
     if chosen.name == 'hm': changes |= dict(pseudo=2.)
-    elif chosen.name not in ('act', 'est', 'ses', 'minmax'): changes |= dict(phase=phase, step_schedule='const', early_stop=False, assist_start_frac=0.)
+    elif chosen.name not in ('act', 'est', 'ses', 'minmax'):
+        changes |= dict(phase=phase, step_schedule='const', early_stop=False, assist_start_frac=0.)
     return make(chosen.name, **chosen.options | changes)
 
-def defense_key(name:str, profile:str='')->str: return f'{name} {profile}'.strip() # of a line in `study.experiments.cells`
+# of a line in `study.experiments.cells`
+def defense_key(name:str, profile:str='')->str: return f'{name} {profile}'.strip()
 
 def _update_seconds(model, recipe, device, chosen, pairs)->float:
     "Seconds of the defence and the optimiser for `pairs` pairs in batches of the recipe's size."
     count = max(2, pairs)
     images = noise_set(count, max(2, count//2), (recipe.channels, recipe.size, recipe.size), recipe.crop)
-    done = train(model, images, chosen, epochs=1, pairs=recipe.pairs, lr=0., weight_decay=recipe.weight_decay, allow_self=recipe.allow_self, precision=recipe.precision,
-                 device=device, show=False)
+    done = train(
+        model, images, chosen, epochs=1, pairs=recipe.pairs, lr=0.0, weight_decay=recipe.weight_decay,
+        allow_self=recipe.allow_self, precision=recipe.precision, device=device, show=False
+    )
     asked, made = chosen.options.get('steps', 0), done['log'][0]['steps_done']
-    if made != asked: raise RuntimeError(f'expected {asked} inner steps of {chosen.name} while calibrating, found {made:g}; please report this with the parameters of the run')
+    if made != asked:
+        raise RuntimeError(
+            f'expected {asked} inner steps of {chosen.name} while calibrating, found {made:g}; please report this with'
+            ' the parameters of the run'
+        )
     return done['parts']['defence'] + done['parts']['update']
 
 # %% ../../nbs/study/08_cost.ipynb #ac08cdfa
-def _update_probe(model, recipe, device, level, size, s)->float: return _update_seconds(model, recipe, device, level[s], size)
+def _update_probe(model, recipe, device, level, size, s)->float:
+    return _update_seconds(model, recipe, device, level[s], size)
 
 def training_probes(
     recipe:Recipe,
@@ -288,14 +315,18 @@ def training_probes(
     scratch:Run,                  # folder for a checkpoint, which the caller deletes
 )->Iterator[Probe]:
     "What training one network takes: updates of each defence, optimiser, folding, data and checkpoint."
-    net, model = network(recipe), build(recipe.model, dim=recipe.dim, size=recipe.crop or recipe.size, channels=recipe.channels, seed=0).to(device)
+    net, model = network(recipe), build(
+        recipe.model, dim=recipe.dim, size=recipe.crop or recipe.size, channels=recipe.channels, seed=0
+    ).to(device)
     for key,plain in chosen.items():
         steps = (1, max(2, min(4, plain.options['steps']))) if plain.options.get('steps') else (0,)
         for phase in phases(plain):
             level = {s: _endless(plain, phase, s) for s in steps}
             yield Probe(('train', net, key, phase), partial(_update_probe, model, recipe, device, level),
                         least=2, most=4*recipe.pairs, batch=recipe.pairs, levels=steps)
-    yield Probe(('optimiser', net), lambda size, updates: _adam_seconds(model, device, updates), least=1, most=1, levels=(1, 3))
+    yield Probe(
+        ('optimiser', net), lambda size, updates: _adam_seconds(model, device, updates), least=1, most=1, levels=(1, 3)
+    )
     yield Probe(('folding', net), lambda size, level: _seconds(device, lambda: streamlined(model)), least=1, most=1)
     yield Probe(('data', net), lambda size, level: _batch_seconds(recipe, device, size), least=2, most=recipe.pairs)
     yield Probe(('checkpoint', net), lambda size, level: _checkpoint_seconds(model, scratch, device), least=1, most=1)
@@ -317,7 +348,9 @@ def _adam_seconds(model, device, updates)->float:
 
 def _batch_seconds(recipe, device, pairs)->float:
     images = noise_set(2*pairs, 2, (recipe.channels, recipe.size, recipe.size), recipe.crop)
-    return _seconds(device, lambda: list(training_batches(images, [torch.arange(2*pairs)], gen=generator(0), device=device)))
+    return _seconds(
+        device, lambda: list(training_batches(images, [torch.arange(2 * pairs)], gen=generator(0), device=device))
+    )
 
 def _checkpoint_seconds(model, scratch, device)->float:
     adam = _with_gradients(model)
@@ -345,12 +378,21 @@ def training_seconds(
     adam, fold = rates['optimiser', net], rates['folding', net].base*(chosen.name != 'natural')
     for phase,amount in amounts.items():
         line = rates['train', net, key, phase]
-        fixed = adam.base + (adam.slope + fold)*math.ceil(line.size/recipe.pairs) # a new optimiser makes its moments first
-        updates += amount.batches*(adam.slope + fold) + (amount.pairs*max(0., line.base - fixed) + share*amount.steps*line.slope)/line.size
+        # a new optimiser makes its moments first
+        fixed = adam.base + (adam.slope + fold)*math.ceil(line.size/recipe.pairs)
+        updates += (
+            amount.batches * (adam.slope + fold)
+            + (amount.pairs * max(0.0, line.base - fixed) + share * amount.steps * line.slope) / line.size
+        )
     batches, data = sum(a.batches for a in amounts.values()), rates['data', net].base/rates['data', net].size
     ahead = torch.device(device).type == 'cuda'
-    waits = epochs*(pairs or recipe.pairs)*data + max(0., images*epochs*data - updates)*(batches > epochs) if ahead else images*epochs*data
-    return dict(data=waits, updates=updates, checkpoint=(epochs + 1/3)*rates['checkpoint', net].base) # the last file has weights only
+    waits = (
+        epochs * (pairs or recipe.pairs) * data + max(0.0, images * epochs * data - updates) * (batches > epochs)
+        if ahead
+        else images * epochs * data
+    )
+    # the last file has weights only
+    return dict(data=waits, updates=updates, checkpoint=(epochs + 1/3)*rates['checkpoint', net].base)
 
 # %% ../../nbs/study/08_cost.ipynb #792b14cd
 ATTACKS = {**SUITE, **FIXED} # what `evaluate` runs by default
@@ -365,21 +407,40 @@ def network_probes(
     device:str,
 )->Iterator[Probe]:
     "What evaluating one network takes, apart from its gallery: an attack, the embedding of a set, and the bootstrap."
-    net, model = network(recipe), build(recipe.model, dim=recipe.dim, size=recipe.crop or recipe.size, channels=recipe.channels, seed=0).to(device)
+    net, model = network(recipe), build(
+        recipe.model, dim=recipe.dim, size=recipe.crop or recipe.size, channels=recipe.channels, seed=0
+    ).to(device)
     def images(size): return noise_set(size, 2, (recipe.channels, recipe.size, recipe.size), recipe.crop)
     def attack(size, steps):
-        records = attack_batches(model, images(size), _random_gallery(size, 2, recipe.dim, device), {'TMA': SUITE['TMA']}, Protocol(**protocol | dict(limit=0, steps=steps)), device=device, show=False)
+        records = attack_batches(
+            model, images(size), _random_gallery(size, 2, recipe.dim, device), {'TMA': SUITE['TMA']},
+            Protocol(**protocol | dict(limit=0, steps=steps)), device=device, show=False
+        )
         return math.fsum(r['seconds'] for r in records)
     yield Probe(('attack', net), attack, least=4, most=recipe.eval_batch, levels=(1, 4))
-    yield Probe(('embed', net), lambda size, level: _seconds(device, lambda: embed_all(streamlined(model), images(size), batch_size=recipe.eval_batch, device=device)), least=4, most=2*recipe.eval_batch, batch=recipe.eval_batch)
-    yield Probe(('intervals', net), lambda size, level: _bootstrap_seconds(size*level), least=32, most=1024, levels=(1, 2))
+    yield Probe(
+        ('embed', net),
+        lambda size, level: _seconds(
+            device, lambda: embed_all(streamlined(model), images(size), batch_size=recipe.eval_batch, device=device)
+        ),
+        least=4,
+        most=2 * recipe.eval_batch,
+        batch=recipe.eval_batch,
+    )
+    yield Probe(
+        ('intervals', net), lambda size, level: _bootstrap_seconds(size * level), least=32, most=1024, levels=(1, 2)
+    )
 
 def _bootstrap_seconds(queries:int)->float:
     column = dict.fromkeys(HEADINGS, torch.rand(queries, generator=generator(0)).tolist())
     return _seconds('cpu', lambda: intervals([dict(before=column, after=column)]))
 
 # %% ../../nbs/study/08_cost.ipynb #4c8f7008
-def gallery_key(workload:Workload, recipe:Recipe)->str: return f'{workload.test} images of {workload.test_classes} classes, {recipe.dim} dimensions, {recipe.eval_batch} queries'
+def gallery_key(workload:Workload, recipe:Recipe)->str:
+    return (
+        f'{workload.test} images of {workload.test_classes} classes, {recipe.dim} dimensions, {recipe.eval_batch}'
+        ' queries'
+    )
 
 def gallery_probes(
     workload:Workload,
@@ -391,24 +452,45 @@ def gallery_probes(
 )->Iterator[Probe]:
     "What a gallery adds to each attack, and its metrics."
     key, N = gallery_key(workload, recipe), workload.test
-    gallery, images = _random_gallery(N, workload.test_classes, recipe.dim, device), noise_set(N, workload.test_classes, (1, 4, 4))
+    gallery, images = _random_gallery(N, workload.test_classes, recipe.dim, device), noise_set(
+        N, workload.test_classes, (1, 4, 4)
+    )
     free = nn.Sequential(nn.Flatten(), nn.Linear(16, recipe.dim)).to(device)
     def seconds(name, queries, steps):
-        records = attack_batches(free, images, gallery, {name: ATTACKS[name]}, Protocol(**protocol | dict(steps=steps, limit=queries)), device=device, show=False)
+        records = attack_batches(
+            free, images, gallery, {name: ATTACKS[name]}, Protocol(**protocol | dict(steps=steps, limit=queries)),
+            device=device, show=False
+        )
         return math.fsum(r['seconds'] for r in records)
     most = min(recipe.eval_batch, N)
-    for name in ATTACKS: yield Probe(('gallery', key, name), partial(seconds, name), least=min(32, most), most=most, levels=(1, 4))
+    for name in ATTACKS:
+        yield Probe(('gallery', key, name), partial(seconds, name), least=min(32, most), most=most, levels=(1, 4))
     yield from _metric_probes(key, gallery, workload.test_classes, device, backend)
 
 def _metric_probes(key, gallery, classes, device, backend)->Iterator[Probe]:
     "Retrieval by queries, k-means by images and clusters, and the indicators."
     emb, label = gallery.emb, gallery.label
     N = len(emb)
-    def search(size, level): return _seconds(device, lambda: retrieval(emb[:size*level], label[:size*level], emb, label, rows=torch.arange(size*level, device=device)))
-    def cluster(size, level): return _seconds(device, lambda: kmeans(emb[:max(size, level*N*size//(2*classes))], k=size, backend=resolve_backend(backend, device)))
+    def search(size, level):
+        return _seconds(
+            device,
+            lambda: retrieval(
+                emb[: size * level], label[: size * level], emb, label, rows=torch.arange(size * level, device=device)
+            ),
+        )
+    def cluster(size, level):
+        return _seconds(
+            device,
+            lambda: kmeans(
+                emb[: max(size, level * N * size // (2 * classes))], k=size, backend=resolve_backend(backend, device)
+            ),
+        )
     yield Probe(('retrieval', key), search, least=min(32, N//2), most=N//2, levels=(1, 2))
     yield Probe(('kmeans', key), cluster, least=max(2, classes//32), most=classes, levels=(1, 2), power=2)
-    yield Probe(('indicators', key), lambda size, level: _seconds(device, lambda: indicators(emb, label, gen=generator(0))), least=1, most=1)
+    yield Probe(
+        ('indicators', key), lambda size, level: _seconds(device, lambda: indicators(emb, label, gen=generator(0))),
+        least=1, most=1
+    )
 
 # %% ../../nbs/study/08_cost.ipynb #411fa20c
 def evaluation_seconds(
@@ -425,11 +507,22 @@ def evaluation_seconds(
     free = each('gallery', key, 'TMA')
     attacks = {name: queries*(each('attack', net) + max(0., each('gallery', key, name) - free)) for name in ATTACKS}
     search, cluster, sure = rates['retrieval', key], rates['kmeans', key], rates['intervals', net]
-    metrics = search.base + search.slope*N/search.size + cluster.base + 2*cluster.slope*(workload.test_classes/cluster.size)**2 + sure.base + sure.slope*queries/sure.size
+    metrics = (
+        search.base
+        + search.slope * N / search.size
+        + cluster.base
+        + 2 * cluster.slope * (workload.test_classes / cluster.size) ** 2
+        + sure.base
+        + sure.slope * queries / sure.size
+    )
     embedding = N*rates['embed', net].base/rates['embed', net].size
     sample = check_size(queries)
-    checking = sample*(7*attacks['ES']/queries + 10*recipe.eval_steps*embedding/N) # searches by gradient, and one without
-    return dict(gallery=embedding, **attacks, metrics=metrics, indicators=rates['indicators', key].base, checks=checking, examples=embedding + 4*attacks['ES']/queries)
+    # searches by gradient, and one without
+    checking = sample*(7*attacks['ES']/queries + 10*recipe.eval_steps*embedding/N)
+    return dict(
+        gallery=embedding, **attacks, metrics=metrics, indicators=rates['indicators', key].base, checks=checking,
+        examples=embedding + 4 * attacks['ES'] / queries
+    )
 
 def attack_seconds(parts:Mapping[str, float])->float:
     "Seconds attacking: the `seconds` of an evaluation."
@@ -438,10 +531,15 @@ def attack_seconds(parts:Mapping[str, float])->float:
 # %% ../../nbs/study/08_cost.ipynb #29cfdb5c
 def _as_asked(base:Recipe, p:Mapping[str, Any])->Recipe:
     "A recipe with what the parameters change, as in `study.experiments.plan`; initial weights change no times."
-    return replace(with_budget(with_backbone(base, p['backbone']), p), seeds=seed_list(p['seeds']) or base.seeds, epochs=p['epochs'] or base.epochs, limit=p['limit'] or base.limit, weights='',
-                   profiles=listed('profile', p['profile'], tuple(PROFILES)) or base.profiles, precision=p['precision'] or base.precision)
+    return replace(
+        with_budget(with_backbone(base, p['backbone']), p), seeds=seed_list(p['seeds']) or base.seeds,
+        epochs=p['epochs'] or base.epochs, limit=p['limit'] or base.limit, weights='',
+        profiles=listed('profile', p['profile'], tuple(PROFILES)) or base.profiles,
+        precision=p['precision'] or base.precision
+    )
 
-NOT_FORECAST = ('free', 'multi_similarity', 'topweighted', 'library_loss', 'tuples', *PROXY) # their updates are of another form
+# their updates are of another form
+NOT_FORECAST = ('free', 'multi_similarity', 'topweighted', 'library_loss', 'tuples', *PROXY)
 
 def cost_plan(
     parameters:dict, # of `study.experiments.parameters`
@@ -452,14 +550,22 @@ def cost_plan(
     p, name = parameters, parameters['dataset']
     there = (Path(p['root'] or '.').expanduser()/Path(name).expanduser()).is_dir()
     if name in BUILT_IN or there: return plan('cost', p)
-    if name not in PAPER_SETS: raise ValueError(f"dataset must be {', '.join(map(repr, (*BUILT_IN, *PAPER_SETS)))} or the path of a folder of class folders, found {name!r}; "
-                                                'the cost of the paper\'s data sets is forecast without their files')
+    if name not in PAPER_SETS:
+        raise ValueError(
+            f"dataset must be {', '.join(map(repr, (*BUILT_IN, *PAPER_SETS)))} or the path of a folder of class"
+            f" folders, found {name!r}; the cost of the paper\'s data sets is forecast without their files"
+        )
     r = _as_asked(recipe(p['preset'], name), p)
     w, classes = paper_workload(name, r), r.train_classes or PAPER_SETS[name][1]
     data = Split(name, noise_set(w.train, classes, w.shape, w.crop), noise_set(w.test, w.test_classes, w.shape, w.crop))
-    card = dict(name=f'{name} (no files, its size only)', train=data.train.summary(), test=data.test.summary(), checksum='', skipped=[])
-    return Plan('cost', p['preset'], r, table_lines(p['defenses']) or TABLE_DEFENSES, p, name, data, card, pick_device(p['device']), resolve_backend(p['backend']),
-                reports_root(p['out']))
+    card = dict(
+        name=f'{name} (no files, its size only)', train=data.train.summary(), test=data.test.summary(), checksum='',
+        skipped=[]
+    )
+    return Plan(
+        'cost', p['preset'], r, table_lines(p['defenses']) or TABLE_DEFENSES, p, name, data, card,
+        pick_device(p['device']), resolve_backend(p['backend']), reports_root(p['out'])
+    )
 
 def cases(plan:Plan)->dict[str, tuple[Workload, Plan]]:
     "The plan's own data and those of the paper, each with the preset's recipe for it."
@@ -486,7 +592,13 @@ def all_probes(
     for workload,plan in cases.values():
         r, protocol = plan.recipe, _protocol(plan)
         if ('embed', network(r)) not in found:
-            found |= {p.key: p for p in (*training_probes(r, _defenses(plan), plan.device, scratch), *network_probes(r, protocol, plan.device))}
+            found |= {
+                p.key: p
+                for p in (
+                    *training_probes(r, _defenses(plan), plan.device, scratch),
+                    *network_probes(r, protocol, plan.device)
+                )
+            }
         if ('indicators', gallery_key(workload, r)) not in found:
             found |= {p.key: p for p in gallery_probes(workload, r, protocol, device=plan.device, backend=plan.backend)}
     return list(found.values())
@@ -499,13 +611,21 @@ def cell_cost(
 )->dict:
     "What one seed of a cell takes; seconds of a warm-up, which the cells of a setting share, are set apart."
     r, *before, (chosen, config, _) = plan.recipe, *_trainings(plan, cell)
-    def seconds(defense, key, epochs): return training_seconds(rates, r, defense, key, images=workload.train, epochs=epochs, device=plan.device)
+    def seconds(defense, key, epochs):
+        return training_seconds(rates, r, defense, key, images=workload.train, epochs=epochs, device=plan.device)
     amounts = training_amounts(chosen, images=workload.train, pairs=r.pairs, epochs=config['epochs'])
-    training, evaluation = seconds(chosen, defense_key(cell.defense, cell.profile), config['epochs']), evaluation_seconds(rates, r, workload)
-    return dict(dataset=workload.name, setting=cell.setting.name, label=cell.label, defense=cell.defense, profile=cell.profile, seeds=len(r.seeds), at_most=at_most(chosen),
-                updates=sum(a.batches for a in amounts.values()), image_steps=image_steps(amounts), attack_image_steps=len(ATTACKS)*min(r.limit or workload.test, workload.test)*r.eval_steps,
-                training=training, evaluation=evaluation, training_seconds=math.fsum(training.values()), evaluation_seconds=math.fsum(evaluation.values()),
-                warm_seconds=math.fsum(s for d,c,_ in before for s in seconds(d, 'natural', c['epochs']).values()))
+    training, evaluation = seconds(
+        chosen, defense_key(cell.defense, cell.profile), config['epochs']
+    ), evaluation_seconds(rates, r, workload)
+    return dict(
+        dataset=workload.name, setting=cell.setting.name, label=cell.label, defense=cell.defense, profile=cell.profile,
+        seeds=len(r.seeds), at_most=at_most(chosen), updates=sum(a.batches for a in amounts.values()),
+        image_steps=image_steps(amounts),
+        attack_image_steps=len(ATTACKS) * min(r.limit or workload.test, workload.test) * r.eval_steps,
+        training=training, evaluation=evaluation, training_seconds=math.fsum(training.values()),
+        evaluation_seconds=math.fsum(evaluation.values()),
+        warm_seconds=math.fsum(s for d, c, _ in before for s in seconds(d, 'natural', c['epochs']).values())
+    )
 
 def table_costs(rates:Rates, workload:Workload, plan:Plan)->list[dict]:
     "A row per setting and defence."
@@ -540,7 +660,8 @@ class Footprint(NamedTuple):
     update:int # kept per pair by the forward pass of an update, and its largest gradient
     search:int # kept per image by a step of the inner search, and its largest gradient
 
-def _parameters(model:nn.Module)->dict[int, int]: return {p.data_ptr(): p.numel()*p.element_size() for p in model.parameters()}
+def _parameters(model:nn.Module)->dict[int, int]:
+    return {p.data_ptr(): p.numel()*p.element_size() for p in model.parameters()}
 
 def footprint(
     recipe:Recipe,
@@ -549,11 +670,16 @@ def footprint(
 )->Footprint:
     "What a network keeps for a defence."
     size, label = recipe.crop or recipe.size, torch.tensor([0, 0, 1, 1], device=device)
-    model, x = build(recipe.model, dim=recipe.dim, size=size, channels=recipe.channels, seed=0).to(device), torch.rand(4, recipe.channels, size, size, generator=generator(0)).to(device)
+    model, x = build(recipe.model, dim=recipe.dim, size=size, channels=recipe.channels, seed=0).to(device), torch.rand(
+        4, recipe.channels, size, size, generator=generator(0)
+    ).to(device)
     still = make(chosen.name, **chosen.options | ({'steps': 0} if 'steps' in chosen.options else {}))
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe.precision == 'bfloat16'):
-        update = saved_storages(model, lambda: still.step(model, x, label, state=still.init(), clock=Clock(0, 1), gen=generator(0)))
-        with frozen(streamlined(model)) as twin: search = saved_storages(twin, lambda: autograd_gradient(partial(embed, twin), lambda emb: emb[:,0], x))
+        update = saved_storages(
+            model, lambda: still.step(model, x, label, state=still.init(), clock=Clock(0, 1), gen=generator(0))
+        )
+        with frozen(streamlined(model)) as twin:
+            search = saved_storages(twin, lambda: autograd_gradient(partial(embed, twin), lambda emb: emb[:,0], x))
     own = _parameters(model)
     folded = sum(size for place,size in _parameters(twin).items() if place not in own)
     return Footprint(sum(own.values()), folded, (sum(update) + max(update))//2, (sum(search) + max(search))//4)
@@ -569,9 +695,17 @@ def training_bytes(
     pairs:int=0, # per batch; 0: the recipe's
 )->int:
     "Peak of a training, without data set and Python."
-    f, image, pairs = footprint(recipe, chosen, device), 4*recipe.channels*(recipe.crop or recipe.size)**2, pairs or recipe.pairs
+    f, image, pairs = (
+        footprint(recipe, chosen, device), 4 * recipe.channels * (recipe.crop or recipe.size) ** 2,
+        pairs or recipe.pairs
+    )
     moved = max(len(MOVED[phase]) for phase in phases(chosen))
-    tensors = 4*f.weights + f.folded*(moved > 0) + 2*pairs*image + pairs*max(f.update + 3*image, moved*(f.search + 7*image))
+    tensors = (
+        4 * f.weights
+        + f.folded * (moved > 0)
+        + 2 * pairs * image
+        + pairs * max(f.update + 3 * image, moved * (f.search + 7 * image))
+    )
     return round(tensors*(GAPS if torch.device(device).type == 'cpu' else 1))
 
 def evaluation_bytes(
@@ -583,7 +717,8 @@ def evaluation_bytes(
     f, N, image = footprint(recipe, natural(recipe), device), workload.test, 4*recipe.channels*workload.seen**2
     attack = min(recipe.eval_batch, N)*(f.search + 7*image + 4*8*N)
     metrics = 4*max(block_rows(N)*N, 3*min(N, 2000)**2) # a block of distances; the pairs of the indicators
-    tensors = 2*f.weights + f.folded + 2*4*N*recipe.dim + max(attack, metrics) # the gallery as it is and about its centre
+    # the gallery as it is and about its centre
+    tensors = 2*f.weights + f.folded + 2*4*N*recipe.dim + max(attack, metrics)
     return round(tensors*(GAPS if torch.device(device).type == 'cpu' else 1))
 
 def data_bytes(workload:Workload)->int:
@@ -607,7 +742,11 @@ def peak_growth(
 )->int: # bytes
     "Growth of the peak memory by two updates; only the second one finds the optimiser's moments in memory."
     size = recipe.crop or recipe.size
-    train(build('small', dim=8, size=28, channels=1, seed=0), noise_set(4, 2, (1, 28, 28)), chosen, epochs=1, pairs=4, lr=0., device=device, show=False) # loads what a first update loads
+    # loads what a first update loads
+    train(
+        build('small', dim=8, size=28, channels=1, seed=0), noise_set(4, 2, (1, 28, 28)), chosen, epochs=1, pairs=4,
+        lr=0.0, device=device, show=False
+    )
     images = noise_set(2*pairs, pairs, (recipe.channels, recipe.size, recipe.size), recipe.crop)
     before, model = _peak(device), build(recipe.model, dim=recipe.dim, size=size, channels=recipe.channels, seed=0)
     train(model, images, chosen, epochs=1, pairs=pairs, lr=0., precision=recipe.precision, device=device, show=False)
@@ -618,7 +757,8 @@ import json, sys
 from robust_dml.study import experiments, cost as forecast
 from robust_dml.defenses import colo_tride
 a = json.loads(sys.argv[1])
-print(forecast.peak_growth(experiments.Recipe(**a['recipe']), colo_tride.make(a['name'], **a['options']), a['device'], a['pairs']))
+defense = colo_tride.make(a['name'], **a['options'])
+print(forecast.peak_growth(experiments.Recipe(**a['recipe']), defense, a['device'], a['pairs']))
 """
 
 def check_memory(
@@ -629,10 +769,19 @@ def check_memory(
     pairs:int,
 )->dict: # JSON-able
     "Forecast and measured memory of two updates."
-    asked = json.dumps(dict(recipe=asdict(recipe), name=chosen.name, options=chosen.options, device=device, pairs=pairs))
+    asked = json.dumps(
+        dict(recipe=asdict(recipe), name=chosen.name, options=chosen.options, device=device, pairs=pairs)
+    )
     done = subprocess.run([sys.executable, '-c', _CHILD, asked], capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f'expected the memory of an update, found a process that failed: {(done.stderr.strip().splitlines() or [str(done.returncode)])[-1]}')
-    return dict(defense=chosen.name, pairs=pairs, predicted=training_bytes(recipe, chosen, device, pairs=pairs), measured=int(done.stdout.split()[-1]))
+    if done.returncode:
+        raise RuntimeError(
+            'expected the memory of an update, found a process that failed:'
+            f' {(done.stderr.strip().splitlines() or [str(done.returncode)])[-1]}'
+        )
+    return dict(
+        defense=chosen.name, pairs=pairs, predicted=training_bytes(recipe, chosen, device, pairs=pairs),
+        measured=int(done.stdout.split()[-1])
+    )
 
 # %% ../../nbs/study/08_cost.ipynb #60f1ca02
 class _FlopCounter(TorchDispatchMode):
@@ -702,7 +851,13 @@ def gpu_cards()->list[Card]:
     "The classes of GPUs for which hours are estimated."
     text = (resources.files('robust_dml')/'gpu_cards.csv').read_text(encoding='utf-8')
     lines = csv.DictReader(line for line in text.splitlines() if not line.startswith('#'))
-    return [Card(line['card'], float(line['memory_gb']), float(line['fp32_tflops']), float(line['bf16_tflops']), line['source']) for line in lines]
+    return [
+        Card(
+            line['card'], float(line['memory_gb']), float(line['fp32_tflops']), float(line['bf16_tflops']),
+            line['source']
+        )
+        for line in lines
+    ]
 
 def gpu_hours(
     flops:float,
@@ -728,7 +883,8 @@ def gpu_work(
 )->dict[str, dict]: # by data set: multiply-adds of one image, and the work of each row
     "Floating-point operations of each cell, for one seed."
     found:dict[str, dict] = {}
-    counted:dict[tuple[str, str], dict[str, Passes]] = {} # data sets share network and defenses, but for weights of loss terms
+    # data sets share network and defenses, but for weights of loss terms
+    counted:dict[tuple[str, str], dict[str, Passes]] = {}
     for name, (workload, plan) in every.items():
         r = plan.recipe
         model = build(r.model, dim=r.dim, size=workload.seen, channels=r.channels, seed=0)
@@ -740,7 +896,12 @@ def gpu_work(
             if key not in counted: counted[key] = {phase: passes(r, chosen, phase) for phase in phases(chosen)}
             amounts = training_amounts(chosen, images=workload.train, pairs=r.pairs, epochs=r.epochs)
             training = _training_flops(amounts, counted[key], one)
-            rows.append(dict(label=cell.label, setting=cell.setting.name, defense=cell.defense, training=training, evaluation=_evaluation_flops(r, workload, one)))
+            rows.append(
+                dict(
+                    label=cell.label, setting=cell.setting.name, defense=cell.defense, training=training,
+                    evaluation=_evaluation_flops(r, workload, one)
+                )
+            )
         found[name] = dict(multiply_adds=one//2, side=workload.seen, model=r.model, rows=rows)
     return found
 
@@ -753,14 +914,26 @@ def compared(
     source:str='',
 )->dict:
     "A line of a comparison."
-    return dict(what=what, at_most=at_most, predicted=predicted, measured=measured, difference_pct=100*(predicted/measured - 1), source=source)
+    return dict(
+        what=what, at_most=at_most, predicted=predicted, measured=measured,
+        difference_pct=100 * (predicted / measured - 1), source=source
+    )
 
 def _compare_training(rates, plan, chosen, key, result, images, epochs, what, source='', pairs=0)->dict:
     "A finished training beside its forecast."
     counted = image_steps(training_amounts(chosen, images=images, pairs=pairs or plan.recipe.pairs, epochs=epochs))
     made = result['image_steps']/counted if counted else 1.
-    def seconds(share): return math.fsum(training_seconds(rates, plan.recipe, chosen, key, images=images, epochs=epochs, device=plan.device, pairs=pairs, share=share).values())
-    return compared(what, seconds(1.), seconds(made + (1 - made)/max(1, chosen.options.get('steps', 0))), result['seconds'], source)
+    def seconds(share):
+        return math.fsum(
+            training_seconds(
+                rates, plan.recipe, chosen, key, images=images, epochs=epochs, device=plan.device, pairs=pairs,
+                share=share
+            ).values()
+        )
+    return compared(
+        what, seconds(1.0), seconds(made + (1 - made) / max(1, chosen.options.get('steps', 0))), result['seconds'],
+        source
+    )
 
 def _short_trainings(images:int, pairs:int)->Iterator[tuple[int, int]]:
     "Numbers of images and pairs, large ones first; at least two batches."
@@ -796,16 +969,34 @@ def rehearse_training(
 )->list[dict]: # lines of `compared`
     "Short trainings beside their forecast."
     r, first = plan.recipe, plan.recipe.settings[0].name
-    todo = {defense_key(cell.defense, cell.profile): (cell, d) for cell in cells(plan) if cell.setting.name == first for d in [defense(cell, plan.recipe)]}
-    def price(key, images, pairs): return math.fsum(training_seconds(rates, r, todo[key][1], key, images=images, epochs=epochs, device=plan.device, pairs=pairs).values())
+    todo = {
+        defense_key(cell.defense, cell.profile): (cell, d)
+        for cell in cells(plan)
+        if cell.setting.name == first
+        for d in [defense(cell, plan.recipe)]
+    }
+    def price(key, images, pairs):
+        return math.fsum(
+            training_seconds(
+                rates, r, todo[key][1], key, images=images, epochs=epochs, device=plan.device, pairs=pairs
+            ).values()
+        )
     keys, images, pairs = choose_trainings(price, list(todo), images=workload.train, pairs=r.pairs, limit=seconds)
     noise, lines = noise_set(images, max(2, images//20), workload.shape, workload.crop), []
     for key in keys:
         cell, chosen = todo[key]
         model = build(r.model, dim=r.dim, size=workload.seen, channels=r.channels, seed=cell.seed)
-        done = train(model, noise, chosen, epochs=epochs, pairs=pairs, lr=r.lr, weight_decay=r.weight_decay, seed=cell.seed, allow_self=r.allow_self, precision=r.precision,
-                     device=plan.device, run=Run(scratch.folder/key.replace(' ', '-')), show=False)
-        lines.append(_compare_training(rates, plan, chosen, key, done, images, epochs, f'{cell.label}, {epochs} epochs of {images} images, {pairs} pairs', pairs=pairs))
+        done = train(
+            model, noise, chosen, epochs=epochs, pairs=pairs, lr=r.lr, weight_decay=r.weight_decay, seed=cell.seed,
+            allow_self=r.allow_self, precision=r.precision, device=plan.device,
+            run=Run(scratch.folder / key.replace(' ', '-')), show=False
+        )
+        lines.append(
+            _compare_training(
+                rates, plan, chosen, key, done, images, epochs,
+                f'{cell.label}, {epochs} epochs of {images} images, {pairs} pairs', pairs=pairs
+            )
+        )
     return lines
 
 def rehearse_evaluation(
@@ -815,22 +1006,35 @@ def rehearse_evaluation(
     *,
     seconds:float,
 )->list[dict]: # lines of `compared`
-    "A short evaluation beside its forecast; on a small gallery, calibrated here, where embedding the true one takes too long."
+    """A short evaluation beside its forecast; on a small gallery, calibrated here, where embedding the true one takes
+    too long."""
     r, protocol, rates = plan.recipe, _protocol(plan), dict(rates)
     embedding = rates['embed', network(r)]
     if workload.test*embedding.base/embedding.size > seconds/4:
         workload = replace(workload, test=64, test_classes=8)
-        rates |= calibrate(list(gallery_probes(workload, r, protocol, device=plan.device, backend=plan.backend)), seconds=seconds/4, show=False)
+        rates |= calibrate(
+            list(gallery_probes(workload, r, protocol, device=plan.device, backend=plan.backend)), seconds=seconds / 4,
+            show=False
+        )
     queries, steps = min(r.limit or workload.test, workload.test), r.eval_steps
     def parts(): return evaluation_seconds(rates, replace(r, limit=queries, eval_steps=steps), workload)
-    while attack_seconds(parts()) > seconds and steps > 1: queries, steps = (max(4, queries//2), steps) if queries > 4 else (queries, steps//2)
+    while attack_seconds(parts()) > seconds and steps > 1:
+        queries, steps = (max(4, queries//2), steps) if queries > 4 else (queries, steps//2)
     model = build(r.model, dim=r.dim, size=workload.seen, channels=r.channels, seed=0).to(plan.device)
     noise, expected = noise_set(workload.test, workload.test_classes, workload.shape, workload.crop), parts()
-    real = evaluate(model, noise, **protocol | dict(limit=queries, steps=steps), backend=plan.backend, device=plan.device, show=False)
+    real = evaluate(
+        model, noise, **protocol | dict(limit=queries, steps=steps), backend=plan.backend, device=plan.device,
+        show=False
+    )
     attacks, rest = attack_seconds(expected), math.fsum(expected[k] for k in ('gallery', 'metrics', 'indicators'))
     others = math.fsum(real.parts[k] for k in ('gallery', 'metrics', 'indicators'))
-    return [compared(f'{len(ATTACKS)} attacks of {steps} steps on {queries} queries, gallery of {workload.test}', attacks, attacks, real.seconds),
-            compared(f'embedding {workload.test} images, metrics', rest, rest, others)]
+    return [
+        compared(
+            f'{len(ATTACKS)} attacks of {steps} steps on {queries} queries, gallery of {workload.test}', attacks,
+            attacks, real.seconds
+        ),
+        compared(f'embedding {workload.test} images, metrics', rest, rest, others),
+    ]
 
 # %% ../../nbs/study/08_cost.ipynb #d9ed078d
 def _here(card:Mapping[str, Any])->bool:
@@ -849,10 +1053,22 @@ def recorded(
         *_, (chosen, config, _) = _trainings(plan, cell)
         trained = find_run(plan.reports, 'train', config)
         found = (trained, find_run(plan.reports, 'eval', evaluation_config(plan, cell, trained.address)))
-        results = [run.read('result.json') if run.has('result.json') and run.has('card.json') and _here(run.read('card.json', 'provenance')) else None for run in found]
+        results = [
+            (
+                run.read('result.json')
+                if run.has('result.json') and run.has('card.json') and _here(run.read('card.json', 'provenance'))
+                else None
+            )
+            for run in found
+        ]
         name = f'{cell.label}, setting {cell.setting.name}, seed {cell.seed}'
         if results[0] and results[0]['device'] == plan.device:
-            lines.append(_compare_training(rates, plan, chosen, defense_key(cell.defense, cell.profile), results[0], workload.train, config['epochs'], f'training {name}', trained.address))
+            lines.append(
+                _compare_training(
+                    rates, plan, chosen, defense_key(cell.defense, cell.profile), results[0], workload.train,
+                    config['epochs'], f'training {name}', trained.address
+                )
+            )
         if results[1] and results[1]['device'] == plan.device:
             seconds = attack_seconds(evaluation_seconds(rates, plan.recipe, workload))
             lines.append(compared(f'attacks {name}', seconds, seconds, results[1]['seconds'], found[1].address))
@@ -865,8 +1081,16 @@ def beside_paper(
     "Predicted training hours of HM and COLO-TRIDE, their ratio, and the printed ones."
     found = {row['label']: row for row in rows if row['setting'] == rows[0]['setting']}
     hm = next((row for row in found.values() if row['defense'] == 'hm'), None)
-    return [dict(label=label, hours=row['training_seconds']/3600, ratio=row['training_seconds']/hm['training_seconds'] if hm else math.nan, printed_hours=PAPER_MINUTES[row['defense']]/60,
-                 printed_ratio=PAPER_MINUTES[row['defense']]/PAPER_MINUTES['hm']) for label,row in found.items() if row['defense'] in PAPER_MINUTES]
+    return [
+        dict(
+            label=label, hours=row['training_seconds'] / 3600,
+            ratio=row['training_seconds'] / hm['training_seconds'] if hm else math.nan,
+            printed_hours=PAPER_MINUTES[row['defense']] / 60,
+            printed_ratio=PAPER_MINUTES[row['defense']] / PAPER_MINUTES['hm']
+        )
+        for label, row in found.items()
+        if row['defense'] in PAPER_MINUTES
+    ]
 
 @kept_memory()
 def cost_results(
@@ -881,16 +1105,23 @@ def cost_results(
     own = every[plan.dataset][0]
     try:
         rates = calibrate(all_probes(every, scratch), seconds=seconds, show=show)
-        rehearsed = rehearse_training(rates, plan, own, seconds=rehearsal, scratch=scratch) + rehearse_evaluation(rates, plan, own, seconds=rehearsal)
+        rehearsed = rehearse_training(rates, plan, own, seconds=rehearsal, scratch=scratch) + rehearse_evaluation(
+            rates, plan, own, seconds=rehearsal
+        )
     finally: shutil.rmtree(scratch.folder, ignore_errors=True)
     rows = {name: table_costs(rates, workload, p) for name,(workload,p) in every.items()}
     memory = {name: _memory(workload, p) for name,(workload,p) in every.items()}
     hardest = _endless(*list((d, phases(d)[0]) for d in _defenses(plan).values())[-1], 1)
-    return dict(experiment='cost', dataset=plan.dataset, preset=plan.preset, parameters=_shareable(plan.parameters), device=plan.device, threads=torch.get_num_threads(),
-                settings=[describe(s) for s in plan.recipe.settings], workloads={name: asdict(workload) for name,(workload,_) in every.items()}, rows=rows, memory=memory,
-                seeds=len(plan.recipe.seeds), rehearsed=rehearsed, recorded=recorded(rates, plan, own) if plan.card['checksum'] else [],
-                memory_check=check_memory(plan.recipe, hardest, plan.device, pairs=_check_pairs(plan)), paper=beside_paper(rows['cub']),
-                rates=[dict(line._asdict(), key=list(key)) for key,line in rates.items()], provenance=provenance(), **_gpu_part(plan, every))
+    return dict(
+        experiment='cost', dataset=plan.dataset, preset=plan.preset, parameters=_shareable(plan.parameters),
+        device=plan.device, threads=torch.get_num_threads(), settings=[describe(s) for s in plan.recipe.settings],
+        workloads={name: asdict(workload) for name, (workload, _) in every.items()}, rows=rows, memory=memory,
+        seeds=len(plan.recipe.seeds), rehearsed=rehearsed,
+        recorded=recorded(rates, plan, own) if plan.card['checksum'] else [],
+        memory_check=check_memory(plan.recipe, hardest, plan.device, pairs=_check_pairs(plan)),
+        paper=beside_paper(rows['cub']), rates=[dict(line._asdict(), key=list(key)) for key, line in rates.items()],
+        provenance=provenance(), **_gpu_part(plan, every)
+    )
 
 def _gpu_part(plan:Plan, every:Mapping[str, tuple[Workload, Plan]])->dict:
     "The work of the paper's preset and the cards that it is divided by; nothing for the others, which a CPU can do."
@@ -900,7 +1131,9 @@ def _gpu_part(plan:Plan, every:Mapping[str, tuple[Workload, Plan]])->dict:
 def _memory(workload, plan)->dict:
     "Bytes by defence, of an evaluation, and of the images."
     training = {key: training_bytes(plan.recipe, d, plan.device) for key,d in _defenses(plan).items()}
-    return dict(training=training, evaluation=evaluation_bytes(plan.recipe, workload, plan.device), images=data_bytes(workload))
+    return dict(
+        training=training, evaluation=evaluation_bytes(plan.recipe, workload, plan.device), images=data_bytes(workload)
+    )
 
 def _check_pairs(plan)->int:
     "Pairs of the memory check: the recipe's, or as many as a gigabyte holds."
@@ -911,11 +1144,19 @@ def _check_pairs(plan)->int:
 # %% ../../nbs/study/08_cost.ipynb #484a9286
 def frame(results:Mapping[str, Any])->'DataFrame':
     "All cells of all data sets, for one seed: hours, work and memory."
-    lines = [{'Data': name, 'Setting': row['setting'], 'Defense': row['label'], 'Training (h)': row['training_seconds']/3600, 'Evaluation (h)': row['evaluation_seconds']/3600,
-              'At most': row['at_most'], 'Warm-up, shared (h)': row['warm_seconds']/3600, 'Updates': row['updates'], 'Image steps, training': row['image_steps'],
-              'Image steps, attacks': row['attack_image_steps'], 'Training (GiB)': results['memory'][name]['training'][defense_key(row['defense'], row['profile'])]/2**30,
-              'Evaluation (GiB)': results['memory'][name]['evaluation']/2**30, 'Images (GiB)': results['memory'][name]['images']/2**30, 'Seeds': row['seeds']}
-             for name,rows in results['rows'].items() for row in rows]
+    lines = [
+        {
+            'Data': name, 'Setting': row['setting'], 'Defense': row['label'],
+            'Training (h)': row['training_seconds'] / 3600, 'Evaluation (h)': row['evaluation_seconds'] / 3600,
+            'At most': row['at_most'], 'Warm-up, shared (h)': row['warm_seconds'] / 3600, 'Updates': row['updates'],
+            'Image steps, training': row['image_steps'], 'Image steps, attacks': row['attack_image_steps'],
+            'Training (GiB)': results['memory'][name]['training'][defense_key(row['defense'], row['profile'])] / 2**30,
+            'Evaluation (GiB)': results['memory'][name]['evaluation'] / 2**30,
+            'Images (GiB)': results['memory'][name]['images'] / 2**30, 'Seeds': row['seeds']
+        }
+        for name, rows in results['rows'].items()
+        for row in rows
+    ]
     return need('pandas', 'a table').DataFrame(lines)
 
 def duration(seconds:float)->str:
@@ -934,9 +1175,14 @@ def summary(results:Mapping[str, Any])->str:
     one = seconds_per_seed(rows)
     longest = max(rows, key=lambda row: row['training_seconds'])
     off = [abs(line['difference_pct']) for line in results['rehearsed']]
-    return (f'On this machine, {len(rows)} cells on {name} (preset {results["preset"]}) take {duration(one)} for one seed' + (f', {duration(seeds*one)} for the {seeds} of the preset' if seeds > 1 else '') +
-            f'. The longest training is {longest["label"]} in setting {longest["setting"]}: {duration(longest["training_seconds"])}{" at most" if longest["at_most"] else ""}. '
-            f'In the {len(off)} short real runs made for comparison, the forecast was off by {statistics.median(off):.0f} % in the median and {max(off):.0f} % at worst.')
+    return (
+        f'On this machine, {len(rows)} cells on {name} (preset {results["preset"]}) take {duration(one)} for one seed'
+        + (f', {duration(seeds*one)} for the {seeds} of the preset' if seeds > 1 else '')
+        + f'. The longest training is {longest["label"]} in setting {longest["setting"]}:'
+        f' {duration(longest["training_seconds"])}{" at most" if longest["at_most"] else ""}. In the {len(off)} short'
+        f' real runs made for comparison, the forecast was off by {statistics.median(off):.0f} % in the median and'
+        f' {max(off):.0f} % at worst.'
+    )
 
 def bars(
     results:Mapping[str, Any],
@@ -945,14 +1191,23 @@ def bars(
     "Forecast seconds of training, attacks and the rest, a bar per cell."
     rows = results['rows'][dataset or results['dataset']]
     unit, size = ('h', 3600) if max(r['training_seconds'] + r['evaluation_seconds'] for r in rows) > 7200 else ('s', 1)
-    kinds = (('training', '#2171b5', lambda r: r['training_seconds']), ('attacks', '#d94801', lambda r: attack_seconds(r['evaluation'])),
-             ('embedding, metrics, examples', '#fdae6b', lambda r: r['evaluation_seconds'] - attack_seconds(r['evaluation'])))
+    kinds = (
+        ('training', '#2171b5', lambda r: r['training_seconds']),
+        ('attacks', '#d94801', lambda r: attack_seconds(r['evaluation'])),
+        (
+            'embedding, metrics, examples', '#fdae6b',
+            lambda r: r['evaluation_seconds'] - attack_seconds(r['evaluation'])
+        ),
+    )
     with theme():
         fig = new_figure(10.5, .36*len(rows) + 1.2)
         ax, left = fig.subplots(), [0.]*len(rows)
         for label,colour,seconds in kinds:
             values = [seconds(r)/size for r in rows]
-            ax.barh(range(len(rows)), values, left=left, height=.62, color=colour, edgecolor='white', linewidth=.8, label=label)
+            ax.barh(
+                range(len(rows)), values, left=left, height=0.62, color=colour, edgecolor='white', linewidth=0.8,
+                label=label
+            )
             left = [a + b for a,b in zip(left, values)]
         several = len({r['setting'] for r in rows}) > 1
         ax.set_yticks(range(len(rows)), [f"{r['label']}, {r['setting']}" if several else r['label'] for r in rows])
@@ -964,74 +1219,170 @@ def bars(
     return fig
 
 # %% ../../nbs/study/08_cost.ipynb #631c53cc
-def _table(head:Sequence[str], rows:Sequence[Sequence[str]])->str: return table_box(html_row([*map(escape, head)], head=True), [html_row([*map(escape, row)]) for row in rows])
+def _table(head:Sequence[str], rows:Sequence[Sequence[str]])->str:
+    return table_box(html_row([*map(escape, head)], head=True), [html_row([*map(escape, row)]) for row in rows])
 
 def _cells_table(results, name)->str:
     memory = results['memory'][name]
-    rows = [(row['label'], row['setting'], ('≤ ' if row['at_most'] else '') + duration(row['training_seconds']), duration(row['evaluation_seconds']), f"{row['updates']:,}", f"{row['image_steps']:,}",
-             f"{row['attack_image_steps']:,}", _gib(memory['training'][defense_key(row['defense'], row['profile'])])) for row in results['rows'][name]]
+    rows = [
+        (
+            row['label'], row['setting'], ('≤ ' if row['at_most'] else '') + duration(row['training_seconds']),
+            duration(row['evaluation_seconds']), f"{row['updates']:,}", f"{row['image_steps']:,}",
+            f"{row['attack_image_steps']:,}", _gib(memory['training'][defense_key(row['defense'], row['profile'])])
+        )
+        for row in results['rows'][name]
+    ]
     warm = {row['setting']: row['warm_seconds'] for row in results['rows'][name] if row['warm_seconds']}
     w, one = results['workloads'][name], seconds_per_seed(results['rows'][name])
-    shared = ''.join(f' Setting {setting} begins with natural epochs that its cells share: {duration(s)}.' for setting,s in warm.items())
-    return (f'<h3>{escape(name)}</h3><p>{w["train"]:,} images to train on, {w["test"]:,} in {w["test_classes"]:,} classes to test on. All cells for one seed: {duration(one)}' +
-            (f'; for {results["seeds"]}: {duration(results["seeds"]*one)}' if results["seeds"] > 1 else '') + f'.{shared} Memory of an evaluation: {_gib(memory["evaluation"])}; of the images: {_gib(memory["images"])}.</p>'
-            + _table(('Defence', 'Setting', 'Training', 'Evaluation', 'Updates', 'Image steps, training', 'Image steps, attacks', 'Memory, training'), rows))
+    shared = ''.join(
+        f' Setting {setting} begins with natural epochs that its cells share: {duration(s)}.'
+        for setting, s in warm.items()
+    )
+    return (
+        f'<h3>{escape(name)}</h3><p>{w["train"]:,} images to train on, {w["test"]:,} in {w["test_classes"]:,} classes'
+        f' to test on. All cells for one seed: {duration(one)}'
+        + (f'; for {results["seeds"]}: {duration(results["seeds"]*one)}' if results["seeds"] > 1 else '')
+        + f'.{shared} Memory of an evaluation: {_gib(memory["evaluation"])}; of the images:'
+        f' {_gib(memory["images"])}.</p>'
+        + _table(
+            (
+                'Defence', 'Setting', 'Training', 'Evaluation', 'Updates', 'Image steps, training',
+                'Image steps, attacks', 'Memory, training'
+            ),
+            rows,
+        )
+    )
 
 def _comparison(lines:Sequence[Mapping[str, Any]])->str:
-    return _table(('Run', 'All inner steps', 'Forecast', 'Measured', 'Difference'),
-                  [(line['what'], duration(line['at_most']), duration(line['predicted']), duration(line['measured']), f"{line['difference_pct']:+.0f} %".replace('-', '−')) for line in lines])
+    return _table(
+        ('Run', 'All inner steps', 'Forecast', 'Measured', 'Difference'),
+        [
+            (
+                line['what'], duration(line['at_most']), duration(line['predicted']), duration(line['measured']),
+                f"{line['difference_pct']:+.0f} %".replace('-', '−')
+            )
+            for line in lines
+        ],
+    )
 
 def _paper_table(results)->str:
-    if results['preset'] != 'paper': return '<p>The paper printed hours for its own settings; they stand beside the forecast with <code>-p preset paper</code>.</p>'
+    if results['preset'] != 'paper':
+        return (
+            '<p>The paper printed hours for its own settings; they stand beside the forecast with <code>-p preset'
+            ' paper</code>.</p>'
+        )
     if not results['paper']: return '<p>Neither HM nor COLO-TRIDE is among the defences of this forecast.</p>'
     def ratio(x): return '–' if math.isnan(x) else f'{x:.2f}'
-    return ('<p>Training on CUB, one seed. The paper: one RTX 3090. Hours depend on the machine, their ratio less so; the forecast counts all inner steps, so the ratio compares the upper bounds.</p>' +
-            _table(('Defence', 'Forecast', 'Relative to HM', 'Printed', 'Printed, relative to HM'),
-                   [(line['label'], duration(3600*line['hours']), ratio(line['ratio']), f"{line['printed_hours']:.1f} h", ratio(line['printed_ratio'])) for line in results['paper']]))
+    return (
+        '<p>Training on CUB, one seed. The paper: one RTX 3090. Hours depend on the machine, their ratio less so; the'
+        ' forecast counts all inner steps, so the ratio compares the upper bounds.</p>'
+        + _table(
+            ('Defence', 'Forecast', 'Relative to HM', 'Printed', 'Printed, relative to HM'),
+            [
+                (
+                    line['label'], duration(3600 * line['hours']), ratio(line['ratio']),
+                    f"{line['printed_hours']:.1f} h", ratio(line['printed_ratio'])
+                )
+                for line in results['paper']
+            ],
+        )
+    )
 
 def _gpu_table(results, name)->str:
     "Hours of each cell of a data set on a CPU and on one GPU of each class."
     cards, work = results['gpu']['cards'], results['gpu']['work'][name]
-    cpu = {(row['label'], row['setting']): row['training_seconds'] + row['evaluation_seconds'] for row in results['rows'][name]}
+    cpu = {
+        (row['label'], row['setting']): row['training_seconds'] + row['evaluation_seconds']
+        for row in results['rows'][name]
+    }
     rates = [(card, precision) for card in cards for precision in ('fp32', 'bf16')]
-    head = ['Defense', 'Setting', f"This machine ({results['device']}), measured rates", *(f"One GPU of {card['memory']:g} GB, {'bfloat16' if precision == 'bf16' else 'float32'}" for card, precision in rates)]
+    head = [
+        'Defense', 'Setting', f"This machine ({results['device']}), measured rates",
+        *(
+            f"One GPU of {card['memory']:g} GB, {'bfloat16' if precision == 'bf16' else 'float32'}"
+            for card, precision in rates
+        ),
+    ]
     body, totals = [], [0.]*(1 + len(rates))
     for row in work['rows']:
         flops = row['training'] + row['evaluation']
-        seconds = [cpu.get((row['label'], row['setting']), math.nan), *(3600*gpu_hours(flops, card[precision]) for card, precision in rates)]
+        seconds = [
+            cpu.get((row['label'], row['setting']), math.nan),
+            *(3600 * gpu_hours(flops, card[precision]) for card, precision in rates)
+        ]
         totals = [total + s for total, s in zip(totals, seconds)]
         body.append([row['label'], row['setting'], *('–' if math.isnan(s) else duration(s) for s in seconds)])
     body.append(['All', '', *('–' if math.isnan(s) else duration(s) for s in totals)])
-    return f"<h3>{escape(name)}</h3><p>{escape(work['model'])}: {work['multiply_adds']/1e9:.2f} billion multiply-adds for one image of {work['side']} × {work['side']}.</p>{_table(head, body)}"
+    return (
+        f"<h3>{escape(name)}</h3><p>{escape(work['model'])}: {work['multiply_adds']/1e9:.2f} billion multiply-adds for"
+        f" one image of {work['side']} × {work['side']}.</p>{_table(head, body)}"
+    )
 
 def _gpu_section(results)->str:
     "Hours on GPUs that were not there, with the assumption."
     if 'gpu' not in results: return ''
-    sources = [f"{card['name']}, {card['memory']:g} GB: {card['fp32']:g} TFLOP/s in float32, {card['bf16']:g} in bfloat16; {card['source']}." for card in results['gpu']['cards']]
+    sources = [
+        f"{card['name']}, {card['memory']:g} GB: {card['fp32']:g} TFLOP/s in float32, {card['bf16']:g} in bfloat16;"
+        f" {card['source']}."
+        for card in results['gpu']['cards']
+    ]
     items = ''.join(f'<li>{escape(text)}</li>' for text in sources)
-    note = ('A forecast from counted work, not measured: training and evaluation for one seed. Assumed is that the card sustains the rate below, which was published for large batches of ResNet-50 at 224 × 224 in tuned code. '
-            'Reading images, comparisons with the gallery and the start of each kernel are not counted, and all inner steps are. Expect more hours where these matter, fewer where HM or COLO-TRIDE leave inner steps out.')
+    note = (
+        'A forecast from counted work, not measured: training and evaluation for one seed. Assumed is that the card'
+        ' sustains the rate below, which was published for large batches of ResNet-50 at 224 × 224 in tuned code.'
+        ' Reading images, comparisons with the gallery and the start of each kernel are not counted, and all inner'
+        ' steps are. Expect more hours where these matter, fewer where HM or COLO-TRIDE leave inner steps out.'
+    )
     tables = ''.join(_gpu_table(results, name) for name in results['gpu']['work'])
-    return f'<h2>On one GPU (forecast)</h2><p class="note">{escape(note)}</p><ul>{items}</ul>{_gpu_printed(results)}{tables}'
+    return (
+        '<h2>On one GPU (forecast)</h2><p'
+        f' class="note">{escape(note)}</p><ul>{items}</ul>{_gpu_printed(results)}{tables}'
+    )
 
 def _gpu_printed(results)->str:
     "The forecast beside the hours that the paper prints for one RTX 3090."
     card = next(iter(results['gpu']['cards']))
     rows = [row for row in results['gpu']['work'].get('cub', {}).get('rows', ()) if row['defense'] in PAPER_MINUTES]
-    parts = [f"{row['label']} {gpu_hours(row['training'], card['fp32']):.1f} h (printed {PAPER_MINUTES[row['defense']]/60:.1f} h)" for row in rows]
-    return f"<p>Training on CUB with the {escape(card['name'])}, the paper's card, in float32 with all inner steps: {escape('; '.join(parts))}.</p>" if parts else ''
+    parts = [
+        f"{row['label']} {gpu_hours(row['training'], card['fp32']):.1f} h (printed"
+        f" {PAPER_MINUTES[row['defense']]/60:.1f} h)"
+        for row in rows
+    ]
+    return (
+        f"<p>Training on CUB with the {escape(card['name'])}, the paper's card, in float32 with all inner steps:"
+        f" {escape('; '.join(parts))}.</p>"
+        if parts
+        else ''
+    )
 
 def _page(results:Mapping[str, Any], picture:bytes)->str:
     "The whole page."
     caption, check = f'Forecast for {results["dataset"]}, one seed.', results['memory_check']
     title = f'What the tables cost: {results["dataset"]}, preset {results["preset"]}'
-    recorded = f'<h3>Runs in the store</h3><p>Finished runs of this plan, made on such a machine at some other time.</p>{_comparison(results["recorded"])}' if results['recorded'] else ''
-    return document(title, opening(title, f'Measured on {results["device"]}, {results["threads"]} threads. Reading image files is not counted.', [summary(results)]) +
-            f'<h2>Where the time will go</h2>{html_figure(picture, caption)}'
-            f'<h2>Every cell</h2>{"".join(_cells_table(results, name) for name in results["rows"])}<p class="note">≤: HM and COLO-TRIDE may leave inner steps out; all are counted.</p>{_gpu_section(results)}'
-            f'<h2>Beside real runs</h2><h3>Short runs</h3><p>Made after the calibration, on random images. Forecast: with the inner steps that were really made.</p>{_comparison(results["rehearsed"])}{recorded}'
-            f'<h3>Memory</h3><p>Two updates of {escape(check["defense"])} with {check["pairs"]} pairs in a process of their own: forecast {_gib(check["predicted"])}, measured {_gib(check["measured"])}.</p>'
-            f'<h2>Beside the paper</h2>{_paper_table(results)}<h2>Configuration</h2>{facts_table(results["parameters"])}<h2>Provenance</h2>{facts_table(results["provenance"])}')
+    recorded = (
+        '<h3>Runs in the store</h3><p>Finished runs of this plan, made on such a machine at some other'
+        f' time.</p>{_comparison(results["recorded"])}'
+        if results['recorded']
+        else ''
+    )
+    return document(
+        title,
+        opening(
+            title,
+            f'Measured on {results["device"]}, {results["threads"]} threads. Reading image files is not counted.',
+            [summary(results)]
+        )
+        + f'<h2>Where the time will go</h2>{html_figure(picture, caption)}'
+        f'<h2>Every cell</h2>{"".join(_cells_table(results, name) for name in results["rows"])}<p class="note">≤: HM'
+        f' and COLO-TRIDE may leave inner steps out; all are counted.</p>{_gpu_section(results)}'
+        '<h2>Beside real runs</h2><h3>Short runs</h3><p>Made after the calibration, on random images. Forecast: with'
+        f' the inner steps that were really made.</p>{_comparison(results["rehearsed"])}{recorded}'
+        f'<h3>Memory</h3><p>Two updates of {escape(check["defense"])} with {check["pairs"]} pairs in a process of their'
+        f' own: forecast {_gib(check["predicted"])}, measured {_gib(check["measured"])}.</p>'
+        '<h2>Beside the'
+        f' paper</h2>{_paper_table(results)}<h2>Configuration</h2>{facts_table(results["parameters"])}<h2>Provenance'
+        f'</h2>{facts_table(results["provenance"])}',
+    )
 
 def write_cost_report(
     folder:Path,                # for example reports/cost-cub-paper
@@ -1039,7 +1390,9 @@ def write_cost_report(
 )->Path:                        # index.html
     "Write index.html, cost.csv and results.json, each completely or not at all."
     folder = Path(folder)
-    write_atomic(folder/'cost.csv', frame(results).to_csv(index=False, lineterminator='\n', float_format='%.6g').encode())
+    write_atomic(
+        folder / 'cost.csv', frame(results).to_csv(index=False, lineterminator='\n', float_format='%.6g').encode()
+    )
     write_results(folder, results)
     write_atomic(folder/'index.html', _page(results, png(bars(results))).encode())
     return folder/'index.html'

@@ -36,7 +36,8 @@ from ..models.networks import MODELS, checksum
 from ..runs.processes import joined, leads, wait
 from ..metrics.scores import paper_table
 from ..neighbors import resolve_backend
-from ..runs.store import Run, StoreError, described, find_run, load_tensors, locked, open_run, reports_root, save_tensors, sweep
+from ..runs.store import Run, StoreError, described, find_run, load_tensors, locked, open_run, reports_root
+from ..runs.store import save_tensors, sweep
 from ..defenses.train import OPTIMIZERS, SCHEDULES, load_trained, train
 from ..defenses.colo_tride import OFFICIAL, PAPER, PROFILES
 
@@ -71,7 +72,8 @@ class Recipe:
     head_lr:float=0.       # learning rate of the embedding head; 0: `lr`
     optimizer:str='adam'   # one of `defenses.train.OPTIMIZERS`; a defence with proxies keeps AdamW
     schedule:str='const'   # one of `defenses.train.SCHEDULES`
-    precision:Literal['float32','bfloat16']='float32' # of the network in training and in the search of the attacks; distances and outcomes are always float32
+    # of the network in training and in the search of the attacks; distances and outcomes are always float32
+    precision:Literal['float32','bfloat16']='float32'
 
     def __post_init__(self):
         check_choice('optimizer', self.optimizer, OPTIMIZERS)
@@ -81,14 +83,22 @@ class Recipe:
                              f'{self.size} pixels; set crop to {self.size} or less, or 0 for the whole image')
 
 # %% ../../nbs/study/00_experiments.ipynb #09c84e89
-PAPER_28 = Recipe(settings=(Setting('28', eps=77/255, step_size=3/255, steps=32, colo_steps=16),), seeds=(0,), model='c2f2', weights='', dim=512,
-    size=28, channels=1, crop=0, epochs=8, pairs=128, lr=1e-3, weight_decay=1e-7, allow_self=True, lam=10., ics=.5, profiles=('official', 'paper_steps'),
-    eval_step_size=3/255, eval_steps=32, eval_batch=128)
-PAPER_224 = replace(PAPER_28, settings=(Setting('224', eps=8/255, step_size=1/255, steps=32, colo_steps=16),), model='resnet18', weights='IMAGENET1K_V1',
-    size=256, channels=3, crop=224, epochs=75, pairs=56, lr=1e-5, weight_decay=4e-4, eval_batch=112)
+PAPER_28 = Recipe(
+    settings=(Setting('28', eps=77 / 255, step_size=3 / 255, steps=32, colo_steps=16),), seeds=(0,), model='c2f2',
+    weights='', dim=512, size=28, channels=1, crop=0, epochs=8, pairs=128, lr=1e-3, weight_decay=1e-7, allow_self=True,
+    lam=10.0, ics=0.5, profiles=('official', 'paper_steps'), eval_step_size=3 / 255, eval_steps=32, eval_batch=128
+)
+PAPER_224 = replace(
+    PAPER_28, settings=(Setting('224', eps=8 / 255, step_size=1 / 255, steps=32, colo_steps=16),), model='resnet18',
+    weights='IMAGENET1K_V1', size=256, channels=3, crop=224, epochs=75, pairs=56, lr=1e-5, weight_decay=4e-4,
+    eval_batch=112
+)
 A = Setting('A', eps=32/255, step_size=16/255, steps=4, colo_steps=4)
 B = replace(A, name='B', eps=48/255, step_size=24/255, warm_epochs=7)
-QUICK = replace(PAPER_28, settings=(A,), eval_batch=512, model='small', dim=128, epochs=10, pairs=56, weight_decay=1e-4, allow_self=False, natural_miner='semihard', lam=2., profiles=('official', 'paper'))
+QUICK = replace(
+    PAPER_28, settings=(A,), eval_batch=512, model='small', dim=128, epochs=10, pairs=56, weight_decay=1e-4,
+    allow_self=False, natural_miner='semihard', lam=2.0, profiles=('official', 'paper')
+)
 SMALL = replace(QUICK, settings=(A, B), seeds=(0, 1, 2), profiles=('official', 'paper', 'paper_range'))
 MEDIUM = replace(SMALL, model='resnet18', dim=512, size=64, epochs=20, eval_batch=256)
 SMOKE = replace(QUICK, dim=32, epochs=2, pairs=16, train_classes=6, test_classes=6, eval_steps=3)
@@ -122,19 +132,33 @@ def overrides(
     paper:Recipe, # the paper's recipe for the same data
 )->list[str]:     # one phrase per difference
     "What a recipe changes against the paper's."
-    def show(v): return ', '.join(map(show, v)) if isinstance(v, tuple) else describe(v) if isinstance(v, Setting) else f'{v:g}' if isinstance(v, float) else str(v)
+    def show(v):
+        return (
+            ', '.join(map(show, v))
+            if isinstance(v, tuple)
+            else describe(v) if isinstance(v, Setting) else f'{v:g}' if isinstance(v, float) else str(v)
+        )
     pairs = [(f.name, getattr(chosen, f.name), getattr(paper, f.name)) for f in fields(Recipe)]
-    return [f'{name}: {show(mine) or "none"} (paper: {show(theirs) or "none"})' for name,mine,theirs in pairs if mine != theirs]
+    return [
+        f'{name}: {show(mine) or "none"} (paper: {show(theirs) or "none"})'
+        for name, mine, theirs in pairs
+        if mine != theirs
+    ]
 
 def describe(setting:Setting)->str:
     "A setting in words."
     warm = f' after {setting.warm_epochs} natural epochs' if setting.warm_epochs else ''
-    return f'{setting.name} (ε {255*setting.eps:g}/255, steps of {255*setting.step_size:g}/255, {setting.steps} for ACT and HM, {setting.colo_steps} for COLO-TRIDE{warm})'
+    return (
+        f'{setting.name} (ε {255*setting.eps:g}/255, steps of {255*setting.step_size:g}/255, {setting.steps} for ACT'
+        f' and HM, {setting.colo_steps} for COLO-TRIDE{warm})'
+    )
 
 # %% ../../nbs/study/00_experiments.ipynb #acdc4a38
-PARAMETERS = dict[str, Any](dataset='glyphs', root='', preset='quick', defenses='', seeds='', profile='', device='auto', epochs=0, limit=0, weights='',
-                  backend='auto', precision='', compiled=False, out='', skip_unreadable=False, backbone='', executor='inline',
-                  pairs=0, lr=0., head_lr=0., eps=0., steps=0)
+PARAMETERS = dict[str, Any](
+    dataset='glyphs', root='', preset='quick', defenses='', seeds='', profile='', device='auto', epochs=0, limit=0,
+    weights='', backend='auto', precision='', compiled=False, out='', skip_unreadable=False, backbone='',
+    executor='inline', pairs=0, lr=0.0, head_lr=0.0, eps=0.0, steps=0
+)
 
 # %% ../../nbs/study/00_experiments.ipynb #ff729e18
 def parameters(
@@ -150,22 +174,30 @@ def _check_numbers(p:dict)->None:
     "Refuse a budget or a learning rate that cannot be meant."
     eps = p['eps']
     if 0 < eps < 1:
-        raise ValueError(f'parameter eps must be in 255ths of the pixel range, as papers write it (8 means 8/255), found '
-                         f'{eps:g}, which looks like a fraction of the range: write {255*eps:.3g}')
+        raise ValueError(
+            'parameter eps must be in 255ths of the pixel range, as papers write it (8 means 8/255), found '
+            f'{eps:g}, which looks like a fraction of the range: write {255*eps:.3g}'
+        )
     if not 0 <= eps <= 255:
-        raise ValueError('parameter eps must be in 255ths of the pixel range, from 1 to 255 (8 means 8/255, the fraction '
-                         f'0.031 of the range), found {eps:g}: write 8, or 0 for the radius of the preset')
+        raise ValueError(
+            'parameter eps must be in 255ths of the pixel range, from 1 to 255 (8 means 8/255, the fraction '
+            f'0.031 of the range), found {eps:g}: write 8, or 0 for the radius of the preset'
+        )
     for name in ('lr', 'head_lr'):
         if not 0 <= p[name] <= 1:
             raise ValueError(f"parameter {name} must lie in (0, 1], or be 0 for the preset's, found {p[name]:g}")
     if p['pairs'] == 1: raise ValueError("parameter pairs must be at least 2, or 0 for the preset's, found 1")
-    if p['steps'] > 1000: raise ValueError(f"parameter steps must be at most 1000, or 0 for the preset's, found {p['steps']}")
+    if p['steps'] > 1000:
+        raise ValueError(f"parameter steps must be at most 1000, or 0 for the preset's, found {p['steps']}")
 
 # %% ../../nbs/study/00_experiments.ipynb #c1b1b425
 def seed_list(text:str)->tuple[int,...]:
     "Seeds of a comma-separated parameter."
     try: return tuple(dict.fromkeys(int(e) for e in text.split(',') if e.strip()))
-    except ValueError: raise ValueError(f"parameter seeds must be whole numbers separated by commas, as in '0,1,2', found {text!r}") from None
+    except ValueError:
+        raise ValueError(
+            f"parameter seeds must be whole numbers separated by commas, as in '0,1,2', found {text!r}"
+        ) from None
 
 # %% ../../nbs/study/00_experiments.ipynb #812b3146
 class Experiment(NamedTuple):
@@ -185,39 +217,119 @@ def lines_of(
     wanted = EXPERIMENTS[experiment]
     return wanted.defenses + (wanted.more if preset in ('small', 'medium') else ())
 
-_SWITCHED = [f'colo_tride:profile=official+{key}={json.dumps(value).strip(chr(34))}' for key,value in PAPER.items() if value != OFFICIAL[key]]
-_SWITCHED_BACK = [f'colo_tride:profile=paper+{key}={json.dumps(value).strip(chr(34))}' for key,value in OFFICIAL.items() if value != PAPER[key]]
-_FURTHER = [f'colo_tride:profile=paper+{pair}' for pair in ('top_rank=clean', 'disabled_mode=attack', 'step_schedule=linear1', 'step_schedule=const', 'miner_margin=linear', 'miner_margin=const', 'collapse_miner=random', 'weighting=uniform')]
+_SWITCHED = [
+    f'colo_tride:profile=official+{key}={json.dumps(value).strip(chr(34))}'
+    for key, value in PAPER.items()
+    if value != OFFICIAL[key]
+]
+_SWITCHED_BACK = [
+    f'colo_tride:profile=paper+{key}={json.dumps(value).strip(chr(34))}'
+    for key, value in OFFICIAL.items()
+    if value != PAPER[key]
+]
+_FURTHER = [
+    f'colo_tride:profile=paper+{pair}'
+    for pair in (
+        'top_rank=clean', 'disabled_mode=attack', 'step_schedule=linear1', 'step_schedule=const', 'miner_margin=linear',
+        'miner_margin=const', 'collapse_miner=random', 'weighting=uniform'
+    )
+]
 _RANGE = 'colo_tride:profile=paper_range'
 _RANGES = (_RANGE, *(f'{_RANGE}+{pair}' for pair in ('miner_margin=linear', 'miner_margin=const', 'lam=5', 'lam=10')))
 EXPERIMENTS = dict(
     table1=Experiment('Table 1: image retrieval under ten attacks', TABLE_DEFENSES, more=('colo_steps',)),
     table2=Experiment('Table 2: resistance to eight attacks', TABLE_DEFENSES, more=('colo_steps',)),
-    table3=Experiment('Table 3: one perturbation at a time, with and without COLO', ('naive_sip', 'naive_cap', 'naive_anp', 'naive_tride', 'colo_cap', 'colo_anp', 'colo_tride'), (B,), more=('colo_steps',)),
-    table4=Experiment('Table 4: assist and attack', ('natural', 'assist_part', 'assist_full', 'colo_early', 'colo_steps', 'colo_tride'), (B,),
-        more=('range_part', 'range_full', 'range_early')),
-    figure3=Experiment('Figure 3: distances, separability, hardness and collapseness over training', ('natural', 'naive_sip', 'colo_cap', 'colo_anp', 'colo_tride'), (B,),
-        more=('colo_steps',)),
-    figure4=Experiment('Figure 4: shift of the embeddings and hardness reached', ('hm', 'naive_sip', 'naive_cap', 'naive_anp', 'colo_cap', 'colo_anp'), (B,),
-        more=('colo_steps',)),
-    switches=Experiment('The official code, one switch at a time turned to the paper\'s text', ('colo_tride', *_SWITCHED), (B,), quick=1000, more=_RANGES[1:]),
-    paper_switches=Experiment('The paper\'s text, one switch at a time turned to the official code, and values that neither uses', ('colo_tride:profile=paper', *_SWITCHED_BACK, *_FURTHER), (B,), quick=1000),
-    hard_triplets=Experiment('Share and hardness of hard triplets: the naive adversary on triplets of four miners', tuple(f'naive_sip:miner={m}' for m in ('random', 'semihard', 'softhard', 'hardest')), (B,)),
-    **{'lambda': Experiment('The attention factor λ of the collapseness', tuple(f'colo_tride:profile=official+lam={lam}' for lam in (0, 1, 2, 5, 10, 20)), (B,))},
-    early_disabling=Experiment('The share of epochs without assist', tuple(f'colo_tride:profile=paper+collapse_eval=per_step+assist_start_frac={share}' for share in (0, .25, .5, .75, 1)), (B,)),
-    timing=Experiment('HM with 32 inner steps against COLO-TRIDE with 16', ('hm', *(f'colo_tride:profile={name}+step_schedule=linear1' for name in ('official', 'paper'))),
-                      changes=dict(settings=(replace(A, name='T', step_size=4/255, steps=32, colo_steps=16),), seeds=(0, 1, 2, 3, 4), epochs=2)),
+    table3=Experiment(
+        'Table 3: one perturbation at a time, with and without COLO',
+        ('naive_sip', 'naive_cap', 'naive_anp', 'naive_tride', 'colo_cap', 'colo_anp', 'colo_tride'), (B,),
+        more=('colo_steps',)
+    ),
+    table4=Experiment(
+        'Table 4: assist and attack',
+        ('natural', 'assist_part', 'assist_full', 'colo_early', 'colo_steps', 'colo_tride'), (B,),
+        more=('range_part', 'range_full', 'range_early')
+    ),
+    figure3=Experiment(
+        'Figure 3: distances, separability, hardness and collapseness over training',
+        ('natural', 'naive_sip', 'colo_cap', 'colo_anp', 'colo_tride'), (B,), more=('colo_steps',)
+    ),
+    figure4=Experiment(
+        'Figure 4: shift of the embeddings and hardness reached',
+        ('hm', 'naive_sip', 'naive_cap', 'naive_anp', 'colo_cap', 'colo_anp'), (B,), more=('colo_steps',)
+    ),
+    switches=Experiment(
+        'The official code, one switch at a time turned to the paper\'s text', ('colo_tride', *_SWITCHED), (B,),
+        quick=1000, more=_RANGES[1:]
+    ),
+    paper_switches=Experiment(
+        'The paper\'s text, one switch at a time turned to the official code, and values that neither uses',
+        ('colo_tride:profile=paper', *_SWITCHED_BACK, *_FURTHER), (B,), quick=1000
+    ),
+    hard_triplets=Experiment(
+        'Share and hardness of hard triplets: the naive adversary on triplets of four miners',
+        tuple(f'naive_sip:miner={m}' for m in ('random', 'semihard', 'softhard', 'hardest')), (B,)
+    ),
+    **{
+        'lambda': Experiment(
+            'The attention factor λ of the collapseness',
+            tuple(f'colo_tride:profile=official+lam={lam}' for lam in (0, 1, 2, 5, 10, 20)), (B,)
+        )
+    },
+    early_disabling=Experiment(
+        'The share of epochs without assist',
+        tuple(
+            f'colo_tride:profile=paper+collapse_eval=per_step+assist_start_frac={share}'
+            for share in (0, 0.25, 0.5, 0.75, 1)
+        ),
+        (B,),
+    ),
+    timing=Experiment(
+        'HM with 32 inner steps against COLO-TRIDE with 16',
+        ('hm', *(f'colo_tride:profile={name}+step_schedule=linear1' for name in ('official', 'paper'))),
+        changes=dict(
+            settings=(replace(A, name='T', step_size=4 / 255, steps=32, colo_steps=16),), seeds=(0, 1, 2, 3, 4),
+            epochs=2
+        ),
+    ),
     fairness=Experiment('Are the scores fair?', (*TABLE_DEFENSES, 'colo_tride:profile=official+weighting=uniform')),
-    baselines=Experiment('Further baselines', ('natural', 'est', 'ses', 'minmax', 'free', 'multi_similarity', 'act', 'hm', 'hm:source=random', 'hm:source=semihard', 'hm:pseudo=0', 'hm:pseudo=g_B', 'hm:pseudo=g_2', 'hm:pseudo=g_1/2'), (A,), quick=1000),
-    locality=Experiment('Local against global resistance, over the weight of the nearest negative', tuple(f'topweighted:top={w}' for w in (0, .25, .5, .75, 1)), (replace(A, name='L', warm_epochs=B.warm_epochs),)),
-    limits=Experiment('Where COLO-TRIDE does not hold: schedules and inner steps', ('hm', 'hm:steps=8', 'naive_tride', 'naive_tride:step_schedule=linear0+miner_margin=gradual', 'colo_tride:profile=official',
-                                                                                  'colo_tride:profile=official+step_schedule=const+miner_margin=const', 'colo_tride:profile=official+steps=8', 'colo_tride:profile=official+anp_main=attack'), (B,)),
+    baselines=Experiment(
+        'Further baselines',
+        (
+            'natural', 'est', 'ses', 'minmax', 'free', 'multi_similarity', 'act', 'hm', 'hm:source=random',
+            'hm:source=semihard', 'hm:pseudo=0', 'hm:pseudo=g_B', 'hm:pseudo=g_2', 'hm:pseudo=g_1/2'
+        ),
+        (A,),
+        quick=1000,
+    ),
+    locality=Experiment(
+        'Local against global resistance, over the weight of the nearest negative',
+        tuple(f'topweighted:top={w}' for w in (0, 0.25, 0.5, 0.75, 1)),
+        (replace(A, name='L', warm_epochs=B.warm_epochs),)
+    ),
+    limits=Experiment(
+        'Where COLO-TRIDE does not hold: schedules and inner steps',
+        (
+            'hm', 'hm:steps=8', 'naive_tride', 'naive_tride:step_schedule=linear0+miner_margin=gradual',
+            'colo_tride:profile=official', 'colo_tride:profile=official+step_schedule=const+miner_margin=const',
+            'colo_tride:profile=official+steps=8', 'colo_tride:profile=official+anp_main=attack'
+        ),
+        (B,),
+    ),
     stress=Experiment('Stress: stronger, blind and borrowed attacks', TABLE_DEFENSES),
     explore=Experiment('Explorer: one search under attack', ('natural', 'hm', 'colo_tride:profile=official')),
-    all_defenses=Experiment('Every defence of the three papers side by side', ('natural', 'est', 'ses', 'act', 'minmax', 'hm', 'colo_tride', 'natural_triplet', 'natural_contrastive', 'tuples_triplet', 'tuples_contrastive',
-                                                                                    'pal_natural', 'pal_at', 'pal_mixup', 'pal_mixup_at', 'pal_trades', 'pal_alp', 'ensemble_at', 'joint_at', 'adp', 'gal', 'dverge', 'eat')),
-    reference=Experiment("Beside the numbers that the reference code's authors print", ('natural', 'act', 'est', 'colo_tride', 'hm')),
-    cost=Experiment('What the tables cost', TABLE_DEFENSES))
+    all_defenses=Experiment(
+        'Every defence of the three papers side by side',
+        (
+            'natural', 'est', 'ses', 'act', 'minmax', 'hm', 'colo_tride', 'natural_triplet', 'natural_contrastive',
+            'tuples_triplet', 'tuples_contrastive', 'pal_natural', 'pal_at', 'pal_mixup', 'pal_mixup_at', 'pal_trades',
+            'pal_alp', 'ensemble_at', 'joint_at', 'adp', 'gal', 'dverge', 'eat'
+        ),
+    ),
+    reference=Experiment(
+        "Beside the numbers that the reference code's authors print", ('natural', 'act', 'est', 'colo_tride', 'hm')
+    ),
+    cost=Experiment('What the tables cost', TABLE_DEFENSES),
+)
 
 # %% ../../nbs/study/00_experiments.ipynb #3b17c2d9
 @dataclass(frozen=True)
@@ -250,9 +362,15 @@ def plan(
     r = _recipe(experiment, p, name)
     data = _data(p, r)
     check_split(data)
-    if experiment == 'cost' and isinstance(data, QueryGallery): raise ValueError(f'cost needs test images that are queries and gallery at once, found {data.name} with a gallery of its own; run its table without a forecast')
-    return Plan(experiment, p['preset'], r, table_lines(p['defenses']) or lines_of(experiment, p['preset']), p, name, data, data.card(), pick_device(p['device']),
-                resolve_backend(p['backend']), reports_root(p['out']))
+    if experiment == 'cost' and isinstance(data, QueryGallery):
+        raise ValueError(
+            f'cost needs test images that are queries and gallery at once, found {data.name} with a gallery of its own;'
+            ' run its table without a forecast'
+        )
+    return Plan(
+        experiment, p['preset'], r, table_lines(p['defenses']) or lines_of(experiment, p['preset']), p, name, data,
+        data.card(), pick_device(p['device']), resolve_backend(p['backend']), reports_root(p['out'])
+    )
 
 def _place(p:dict)->tuple[str, str]:
     "The data set and the folder of its files."
@@ -262,8 +380,11 @@ def _place(p:dict)->tuple[str, str]:
 def _data(p:dict, r:Recipe)->Split:
     "The images of a run."
     source, root = _place(p)
-    return load(source, root=root or None, size=r.size, channels=r.channels, crop=r.crop or None, train_classes=r.train_classes or None,
-                test_classes=r.test_classes or None, skip_unreadable=p['skip_unreadable'])
+    return load(
+        source, root=root or None, size=r.size, channels=r.channels, crop=r.crop or None,
+        train_classes=r.train_classes or None, test_classes=r.test_classes or None,
+        skip_unreadable=p['skip_unreadable']
+    )
 
 def with_backbone(
     recipe:Recipe,
@@ -271,7 +392,10 @@ def with_backbone(
 )->Recipe:
     "The recipe with another network; ConvNeXt takes no images below 32 x 32."
     if not backbone: return recipe
-    return replace(recipe, model=check_choice('backbone', backbone, MODELS), size=max(recipe.size, 32) if backbone == 'convnext_tiny' else recipe.size)
+    return replace(
+        recipe, model=check_choice('backbone', backbone, MODELS),
+        size=max(recipe.size, 32) if backbone == 'convnext_tiny' else recipe.size
+    )
 
 def with_budget(
     recipe:Recipe,
@@ -284,7 +408,8 @@ def with_budget(
                    head_lr=p['head_lr'] or recipe.head_lr, eval_step_size=step_size)
 
 def _asked(s:Setting, eps:float, steps:int)->Setting:
-    "A setting with another radius and other inner steps, each 0 to keep it, whose search reaches as far over the radius."
+    """A setting with another radius and other inner steps, each 0 to keep it, whose search reaches as far over the
+    radius."""
     if not eps and not steps: return s
     eps, steps = eps or s.eps, steps or s.steps
     colo_steps = max(1, round(steps*s.colo_steps/s.steps))
@@ -295,8 +420,13 @@ def _recipe(experiment:str, p:dict, name:str)->Recipe:
     "The preset's recipe with what the experiment and the parameters change."
     wanted, r = EXPERIMENTS[check_choice('experiment', experiment, tuple(EXPERIMENTS))], recipe(p['preset'], name)
     if p['preset'] != 'paper': r = replace(r, **(dict(settings=wanted.settings or r.settings) | wanted.changes))
-    return replace(with_budget(with_backbone(r, p['backbone']), p), seeds=seed_list(p['seeds']) or r.seeds, epochs=p['epochs'] or r.epochs, precision=check_choice('precision', p['precision'] or r.precision, ('float32', 'bfloat16')), limit=p['limit'] or (wanted.quick if p['preset'] == 'quick' else 0) or r.limit,
-                   profiles=_profiles(p['profile'], r.profiles), weights=_weights(p['weights'], r.weights))
+    return replace(
+        with_budget(with_backbone(r, p['backbone']), p), seeds=seed_list(p['seeds']) or r.seeds,
+        epochs=p['epochs'] or r.epochs,
+        precision=check_choice('precision', p['precision'] or r.precision, ('float32', 'bfloat16')),
+        limit=p['limit'] or (wanted.quick if p['preset'] == 'quick' else 0) or r.limit,
+        profiles=_profiles(p['profile'], r.profiles), weights=_weights(p['weights'], r.weights)
+    )
 
 def _profiles(text:str, preset:tuple[str,...])->tuple[str,...]:
     "Profiles that were asked for; the tuned one never comes without another to stand beside."
@@ -306,7 +436,9 @@ def _profiles(text:str, preset:tuple[str,...])->tuple[str,...]:
 def replan(plan:Plan, experiment:str)->Plan:
     "The plan of another experiment on the same data."
     lines = table_lines(plan.parameters['defenses']) or lines_of(experiment, plan.preset)
-    return replace(plan, experiment=experiment, recipe=_recipe(experiment, plan.parameters, plan.dataset), defenses=lines)
+    return replace(
+        plan, experiment=experiment, recipe=_recipe(experiment, plan.parameters, plan.dataset), defenses=lines
+    )
 
 def folder_name(path:Path)->str:
     "Name of a data set in a folder: lower case, and never that of a built-in one."
@@ -317,12 +449,26 @@ def check_split(data:Split)->None:
     "Refuse, before anything is trained, data on which a table cannot be computed."
     for side in ('train', 'test'):
         classes = len(getattr(data, side).classes)
-        if classes < 2: raise ValueError(f'{data.name} must have at least 2 classes to train on and 2 others to test on, found {classes} for {side}; add class folders')
+        if classes < 2:
+            raise ValueError(
+                f'{data.name} must have at least 2 classes to train on and 2 others to test on, found {classes} for'
+                f' {side}; add class folders'
+            )
     asked, shelf = data.test.labels[:query_count(data)], data.test.labels[query_count(data):]
-    if len(asked) and len(shelf.unique()) < 2: raise ValueError(f'{data.name} must have a gallery of at least 2 classes, found 1: there is nothing to confuse; add images')
-    if len(asked) and not torch.isin(asked, shelf).any(): raise ValueError(f'{data.name} must have a query whose class is in the gallery, found none among {len(asked)}: nothing can be retrieved; add images')
+    if len(asked) and len(shelf.unique()) < 2:
+        raise ValueError(
+            f'{data.name} must have a gallery of at least 2 classes, found 1: there is nothing to confuse; add images'
+        )
+    if len(asked) and not torch.isin(asked, shelf).any():
+        raise ValueError(
+            f'{data.name} must have a query whose class is in the gallery, found none among {len(asked)}: nothing can'
+            ' be retrieved; add images'
+        )
     if data.test.labels.bincount().max() < 2:
-        raise ValueError(f'{data.name} must have a test class with at least 2 images, found {len(data.test.classes)} classes of 1 image: nothing can be retrieved; add images')
+        raise ValueError(
+            f'{data.name} must have a test class with at least 2 images, found {len(data.test.classes)} classes of 1'
+            ' image: nothing can be retrieved; add images'
+        )
 
 def query_count(data:Split)->int:
     "How many test images come first and are queries only; 0 where all are queries and gallery at once."
@@ -335,10 +481,19 @@ def announce(plan:Plan)->None:
     "Print what a plan will run and what it decided by itself."
     r, data = plan.recipe, plan.card
     count = {side: f"{data[side]['images']} images of {data[side]['classes']} classes" for side in ('train', 'test')}
-    print(f'{plan.experiment} on {data["name"]}, preset {plan.preset}: {len(list(cells(plan)))} models, {r.model} with {r.dim} dimensions on {plan.device}, k-means by {plan.backend}')
-    print(f"train: {count['train']}; test: {count['test']}; skipped: {len(plan.data.skipped)} unreadable; content {data['checksum'][:12]}")
+    print(
+        f'{plan.experiment} on {data["name"]}, preset {plan.preset}: {len(list(cells(plan)))} models, {r.model} with'
+        f' {r.dim} dimensions on {plan.device}, k-means by {plan.backend}'
+    )
+    print(
+        f"train: {count['train']}; test: {count['test']}; skipped: {len(plan.data.skipped)} unreadable; content"
+        f" {data['checksum'][:12]}"
+    )
     if 'search' in data: print(data['search'])
-    print(f'attacks: {r.eval_steps} steps of {255*r.eval_step_size:g}/255 at the radius of the setting, {r.limit or "all"} queries')
+    print(
+        f'attacks: {r.eval_steps} steps of {255*r.eval_step_size:g}/255 at the radius of the setting,'
+        f' {r.limit or "all"} queries'
+    )
     print(*(f'setting {describe(s)}' for s in r.settings), sep='\n')
 
 # %% ../../nbs/study/00_experiments.ipynb #e6ed05e3
@@ -387,9 +542,12 @@ def training_config(
     usual = dict(optimizer='adam', schedule='const', head_lr=0.)
     further = {name: getattr(r, name) for name,value in usual.items() if getattr(r, name) != value}
     if r.head_lr == r.lr: further.pop('head_lr', None)
-    return further | dict(format=1, data=plan.card['checksum'], size=r.size, crop=r.crop, channels=r.channels, model=r.model, weights=weights_name(r.weights), dim=r.dim,
-                defense=defense.name, options=defense.options, epochs=epochs, pairs=r.pairs, lr=r.lr, weight_decay=r.weight_decay,
-                allow_self=r.allow_self, precision=r.precision, seed=seed, start=start)
+    return further | dict(
+        format=1, data=plan.card['checksum'], size=r.size, crop=r.crop, channels=r.channels, model=r.model,
+        weights=weights_name(r.weights), dim=r.dim, defense=defense.name, options=defense.options, epochs=epochs,
+        pairs=r.pairs, lr=r.lr, weight_decay=r.weight_decay, allow_self=r.allow_self, precision=r.precision, seed=seed,
+        start=start
+    )
 
 def training_options(recipe:Recipe)->dict[str, Any]: # of `train`
     "What a recipe says about batches and updates."
@@ -410,11 +568,17 @@ def train_cell(
 )->tuple[nn.Module, Run]: # trained model in memory, its run folder
     "Train a cell, go on with it, or load it."
     r = plan.recipe
-    model = network(defense(cell, r), r.model, classes=len(plan.data.train.classes), dim=r.dim, size=r.crop or r.size, channels=r.channels, seed=cell.seed, weights=r.weights or None)
+    model = network(
+        defense(cell, r), r.model, classes=len(plan.data.train.classes), dim=r.dim, size=r.crop or r.size,
+        channels=r.channels, seed=cell.seed, weights=r.weights or None
+    )
     for chosen,config,label in _trainings(plan, cell):
         with alone(find_run(plan.reports, 'train', config), 'result.json', 'model.safetensors'):
             run = open_run(plan.reports, 'train', config)
-            train(model, plan.data.train, chosen, epochs=config['epochs'], seed=cell.seed, **training_options(r), device=plan.device, run=run, show=show, desc=f'train {cell.setting.name} {label}, seed {cell.seed}')
+            train(
+                model, plan.data.train, chosen, epochs=config['epochs'], seed=cell.seed, **training_options(r),
+                device=plan.device, run=run, show=show, desc=f'train {cell.setting.name} {label}, seed {cell.seed}'
+            )
     return model, run
 
 @contextmanager
@@ -422,7 +586,8 @@ def alone(
     run:Run,
     *files:str, # that a finished run has
 )->Iterator[None]:
-    "Hold a run while it is computed; a finished one needs no lock, and loses one that a killed process left. Of several processes of one training the first holds it for all."
+    """Hold a run while it is computed; a finished one needs no lock, and loses one that a killed process left. Of
+    several processes of one training the first holds it for all."""
     finished = all(run.has(name) for name in files)
     if finished and leads(): sweep(run)
     with locked(run) if leads() and not finished else nullcontext():
@@ -431,7 +596,8 @@ def alone(
         wait()
 
 def _trainings(plan, cell)->Iterator[tuple[Defense, dict, str]]:
-    "Defence, configuration and label of the trainings behind a cell, in order: the warm-up, if its setting has one, and the cell's own."
+    """Defence, configuration and label of the trainings behind a cell, in order: the warm-up, if its setting has one,
+    and the cell's own."""
     start, warm, chosen = '', natural(plan.recipe), defense(cell, plan.recipe)
     if cell.setting.warm_epochs and not isinstance(chosen, ProxyDefense): # these have a warm-up of their own
         config = training_config(plan, warm, cell.seed, epochs=cell.setting.warm_epochs)
@@ -453,7 +619,10 @@ def evaluation_config(
 )->dict:
     "Everything that determines an evaluation."
     r = plan.recipe
-    protocol = Protocol(eps=cell.setting.eps, step_size=r.eval_step_size, steps=r.eval_steps, seed=seed, limit=r.limit, batch_size=r.eval_batch, precision=r.precision)
+    protocol = Protocol(
+        eps=cell.setting.eps, step_size=r.eval_step_size, steps=r.eval_steps, seed=seed, limit=r.limit,
+        batch_size=r.eval_batch, precision=r.precision
+    )
     return dict(format=1, train=address, protocol=asdict(protocol), backend=plan.backend)
 
 def evaluate_cell(
@@ -477,15 +646,35 @@ def _measure(plan, cell, config, show)->None:
     "Evaluate a cell into its run folder."
     model,_ = train_cell(plan, cell, show=show)
     run, protocol = open_run(plan.reports, 'eval', config), config['protocol']
-    result = evaluate(model, plan.data.test, **protocol, queries=query_count(plan.data), backend=plan.backend, compiled=plan.parameters['compiled'], device=plan.device, run=run, show=show,
-                      desc=f'attack {cell.setting.name} {cell.label}, seed {cell.seed}:')
-    shown = examples(model, plan.data.test, protocol=Protocol(**protocol), queries=query_count(plan.data), device=plan.device) if cell.seed == plan.recipe.seeds[0] else {} # a report shows one seed
-    if leads(): run.write('result.json', dict(asdict(result), weights=checksum(model), example_attack='ES', examples=save_tensors(run, 'examples.safetensors', shown) if shown else ''))
+    result = evaluate(
+        model, plan.data.test, **protocol, queries=query_count(plan.data), backend=plan.backend,
+        compiled=plan.parameters['compiled'], device=plan.device, run=run, show=show,
+        desc=f'attack {cell.setting.name} {cell.label}, seed {cell.seed}:'
+    )
+    # a report shows one seed
+    shown = (
+        examples(
+            model, plan.data.test, protocol=Protocol(**protocol), queries=query_count(plan.data), device=plan.device
+        )
+        if cell.seed == plan.recipe.seeds[0]
+        else {}
+    )
+    if leads():
+        run.write(
+            'result.json',
+            dict(
+                asdict(result), weights=checksum(model), example_attack='ES',
+                examples=save_tensors(run, 'examples.safetensors', shown) if shown else ''
+            ),
+        )
 
 # %% ../../nbs/study/00_experiments.ipynb #c76c7522
 def missing_cells(plan:Plan)->list[Cell]:
     "Cells whose training or evaluation the store does not hold."
-    def is_there(config): return find_run(plan.reports, 'eval', config).has('result.json') and Run(plan.reports/'store'/config['train']).has('result.json')
+    def is_there(config):
+        return find_run(plan.reports, 'eval', config).has('result.json') and Run(
+            plan.reports / 'store' / config['train']
+        ).has('result.json')
     return [cell for cell in cells(plan) if not is_there(_evaluation(plan, cell))]
 
 def compute_cell(
@@ -494,8 +683,13 @@ def compute_cell(
 )->None:
     "Train and evaluate a cell in a process of its own."
     data = _data(plan.parameters, plan.recipe)
-    if (found := data.card()['checksum']) != plan.card['checksum']: raise ValueError(f'expected the images of the plan ({plan.card["checksum"][:12]}), found others on this machine ({found[:12]}); give all machines the same files')
-    with kept_memory(): record(replace(plan, data=data, device=pick_device(plan.parameters['device'])), cell, show=False)
+    if (found := data.card()['checksum']) != plan.card['checksum']:
+        raise ValueError(
+            f'expected the images of the plan ({plan.card["checksum"][:12]}), found others on this machine'
+            f' ({found[:12]}); give all machines the same files'
+        )
+    with kept_memory():
+        record(replace(plan, data=data, device=pick_device(plan.parameters['device'])), cell, show=False)
 
 def compute_elsewhere(
     plan:Plan,
@@ -504,10 +698,17 @@ def compute_elsewhere(
 )->None:
     "Compute the missing cells as jobs, if the plan's executor says so."
     how = executor(plan.parameters['executor'])
-    if how.kind != 'inline' and int(os.environ.get('WORLD_SIZE', 1)) > 1: raise ValueError(f'executor must be inline where several processes share a training, found {how.kind}; start one process to give cells away as jobs')
+    if how.kind != 'inline' and int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise ValueError(
+            f'executor must be inline where several processes share a training, found {how.kind}; start one process to'
+            ' give cells away as jobs'
+        )
     if how.kind == 'inline' or not (todo := missing_cells(plan)): return
     bare = replace(plan, data=None) # type: ignore[arg-type] # each job reads the images itself
-    run_jobs({f'{cell.setting.name} {cell.label}, seed {cell.seed}': partial(compute_cell, bare, cell) for cell in todo}, how, plan.reports/'store', show=show)
+    run_jobs(
+        {f'{cell.setting.name} {cell.label}, seed {cell.seed}': partial(compute_cell, bare, cell) for cell in todo},
+        how, plan.reports / 'store', show=show
+    )
 
 # %% ../../nbs/study/00_experiments.ipynb #ca288ccb
 def record(
@@ -520,11 +721,18 @@ def record(
     done = evaluate_cell(plan, cell, show=show)
     trained = Run(done.folder.with_name(done.read('card.json', 'config')['config']['train']))
     if not trained.has('result.json') or not trained.has('card.json'): _train_again(plan, cell, done, show)
-    return dict(setting=cell.setting.name, defense=cell.defense, profile=cell.profile, label=cell.label, seed=cell.seed, place=plan.defenses.index(cell.defense), train=_with_share(described(trained, 'log', 'seconds')), eval=described(done, 'benign', 'before', 'after', 'examples'))
+    return dict(
+        setting=cell.setting.name, defense=cell.defense, profile=cell.profile, label=cell.label, seed=cell.seed,
+        place=plan.defenses.index(cell.defense), train=_with_share(described(trained, 'log', 'seconds')),
+        eval=described(done, 'benign', 'before', 'after', 'examples')
+    )
 
 def _with_share(trained:dict)->dict:
     "A training with the share of its batches that were assisted."
-    return dict(trained, assisted_pct=100*math.fsum(row.get('assisted') or 0. for row in trained['log'])/len(trained['log']))
+    return dict(
+        trained,
+        assisted_pct=100 * math.fsum(row.get('assisted') or 0.0 for row in trained['log']) / len(trained['log'])
+    )
 
 def _train_again(plan, cell, done, show)->None:
     "Make a lost training again."
@@ -537,11 +745,19 @@ def check_weights(
 )->None:
     "StoreError when an evaluation was made on other weights than those that were just trained again."
     if checksum(model) != done.read('result.json', 'weights')['weights']:
-        raise StoreError(f'expected the weights that {done.address} was measured on, found others after training again (another machine or version?); delete {done.folder} and run again')
+        raise StoreError(
+            f'expected the weights that {done.address} was measured on, found others after training again (another'
+            f' machine or version?); delete {done.folder} and run again'
+        )
 
 def published(dataset:str)->list[dict]:
     "Printed numbers of the paper's tables for a data set; empty when it is not one of the paper's."
-    return [dict(cell, table=n) for n in (1, 2, 3, 4) for cell in paper_table(n) if cell['dataset'].lower() == dataset.lower()]
+    return [
+        dict(cell, table=n)
+        for n in (1, 2, 3, 4)
+        for cell in paper_table(n)
+        if cell['dataset'].lower() == dataset.lower()
+    ]
 
 @kept_memory()
 @stoppable()
@@ -556,14 +772,21 @@ def results(
     compute_elsewhere(plan, show=show)
     with joined(plan.device, only_first=True): records = [record(plan, cell, show=show) for cell in cells(plan)]
     paper = recipe('paper', plan.dataset)
-    return dict(experiment=plan.experiment, title=f'{EXPERIMENTS[plan.experiment].title}, {plan.dataset}', dataset=plan.dataset, preset=plan.preset, parameters=_shareable(plan.parameters), overrides=overrides(r, paper),
-                data=plan.card, device=plan.device, settings={s.name: asdict(s) for s in r.settings},
-                attack=dict(step_size=r.eval_step_size, steps=r.eval_steps, limit=r.limit),
-                records=records, published=published(plan.dataset))
+    return dict(
+        experiment=plan.experiment, title=f'{EXPERIMENTS[plan.experiment].title}, {plan.dataset}', dataset=plan.dataset,
+        preset=plan.preset, parameters=_shareable(plan.parameters), overrides=overrides(r, paper), data=plan.card,
+        device=plan.device, settings={s.name: asdict(s) for s in r.settings},
+        attack=dict(step_size=r.eval_step_size, steps=r.eval_steps, limit=r.limit), records=records,
+        published=published(plan.dataset)
+    )
 
 def _shareable(parameters:dict)->dict:
     "Parameters without the folders and the cluster of this machine."
-    return {k: Path(v).name if k in ('dataset', 'root', 'out') or '/' in str(v) else v for k,v in parameters.items() if k != 'executor'}
+    return {
+        k: Path(v).name if k in ('dataset', 'root', 'out') or '/' in str(v) else v
+        for k, v in parameters.items()
+        if k != 'executor'
+    }
 
 def example_images(
     plan:Plan,
@@ -580,5 +803,9 @@ def example_tensors(
     found = {}
     for r in results['records']:
         run = Run(Path(reports)/'store'/r['eval']['address'])
-        if run.has('examples.safetensors'): found.setdefault(f'{r["setting"]} {r["label"]}', load_tensors(run, 'examples.safetensors', r['eval']['examples'], 'clean', 'adv', 'before', 'after'))
+        if run.has('examples.safetensors'):
+            found.setdefault(
+                f'{r["setting"]} {r["label"]}',
+                load_tensors(run, 'examples.safetensors', r['eval']['examples'], 'clean', 'adv', 'before', 'after')
+            )
     return found

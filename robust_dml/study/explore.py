@@ -135,8 +135,12 @@ def tried(
     "Attack queries and compare their results before and after."
     _check(s, attack, rows, count)
     queries = picked(s.queries, torch.as_tensor(rows))
-    x, targets = s.dataset.batch(queries.id, device=s.device, dtype=dtype_of(s.model)), SUITE[attack].targets(queries, s.gallery, seed)
-    out = run_attack(s.model, SUITE[attack], x, queries, s.gallery, eps=eps, step_size=step_size, steps=steps, seed=seed)
+    x, targets = s.dataset.batch(queries.id, device=s.device, dtype=dtype_of(s.model)), SUITE[attack].targets(
+        queries, s.gallery, seed
+    )
+    out = run_attack(
+        s.model, SUITE[attack], x, queries, s.gallery, eps=eps, step_size=step_size, steps=steps, seed=seed
+    )
     with frozen(s.model), torch.no_grad(): emb = embed(s.model, out.images)
     before, after = (order(lists(attack, e, targets, queries, s.gallery)) for e in (queries.emb, emb))
     which, moved = watched(attack, targets, queries, s.gallery), paired_distance(queries.emb, emb)
@@ -146,16 +150,22 @@ def tried(
 
 # %% ../../nbs/study/06_explore.ipynb #88d6bea1
 def _before(s, i, asks, which, before, outcome, count)->dict:
-    "Query `i` without attack: who asks (None: the query), the watched image, its place from 0, the first results, the outcome of the attack's measure."
+    """Query `i` without attack: who asks (None: the query), the watched image, its place from 0, the first results,
+    the outcome of the attack's measure."""
     rows, place = before
-    return dict(asks=None if asks is None else s.first + asks[i].item(), watched=s.first + which[i].item(), place=place[i, which[i]].item(),
-                top=(s.first + rows[i,:count]).tolist(), outcome=_values(outcome, i))
+    return dict(
+        asks=None if asks is None else s.first + asks[i].item(), watched=s.first + which[i].item(),
+        place=place[i, which[i]].item(), top=(s.first + rows[i, :count]).tolist(), outcome=_values(outcome, i)
+    )
 
 def _after(s, i, which, before, after, outcome, moved, count)->dict:
-    "Query `i` attacked: `came` is where the new first results were, `went` where the old ones are now, `moved` the distance between clean and attacked embedding."
+    """Query `i` attacked: `came` is where the new first results were, `went` where the old ones are now, `moved` the
+    distance between clean and attacked embedding."""
     (old, was), (new, now) = before, after
-    return dict(place=now[i, which[i]].item(), top=(s.first + new[i,:count]).tolist(), came=was[i, new[i,:count]].tolist(), went=now[i, old[i,:count]].tolist(),
-                outcome=_values(outcome, i), moved=round(moved[i].item(), 4))
+    return dict(
+        place=now[i, which[i]].item(), top=(s.first + new[i, :count]).tolist(), came=was[i, new[i, :count]].tolist(),
+        went=now[i, old[i, :count]].tolist(), outcome=_values(outcome, i), moved=round(moved[i].item(), 4)
+    )
 
 def _values(outcome, i)->dict: return {h: None if v[i].isnan() else round(v[i].item(), 4) for h,v in outcome.items()}
 
@@ -165,8 +175,16 @@ def _check(s, attack, rows, count)->None:
     for q in (rows.tolist() if isinstance(rows, Tensor) else rows):
         check_between('query', q, 0, len(s.queries.id) - 1)
         own = s.gallery.label == s.queries.label[q]
-        if own.sum() <= (s.queries.row[q] >= 0): raise ValueError(f'a query must have another image of its class in the gallery, found none for query {q}; choose another query')
-    if attack in _ASKED_BY_OTHERS and s.first: raise ValueError(f'{attack} needs queries that are in the gallery, found a data set with a gallery of its own; choose another attack')
+        if own.sum() <= (s.queries.row[q] >= 0):
+            raise ValueError(
+                f'a query must have another image of its class in the gallery, found none for query {q}; choose another'
+                ' query'
+            )
+    if attack in _ASKED_BY_OTHERS and s.first:
+        raise ValueError(
+            f'{attack} needs queries that are in the gallery, found a data set with a gallery of its own; choose'
+            ' another attack'
+        )
 
 # %% ../../nbs/study/06_explore.ipynb #558036a0
 _HIT, _MISS = dict(edgecolor='#0072b2', linestyle='-'), dict(edgecolor='#d55e00', linestyle=(0, (2.2, 1.4)))
@@ -174,7 +192,9 @@ _HIT, _MISS = dict(edgecolor='#0072b2', linestyle='-'), dict(edgecolor='#d55e00'
 def _picture(ax, image, title, frame=None)->None:
     "One image with a title above and, if it is a result, a frame."
     shown = image.detach().float().clamp(0, 1).cpu().numpy()
-    ax.imshow(shown[0] if len(shown) == 1 else shown.transpose(1, 2, 0), cmap='gray', vmin=0, vmax=1, interpolation='nearest')
+    ax.imshow(
+        shown[0] if len(shown) == 1 else shown.transpose(1, 2, 0), cmap='gray', vmin=0, vmax=1, interpolation='nearest'
+    )
     ax.set_title(title, fontsize=8, loc='center', fontweight='normal')
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(frame is not None)
@@ -191,7 +211,10 @@ def _results(axes, s, tops, places, wanted, star, swapped)->None:
 def told(attack:str, before:Mapping, after:Mapping, others:int)->str:
     "What happened to the image that an attack is about, in a sentence."
     goal = GOALS[attack]
-    return f"{goal.deed[0].upper()}{goal.deed[1:]}. Of {others:,} images, {goal.watched} was at place {before['place'] + 1:,} and is at place {after['place'] + 1:,} now."
+    return (
+        f"{goal.deed[0].upper()}{goal.deed[1:]}. Of {others:,} images, {goal.watched} was at place"
+        f" {before['place'] + 1:,} and is at place {after['place'] + 1:,} now."
+    )
 
 # %% ../../nbs/study/06_explore.ipynb #8a775623
 def show(
@@ -213,18 +236,26 @@ def show(
         fig = need('matplotlib.figure', 'a figure').Figure(figsize=(1.05*count, 4.3), layout='constrained')
         top, *rest = axes = fig.subplots(3, count, squeeze=False)
         difference = .5 + (t.images - t.clean)[0]/(2*max(eps, 1e-6))
-        for ax,image,title in zip(top, (t.clean[0], t.images[0], difference), ('image', 'attacked', f'±{255*eps:g}/255')): _picture(ax, image, title)
+        for ax, image, title in zip(
+            top, (t.clean[0], t.images[0], difference), ('image', 'attacked', f'±{255*eps:g}/255')
+        ):
+            _picture(ax, image, title)
         if before['asks'] is not None: _picture(top[4], s.dataset.batch(torch.tensor([asker]))[0], 'who asks')
         for ax in top: ax.axis('off') if not ax.images else None
         _rows(rest, s, t, asker)
-        fig.suptitle(told(attack, before, after, len(s.gallery.label) - (not s.first)), fontsize=9, x=.01, ha='left', wrap=True)
+        fig.suptitle(
+            told(attack, before, after, len(s.gallery.label) - (not s.first)), fontsize=9, x=0.01, ha='left', wrap=True
+        )
     return fig
 
 def _rows(axes, s, t, asker)->None:
     "Both rows of results."
     before, after, wanted = t.searches[0], t.records[0], s.dataset.labels[asker].item()
     _results(axes[0], s, before['top'], after['went'], wanted, before['watched'], None)
-    _results(axes[1], s, after['top'], after['came'], wanted, before['watched'], (before['watched'], t.images[0]) if before['asks'] is not None else None)
+    _results(
+        axes[1], s, after['top'], after['came'], wanted, before['watched'],
+        (before['watched'], t.images[0]) if before['asks'] is not None else None
+    )
     for row,text in zip(axes, ('before, place now', 'after, place before')): row[0].set_ylabel(text, fontsize=8)
 
 # %% ../../nbs/study/06_explore.ipynb #079ef59f
@@ -240,13 +271,22 @@ def form(
 )->Any:               # a widget, or the picture of the first choice
     "Query, attack, ε and steps by hand, with the picture that belongs to them."
     display = need('IPython.display', 'a form')
-    def draw(query, attack, eps, steps): return display.Image(png(show(s, query=query, attack=attack, eps=eps/255, steps=steps, step_size=step_size, seed=seed), dpi=100))
+    def draw(query, attack, eps, steps):
+        return display.Image(
+            png(
+                show(s, query=query, attack=attack, eps=eps / 255, steps=steps, step_size=step_size, seed=seed), dpi=100
+            )
+        )
     first = dict(query=query, attack=attack, eps=round(255*eps), steps=steps)
     if find_spec('ipywidgets') is None: return draw(**first)
     w, later = need('ipywidgets', 'a form'), dict(continuous_update=False)
     names = [name for name in GOALS if not (s.first and name in _ASKED_BY_OTHERS)]
-    controls = dict(query=w.IntSlider(first['query'], 0, len(s.queries.id) - 1, description='query', **later), attack=w.Dropdown(options=names, value=attack, description='attack'),
-                    eps=w.IntSlider(first['eps'], 0, 64, description='ε (1/255)', **later), steps=w.IntSlider(steps, 0, 64, description='steps', **later))
+    controls = dict(
+        query=w.IntSlider(first['query'], 0, len(s.queries.id) - 1, description='query', **later),
+        attack=w.Dropdown(options=names, value=attack, description='attack'),
+        eps=w.IntSlider(first['eps'], 0, 64, description='ε (1/255)', **later),
+        steps=w.IntSlider(steps, 0, 64, description='steps', **later)
+    )
     return w.interactive(lambda **chosen: display.display(draw(**chosen)), **controls)
 
 # %% ../../nbs/study/06_explore.ipynb #6e80461f
@@ -260,13 +300,18 @@ class Grid:
 
     def __post_init__(self):
         for name in self.attacks: check_choice('attacks', name, tuple(GOALS))
-        if self.queries < 1 or not (self.eps and self.steps and self.attacks): raise ValueError(f'a grid needs a query, a radius, a number of steps and an attack, found {self}')
+        if self.queries < 1 or not (self.eps and self.steps and self.attacks):
+            raise ValueError(f'a grid needs a query, a radius, a number of steps and an attack, found {self}')
 
 def grid(plan:Plan)->Grid:
     "The grid of a preset; smaller for photographs, whose attacked copies take more room."
     attacks = tuple(name for name in GOALS if not (query_count(plan.data) and name in _ASKED_BY_OTHERS))
     if plan.preset == 'smoke': return Grid(2, (8, 32), (1, 4), attacks)
-    return Grid(6, (4, 8, 16, 32), (1, 8, 32), attacks) if plan.recipe.channels == 1 else Grid(2, (2, 4, 8, 16), (1, 32), attacks)
+    return (
+        Grid(6, (4, 8, 16, 32), (1, 8, 32), attacks)
+        if plan.recipe.channels == 1
+        else Grid(2, (2, 4, 8, 16), (1, 32), attacks)
+    )
 
 def chosen(
     labels:Tensor,  # (N,) long: of the test set
@@ -281,7 +326,10 @@ def chosen(
         label = int(labels[int(q)])
         if label not in seen and sizes[label] > (not queries): taken.append(q), seen.add(label)
         if len(taken) == count: return torch.tensor(sorted(taken))
-    raise ValueError(f'expected {count} classes with a query that has another image to find, found {len(taken)}; ask for fewer queries')
+    raise ValueError(
+        f'expected {count} classes with a query that has another image to find, found {len(taken)}; ask for fewer'
+        ' queries'
+    )
 
 # %% ../../nbs/study/06_explore.ipynb #63b65f31
 def precompute(
@@ -302,7 +350,10 @@ def precompute(
     budgets = [(e, n) for e in wanted.eps for n in wanted.steps]
     for attack in progress(wanted.attacks, desc=desc, show=show):
         for k,(eps, steps) in enumerate(budgets):
-            t = tried(s, attack, rows, eps=eps/255, step_size=step_size, steps=steps, seed=seed, count=min(8, len(s.gallery.label) - 1))
+            t = tried(
+                s, attack, rows, eps=eps / 255, step_size=step_size, steps=steps, seed=seed,
+                count=min(8, len(s.gallery.label) - 1)
+            )
             if not k: searches += [dict(query=q, attack=attack, **b) for q,b in enumerate(t.searches)]
             records += [dict(query=q, attack=attack, eps=eps, steps=steps, **r) for q,r in enumerate(t.records)]
             images.append((t.images*255).round().to(torch.uint8).cpu())
@@ -317,7 +368,11 @@ def thumbnails(
     "Images small enough for a page."
     factor = max(1., max(images.shape[2:])/_SIDE)
     if factor == 1.: return images
-    return F.interpolate(images.float(), size=[max(1, round(n/factor)) for n in images.shape[2:]], mode='area').round().to(torch.uint8)
+    return (
+        F.interpolate(images.float(), size=[max(1, round(n / factor)) for n in images.shape[2:]], mode='area')
+        .round()
+        .to(torch.uint8)
+    )
 
 def sheet(
     images:Tensor, # (N, C, h, w) uint8
@@ -343,21 +398,46 @@ def explore_results(
     rows, models, sheets = chosen(test.labels, wanted.queries, queries=first), [], []
     for cell in (c for c in cells(plan) if c.setting == plan.recipe.settings[0] and c.seed == plan.recipe.seeds[0]):
         model, run = train_cell(plan, cell, show=show)
-        found, attacked = precompute(model, test, rows, wanted, step_size=plan.recipe.eval_step_size, queries=first, device=plan.device, show=show, desc=f'explore {cell.label}')
-        models.append(dict(label=cell.label, setting=cell.setting.name, seed=cell.seed, **_origin(plan, cell, model, run), **found))
+        found, attacked = precompute(
+            model, test, rows, wanted, step_size=plan.recipe.eval_step_size, queries=first, device=plan.device,
+            show=show, desc=f'explore {cell.label}'
+        )
+        models.append(
+            dict(
+                label=cell.label, setting=cell.setting.name, seed=cell.seed, **_origin(plan, cell, model, run), **found
+            )
+        )
         sheets.append(sheet(thumbnails(attacked)))
-    used = sorted({*rows.tolist(), *(i for m in models for r in m['searches'] + m['records'] for i in (*r['top'], r.get('asks'), r.get('watched')) if i is not None)})
+    used = sorted(
+        {
+            *rows.tolist(),
+            *(
+                i
+                for m in models
+                for r in m['searches'] + m['records']
+                for i in (*r['top'], r.get('asks'), r.get('watched'))
+                if i is not None
+            ),
+        }
+    )
     shown = thumbnails(test.pixels(torch.tensor(used)))
     sheets = [base64.b64encode(data).decode() for data in (sheet(shown), *sheets)]
-    return dict(experiment='explore', title=f'What an attack does to a search, {plan.dataset}', dataset=plan.dataset, preset=plan.preset, data=plan.card, others=len(test) - first - (not first),
-                goals={name: GOALS[name]._asdict() for name in wanted.attacks}, grid=asdict(wanted), step_size=plan.recipe.eval_step_size, seed=0,
-                side=list(shown.shape[2:]), queries=rows.tolist(), images=used, labels=test.labels[used].tolist(), models=models, sheets=sheets)
+    return dict(
+        experiment='explore', title=f'What an attack does to a search, {plan.dataset}', dataset=plan.dataset,
+        preset=plan.preset, data=plan.card, others=len(test) - first - (not first),
+        goals={name: GOALS[name]._asdict() for name in wanted.attacks}, grid=asdict(wanted),
+        step_size=plan.recipe.eval_step_size, seed=0, side=list(shown.shape[2:]), queries=rows.tolist(), images=used,
+        labels=test.labels[used].tolist(), models=models, sheets=sheets
+    )
 
 def _origin(plan, cell, model, run)->dict:
     "Where a model comes from, and the evaluation in the store that was made on the same weights, if there is one."
     weights, done = checksum(model), find_run(plan.reports, 'eval', evaluation_config(plan, cell, run.address))
     same = done.has('result.json') and done.read('result.json', 'weights')['weights'] == weights
-    return dict(train=run.address, weights=weights, eval=done.address if same else None, provenance=run.read('card.json', 'provenance')['provenance'])
+    return dict(
+        train=run.address, weights=weights, eval=done.address if same else None,
+        provenance=run.read('card.json', 'provenance')['provenance']
+    )
 
 # %% ../../nbs/study/06_explore.ipynb #e5e23956
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -372,33 +452,94 @@ def _first(found:Mapping[str, Any], model:Mapping[str, Any], record:Mapping[str,
 def _head_line(found:Mapping[str, Any])->str:
     "What the strongest LTM of the grid does to the first result; empty without LTM."
     eps, steps = max(found['grid']['eps']), max(found['grid']['steps'])
-    def right(m, key, **wanted): return sum(_first(found, m, r) for r in m[key] if r['attack'] == 'LTM' and all(r[k] == v for k,v in wanted.items()))
-    kept = ', '.join(f"{m['label']} {right(m, 'records', eps=eps, steps=steps)} ({right(m, 'searches')} before)" for m in found['models'])
-    return f"Queries of {len(found['queries'])} whose first result is right after LTM with ε = {eps}/255 and {steps} steps: {kept}." if 'LTM' in found['grid']['attacks'] else ''
+    def right(m, key, **wanted):
+        return sum(
+            _first(found, m, r) for r in m[key] if r['attack'] == 'LTM' and all(r[k] == v for k, v in wanted.items())
+        )
+    kept = ', '.join(
+        f"{m['label']} {right(m, 'records', eps=eps, steps=steps)} ({right(m, 'searches')} before)"
+        for m in found['models']
+    )
+    return (
+        f"Queries of {len(found['queries'])} whose first result is right after LTM with ε = {eps}/255 and {steps}"
+        f" steps: {kept}."
+        if 'LTM' in found['grid']['attacks']
+        else ''
+    )
 
 def _body(found:Mapping[str, Any])->str:
     "The page without its data; the script fills it."
     eps = ''.join(f'<th scope="col">ε = {e}/255</th>' for e in found['grid']['eps'])
     smoke = ' This preset only tests the code, its numbers mean nothing.' if found['preset'] == 'smoke' else ''
-    choices = _choice('query', 'Query') + _choice('model', 'Model') + _choice('attack', 'Attack') + _choice('eps', 'ε, how far a pixel may move') + _choice('steps', 'Steps of the search')
-    key = '<p class="key"><span><b class="mark">✓</b> solid, round frame: class that is looked for</span><span class="miss"><b class="mark">✗</b> dashed, square frame: another class</span><span><b class="star">★</b> image that the attack is about</span></p>'
+    choices = (
+        _choice('query', 'Query')
+        + _choice('model', 'Model')
+        + _choice('attack', 'Attack')
+        + _choice('eps', 'ε, how far a pixel may move')
+        + _choice('steps', 'Steps of the search')
+    )
+    key = (
+        '<p class="key"><span><b class="mark">✓</b> solid, round frame: class that is looked for</span><span'
+        ' class="miss"><b class="mark">✗</b> dashed, square frame: another class</span><span><b class="star">★</b>'
+        ' image that the attack is about</span></p>'
+    )
     said = f'<p class="headline">{escape(line)}</p>' if (line := _head_line(found)) else ''
-    return (f'<h1>{escape(found["title"])}</h1>{said}<p class="sub">A model turns images into points and answers a query with the nearest ones. Whoever may change the query a little decides what is found. '
-            f'Choose a query, a model, and how strong the attack is.{smoke}</p><noscript><p>This page needs JavaScript; the same numbers are in results.json beside it.</p></noscript><form onsubmit="return false">{choices}</form>'
-            f'<p id="said" aria-live="polite"></p><div class="big" id="pictures"></div><h2>Results before</h2><ol id="before"></ol><h2>Results after</h2><ol id="after"></ol>{key}'
-            f'<div class="two"><section><h2>Place of ★ over ε and steps</h2><div class="box" tabindex="0" role="region" aria-label="Place over the budget"><table><thead><tr><th scope="col"></th>{eps}</tr></thead><tbody id="budgets"></tbody></table></div></section>'
-            '<section><h2>The same attack on each model</h2><div class="box" tabindex="0" role="region" aria-label="Models"><table><thead><tr><th scope="col"></th><th scope="col">R@1, whole&nbsp;set, no&nbsp;attack</th><th scope="col">★ before</th><th scope="col">★ after</th><th scope="col">hits in the&nbsp;list</th><th scope="col">moved</th></tr></thead>'
-            f'<tbody id="models"></tbody></table></div></section></div><p class="note">★ is another image for another model where the attack chooses it near the query. Moved: distance between the clean and the attacked embedding, from 0 to 2. A model whose embeddings have fallen together moves little and is not robust for that.</p>{_foot(found)}')
+    return (
+        f'<h1>{escape(found["title"])}</h1>{said}<p class="sub">A model turns images into points and answers a query'
+        ' with the nearest ones. Whoever may change the query a little decides what is found. Choose a query, a model,'
+        f' and how strong the attack is.{smoke}</p><noscript><p>This page needs JavaScript; the same numbers are in'
+        f' results.json beside it.</p></noscript><form onsubmit="return false">{choices}</form><p id="said"'
+        ' aria-live="polite"></p><div class="big" id="pictures"></div><h2>Results before</h2><ol'
+        f' id="before"></ol><h2>Results after</h2><ol id="after"></ol>{key}<div class="two"><section><h2>Place of ★'
+        ' over ε and steps</h2><div class="box" tabindex="0" role="region" aria-label="Place over the'
+        f' budget"><table><thead><tr><th scope="col"></th>{eps}</tr></thead><tbody'
+        ' id="budgets"></tbody></table></div></section><section><h2>The same attack on each model</h2><div class="box"'
+        ' tabindex="0" role="region" aria-label="Models"><table><thead><tr><th scope="col"></th><th scope="col">R@1,'
+        ' whole&nbsp;set, no&nbsp;attack</th><th scope="col">★ before</th><th scope="col">★ after</th><th'
+        ' scope="col">hits in the&nbsp;list</th><th scope="col">moved</th></tr></thead><tbody'
+        ' id="models"></tbody></table></div></section></div><p class="note">★ is another image for another model where'
+        ' the attack chooses it near the query. Moved: distance between the clean and the attacked embedding, from 0'
+        ' to 2. A model whose embeddings have fallen together moves little and is not robust for'
+        f' that.</p>{_foot(found)}'
+    )
 
 # %% ../../nbs/study/06_explore.ipynb #554d748c
 def _foot(found:Mapping[str, Any])->str:
     "Where everything on the page comes from."
-    def run(m): return f"training {m['train']}, seed {m['seed']}, setting {m['setting']}; weights {m['weights'][:12]}; " + (f"the same as in {m['eval']}" if m['eval'] else 'no evaluation in the store was made on these weights')
-    data, versions = found['data'], {json.dumps(m['provenance'], sort_keys=True): m['provenance'] for m in found['models']}
-    facts = {'data': f"{found['dataset']}, preset {found['preset']}, content {data['checksum'][:12]}", 'queries': f"images {', '.join(map(str, found['queries']))} of the test set, drawn at random, no two of one class; the gallery holds {found['others']:,} others",
-             'attacks': f"those of the tables, sign steps of {255*found['step_size']:g}/255 (a single step takes all of ε), from the clean image, last iterate, targets of seed {found['seed']}", **{m['label']: run(m) for m in found['models']}}
-    facts |= {'software' + (f' {k + 1}' if k else ''): ', '.join([f"Python {v.get('python')}", *(f'{name} {version}' for name,version in v.get('versions', {}).items()), f"commit {str(v.get('commit'))[:12]}"]) for k,v in enumerate(versions.values())}
-    return '<h2>Provenance</h2><dl>' + ''.join(f'<dt>{escape(name)}</dt><dd>{escape(value)}</dd>' for name,value in facts.items()) + '</dl><p class="note">Written by <code>make explore</code>; all numbers are in results.json beside this page.</p>'
+    def run(m):
+        return f"training {m['train']}, seed {m['seed']}, setting {m['setting']}; weights {m['weights'][:12]}; " + (
+            f"the same as in {m['eval']}" if m['eval'] else 'no evaluation in the store was made on these weights'
+        )
+    data, versions = found['data'], {
+        json.dumps(m['provenance'], sort_keys=True): m['provenance'] for m in found['models']
+    }
+    facts = {
+        'data': f"{found['dataset']}, preset {found['preset']}, content {data['checksum'][:12]}",
+        'queries': (
+            f"images {', '.join(map(str, found['queries']))} of the test set, drawn at random, no two of one class; the"
+            f" gallery holds {found['others']:,} others"
+        ),
+        'attacks': (
+            f"those of the tables, sign steps of {255*found['step_size']:g}/255 (a single step takes all of ε), from"
+            f" the clean image, last iterate, targets of seed {found['seed']}"
+        ),
+        **{m['label']: run(m) for m in found['models']},
+    }
+    facts |= {
+        'software' + (f' {k + 1}' if k else ''): ', '.join(
+            [
+                f"Python {v.get('python')}", *(f'{name} {version}' for name, version in v.get('versions', {}).items()),
+                f"commit {str(v.get('commit'))[:12]}"
+            ]
+        )
+        for k, v in enumerate(versions.values())
+    }
+    return (
+        '<h2>Provenance</h2><dl>'
+        + ''.join(f'<dt>{escape(name)}</dt><dd>{escape(value)}</dd>' for name, value in facts.items())
+        + '</dl><p class="note">Written by <code>make explore</code>; all numbers are in results.json beside this'
+        ' page.</p>'
+    )
 
 # %% ../../nbs/study/06_explore.ipynb #10fd874b
 _LIMIT = 3_000_000 # bytes of a page
@@ -411,10 +552,21 @@ def write_explorer(
     absent = [key for key in ('title', 'grid', 'images', 'models', 'sheets') if key not in found]
     if absent: raise ValueError(f'expected what explore_results returns, found no {", ".join(absent)}')
     text = json.dumps(found, separators=(',', ':'), ensure_ascii=False).replace('<', '\\u003c')
-    page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}"><meta name="viewport" content="width=device-width,initial-scale=1">'
-            f'<title>{escape(found["title"])}</title><style>{static("explorer.css")}</style></head><body><main>{_body(found)}</main><script type="application/json" id="found">{text}</script><script>{static("explorer.js")}</script></body></html>\n').encode(errors='backslashreplace')
-    if len(page) > _LIMIT: raise ValueError(f'a page may have {_LIMIT:,} bytes, found {len(page):,}; ask for fewer queries, attacks or budgets with a Grid of your own')
-    numbers = json.dumps({k: v for k,v in found.items() if k != 'sheets'}, separators=(',', ':'), ensure_ascii=False) + '\n'
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy"'
+        f' content="{_POLICY}"><meta name="viewport"'
+        f' content="width=device-width,initial-scale=1"><title>{escape(found["title"])}</title><style>'
+        f'{static("explorer.css")}</style></head><body><main>{_body(found)}</main><script'
+        f' type="application/json" id="found">{text}</script><script>{static("explorer.js")}</script></body></html>\n'
+    ).encode(errors='backslashreplace')
+    if len(page) > _LIMIT:
+        raise ValueError(
+            f'a page may have {_LIMIT:,} bytes, found {len(page):,}; ask for fewer queries, attacks or budgets with a'
+            ' Grid of your own'
+        )
+    numbers = (
+        json.dumps({k: v for k, v in found.items() if k != 'sheets'}, separators=(',', ':'), ensure_ascii=False) + '\n'
+    )
     write_atomic(Path(folder)/'results.json', numbers.encode(errors='backslashreplace'))
     write_atomic(Path(folder)/'index.html', page)
     return Path(folder)/'index.html'

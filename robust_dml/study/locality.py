@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from ..core import need
-from ..report.pages import defence_name, html_figure, html_row, look, mean_spread, new_figure, number_cell, opening, png, spread_text, table_box, theme
-from ..report.tables import RESISTANCE_COLUMNS, STATE_COLUMNS, TABLE1_COLUMNS, curves, number_at, provenance_part, publish, setup_part
+from ..report.pages import defence_name, html_figure, html_row, look, mean_spread, new_figure, number_cell
+from ..report.pages import opening, png, spread_text, table_box, theme
+from ..report.tables import RESISTANCE_COLUMNS, STATE_COLUMNS, TABLE1_COLUMNS, curves, number_at
+from ..report.tables import provenance_part, publish, setup_part
 from ..metrics.scores import ars_cells
 
 if TYPE_CHECKING:
@@ -47,7 +49,10 @@ def points(
     for record in records: lines.setdefault(record['label'], []).append(record)
     def point(label, seeds):
         near, wide = zip(*map(resistances, seeds))
-        return Point(label, seeds[0]['train']['config']['options'].get('top'), near, wide, sum(bool(r['eval']['collapsed']) for r in seeds), tuple(seeds))
+        return Point(
+            label, seeds[0]['train']['config']['options'].get('top'), near, wide,
+            sum(bool(r['eval']['collapsed']) for r in seeds), tuple(seeds)
+        )
     found = [point(*line) for line in lines.items()]
     return sorted(found, key=lambda p: (p.top is None, p.top or 0.))
 
@@ -65,8 +70,13 @@ def plane(
             colour, marker = look(p.records[0])
             if len(p.near) > 1: ax.scatter(p.near, p.wide, s=14, color=colour, marker=marker, alpha=.4, linewidths=0)
             centre = mean_spread(p.near)[0], mean_spread(p.wide)[0]
-            ax.scatter(*centre, s=52, facecolors='none' if p.collapsed else colour, edgecolors=colour, marker=marker, zorder=3)
-            ax.annotate(p.label if p.top is None else f'w = {p.top:g}', centre, xytext=(6, 6), textcoords='offset points', fontsize=9)
+            ax.scatter(
+                *centre, s=52, facecolors='none' if p.collapsed else colour, edgecolors=colour, marker=marker, zorder=3
+            )
+            ax.annotate(
+                p.label if p.top is None else f'w = {p.top:g}', centre, xytext=(6, 6), textcoords='offset points',
+                fontsize=9
+            )
         ax.margins(.12)
         ax.set(xlabel='local: resistance to GTM, sound form (%)', ylabel='global: resistance to QA+ and QA−, mean (%)')
     return ax
@@ -75,27 +85,55 @@ def plane(
 def _change(name:str, first:Sequence[float], last:Sequence[float])->str:
     "What may be said about a resistance from w at its least to w at its most."
     (a, spread_a), (b, spread_b) = mean_spread(first), mean_spread(last)
-    if min(len(first), len(last)) < 2: return f'{name} goes from {a:.1f} to {b:.1f}; one seed has no spread, so no effect is claimed.'
-    said = 'by more than the spread of the seeds' if abs(b - a) > spread_a + spread_b else 'within the spread of the seeds, so no effect is claimed'
+    if min(len(first), len(last)) < 2:
+        return f'{name} goes from {a:.1f} to {b:.1f}; one seed has no spread, so no effect is claimed.'
+    said = (
+        'by more than the spread of the seeds'
+        if abs(b - a) > spread_a + spread_b
+        else 'within the spread of the seeds, so no effect is claimed'
+    )
     return f'{name} goes from {a:.1f}\u00a0±\u00a0{spread_a:.1f} to {b:.1f}\u00a0±\u00a0{spread_b:.1f}, {said}.'
 
 def words(sweep:Sequence[Point])->list[str]:
     "What the sweep says, in two or three sentences."
     known = [p for p in sweep if p.top is not None]
     flagged = [p.label for p in sweep if p.collapsed]
-    said = [f'From w = {known[0].top:g} to w = {known[-1].top:g}:', _change('local resistance', known[0].near, known[-1].near), _change('Global resistance', known[0].wide, known[-1].wide)] if len(known) > 1 else []
-    return [' '.join(said)]*bool(said) + [f"Flagged as collapsed, so that their resistance means nothing: {', '.join(flagged)}."]*bool(flagged)
+    said = (
+        [
+            f'From w = {known[0].top:g} to w = {known[-1].top:g}:',
+            _change('local resistance', known[0].near, known[-1].near),
+            _change('Global resistance', known[0].wide, known[-1].wide)
+        ]
+        if len(known) > 1
+        else []
+    )
+    return [' '.join(said)] * bool(said) + [
+        f"Flagged as collapsed, so that their resistance means nothing: {', '.join(flagged)}."
+    ] * bool(flagged)
 
 # %% ../../nbs/study/05_locality.ipynb #bc4d6368
-_COLUMNS = {c.name + ' after': c for c in TABLE1_COLUMNS if c.name in ('QA+', 'QA-', 'GTM', 'GTT', 'GTM fixed')} | {c.name + ' resistance': c for c in RESISTANCE_COLUMNS} | {STATE_COLUMNS[0].name: STATE_COLUMNS[0]}
+_COLUMNS = (
+    {c.name + ' after': c for c in TABLE1_COLUMNS if c.name in ('QA+', 'QA-', 'GTM', 'GTT', 'GTM fixed')}
+    | {c.name + ' resistance': c for c in RESISTANCE_COLUMNS}
+    | {STATE_COLUMNS[0].name: STATE_COLUMNS[0]}
+)
 
 def table(
     sweep:Sequence[Point],
 )->'DataFrame': # texts; a line per defence
     "Every number of the sweep, mean and spread over the seeds."
     columns = {'R@1': TABLE1_COLUMNS[0], **_COLUMNS}
-    lines = [{'Defence': p.label, 'Local': spread_text(*mean_spread(p.near), 1), 'Global': spread_text(*mean_spread(p.wide), 1), 'Collapsed': f'{p.collapsed} of {len(p.records)}',
-              **{name: spread_text(*mean_spread([number_at(r, c.path) for r in p.records]), c.digits) for name,c in columns.items()}} for p in sweep]
+    lines = [
+        {
+            'Defence': p.label, 'Local': spread_text(*mean_spread(p.near), 1),
+            'Global': spread_text(*mean_spread(p.wide), 1), 'Collapsed': f'{p.collapsed} of {len(p.records)}',
+            **{
+                name: spread_text(*mean_spread([number_at(r, c.path) for r in p.records]), c.digits)
+                for name, c in columns.items()
+            },
+        }
+        for p in sweep
+    ]
     return need('pandas', 'a table').DataFrame(lines)
 
 # %% ../../nbs/study/05_locality.ipynb #1da6d099
@@ -103,11 +141,23 @@ def _section(setting:str, records:Sequence[Mapping[str,Any]])->str:
     "Figure, table and training curves of a setting."
     sweep = points(records)
     shown = table(sweep)
-    body = [html_row([defence_name(p.records[0]), *(number_cell(text, False) for text in row[1:])]) for p,row in zip(sweep, shown.values.tolist())]
-    return (f'<h2>Setting {escape(setting)}</h2>' +
-            html_figure(png(plane(sweep).figure), 'Local against global resistance, the line in the order of w, the weight of the nearest negative. Faint: single seeds. Hollow: flagged as collapsed.') +
-            table_box(html_row([*map(escape, shown)], head=True), body, 'results') +
-            html_figure(png(curves(records)), 'Training, one thin line per seed. Distances that shrink together announce a collapse.'))
+    body = [
+        html_row([defence_name(p.records[0]), *(number_cell(text, False) for text in row[1:])])
+        for p, row in zip(sweep, shown.values.tolist())
+    ]
+    return (
+        f'<h2>Setting {escape(setting)}</h2>'
+        + html_figure(
+            png(plane(sweep).figure),
+            'Local against global resistance, the line in the order of w, the weight of the nearest negative. Faint:'
+            ' single seeds. Hollow: flagged as collapsed.',
+        )
+        + table_box(html_row([*map(escape, shown)], head=True), body, 'results')
+        + html_figure(
+            png(curves(records)),
+            'Training, one thin line per seed. Distances that shrink together announce a collapse.'
+        )
+    )
 
 def write_locality(
     folder:Path,               # for example reports/locality-glyphs-quick
@@ -118,8 +168,15 @@ def write_locality(
     blocks = {s: [r for r in results['records'] if r['setting'] == s] for s in settings}
     page = ''.join(_section(*block) for block in blocks.items())
     said = [' '.join([f'Setting {s}.', *words(points(records))]) for s,records in blocks.items()]
-    note = ('Local: resistance (ARS) to GTM in its sound form. Global: mean resistance to QA+ and QA-. Resistance is 100 where an attack changes nothing and 0 where it reaches its goal. '
-            'Loss and sweep are a construction of this project, made to ask a question that the paper leaves to future work.')
+    note = (
+        'Local: resistance (ARS) to GTM in its sound form. Global: mean resistance to QA+ and QA-. Resistance is 100'
+        ' where an attack changes nothing and 0 where it reaches its goal. Loss and sweep are a construction of this'
+        ' project, made to ask a question that the paper leaves to future work.'
+    )
     smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
-    return publish(folder, results, opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', said) + f'<p class="note">{escape(note)}</p>{page}'
-                    f'<h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}')
+    return publish(
+        folder, results,
+        opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', said)
+        + f'<p class="note">{escape(note)}</p>{page}'
+        f'<h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}',
+    )

@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from ..core import kept_memory
-from .experiments import EXPERIMENTS, PARAMETERS, Cell, Plan, cells, defense, evaluate_cell, example_images, lines_of, missing_cells, plan, recipe, record
+from .experiments import EXPERIMENTS, PARAMETERS, Cell, Plan, cells, defense, evaluate_cell
+from .experiments import example_images, lines_of, missing_cells, plan, recipe, record
 from .experiments import replan, results, train_cell, trained_as, _shareable
-from ..report.pages import defence_name, facts_table, fixed_text, html_figure, html_row, in_255, join_words, look, mean_spread, new_figure, number_cell, opening
+from ..report.pages import defence_name, facts_table, fixed_text, html_figure, html_row, in_255, join_words
+from ..report.pages import look, mean_spread, new_figure, number_cell, opening
 from ..report.pages import png, spread_text, table_box, theme
-from ..report.tables import TABLE1_COLUMNS, number_at, provenance_part, publish, setup_part, summary, write_report
+from ..report.tables import TABLE1_COLUMNS, number_at, provenance_part, publish, setup_part, summary
+from ..report.tables import write_report
 from ..metrics.scores import HEADINGS, PAPER_MINUTES, beside_printed, reference_source, reference_table
 from ..runs.store import finished_runs, provenance
 
@@ -40,10 +43,20 @@ def timing(
         run = trained_as(plan, cell)
         if not run.has('result.json'): train_cell(plan, cell, show=show)
         done = run.read('result.json', 'seconds', 'image_steps', 'updates', 'parts', 'log')
-        lines.append(dict(label=cell.label, defense=cell.defense, profile=cell.profile, place=plan.defenses.index(cell.defense), seed=cell.seed, address=run.address,
-                          steps_share=statistics.fmean(row['steps_done'] for row in done['log'])/defense(cell, plan.recipe).options['steps'], **{key: done[key] for key in ('seconds', 'image_steps', 'updates', 'parts')}))
-    return dict(experiment='timing', title=f'{EXPERIMENTS["timing"].title}, {plan.dataset}', dataset=plan.dataset, preset=plan.preset, parameters=_shareable(plan.parameters),
-                device=plan.device, trainings=lines, provenance=provenance())
+        lines.append(
+            dict(
+                label=cell.label, defense=cell.defense, profile=cell.profile, place=plan.defenses.index(cell.defense),
+                seed=cell.seed, address=run.address,
+                steps_share=statistics.fmean(row['steps_done'] for row in done['log'])
+                / defense(cell, plan.recipe).options['steps'],
+                **{key: done[key] for key in ('seconds', 'image_steps', 'updates', 'parts')},
+            )
+        )
+    return dict(
+        experiment='timing', title=f'{EXPERIMENTS["timing"].title}, {plan.dataset}', dataset=plan.dataset,
+        preset=plan.preset, parameters=_shareable(plan.parameters), device=plan.device, trainings=lines,
+        provenance=provenance()
+    )
 
 def timing_rows(
     trainings:Sequence[Mapping[str, Any]], # of `timing`; those of HM are the measure
@@ -56,8 +69,14 @@ def timing_rows(
     for label,lines in of.items():
         mean, spread = mean_spread([line['seconds'] for line in lines.values()])
         ratio = [line['seconds']/hm[seed]['seconds'] for seed,line in lines.items() if seed in hm]
-        rows.append(dict(label=label, trainings=len(lines), seconds=mean, spread=spread,
-                         ratio=statistics.fmean(ratio), share=statistics.fmean(line['steps_share'] for line in lines.values()), image_steps=statistics.fmean(line['image_steps'] for line in lines.values()), first=next(iter(lines.values()))))
+        rows.append(
+            dict(
+                label=label, trainings=len(lines), seconds=mean, spread=spread, ratio=statistics.fmean(ratio),
+                share=statistics.fmean(line['steps_share'] for line in lines.values()),
+                image_steps=statistics.fmean(line['image_steps'] for line in lines.values()),
+                first=next(iter(lines.values()))
+            )
+        )
     return rows
 
 # %% ../../nbs/study/07_questions.ipynb #7cc1d31f
@@ -68,14 +87,48 @@ def write_timing(
     "Write index.html and results.json."
     rows, saved = timing_rows(results['trainings']), 1 - PAPER_MINUTES['colo_tride']/PAPER_MINUTES['hm']
     def number(v, form): return '–' if math.isnan(v) else format(v, form)
-    body = [html_row([defence_name(dict(row['first'], label=row['label'])), str(row['trainings']), number(row['seconds'], '.1f'), number(row['spread'], '.1f'), number(100*(1 - row['ratio']), '+.0f').replace('-', '−'),
-                   f"{row['image_steps']:,.0f}", f"{100*row['share']:.0f}"]) for row in rows]
-    table = table_box(html_row(['Defence', 'Trainings', 'Seconds, mean', 'Standard deviation', 'Less time than HM (%)', 'Image steps', 'Inner steps made (%)'], head=True), body)
-    said = ' '.join(f"{row['label']} takes {100*abs(1 - row['ratio']):.0f} % {'less' if row['ratio'] < 1 else 'more'} time than HM." for row in rows if row['first']['defense'] != 'hm')
-    made = join_words([f"{row['label']} makes {100*row['share']:.0f} %" for row in rows]) + ' of the inner steps that were asked for: a search ends early when its loss has vanished, or no longer changes, so the seconds do not compare whole searches of both lengths.'
-    sub = f'Preset {results["preset"]}, {results["device"]}. The paper: {PAPER_MINUTES["hm"]} and {PAPER_MINUTES["colo_tride"]} minutes, {100*saved:.0f} % less.'
-    page = (opening(results['title'], sub, [said, made]) + f'{table}<p class="note">Image steps: images moved times inner steps that were really made; an inner search may end before its last step. Inner steps made: mean over the epochs.</p>'
-            f'<h2>Configuration</h2>{facts_table(results["parameters"])}<h2>Provenance</h2>{facts_table(results["provenance"])}')
+    body = [
+        html_row(
+            [
+                defence_name(dict(row['first'], label=row['label'])), str(row['trainings']),
+                number(row['seconds'], '.1f'), number(row['spread'], '.1f'),
+                number(100 * (1 - row['ratio']), '+.0f').replace('-', '−'), f"{row['image_steps']:,.0f}",
+                f"{100*row['share']:.0f}"
+            ]
+        )
+        for row in rows
+    ]
+    table = table_box(
+        html_row(
+            [
+                'Defence', 'Trainings', 'Seconds, mean', 'Standard deviation', 'Less time than HM (%)', 'Image steps',
+                'Inner steps made (%)'
+            ],
+            head=True,
+        ),
+        body,
+    )
+    said = ' '.join(
+        f"{row['label']} takes {100*abs(1 - row['ratio']):.0f} % {'less' if row['ratio'] < 1 else 'more'} time than HM."
+        for row in rows
+        if row['first']['defense'] != 'hm'
+    )
+    made = (
+        join_words([f"{row['label']} makes {100*row['share']:.0f} %" for row in rows])
+        + ' of the inner steps that were asked for: a search ends early when its loss has vanished, or no longer'
+        ' changes, so the seconds do not compare whole searches of both lengths.'
+    )
+    sub = (
+        f'Preset {results["preset"]}, {results["device"]}. The paper: {PAPER_MINUTES["hm"]} and'
+        f' {PAPER_MINUTES["colo_tride"]} minutes, {100*saved:.0f} % less.'
+    )
+    page = (
+        opening(results['title'], sub, [said, made])
+        + f'{table}<p class="note">Image steps: images moved times inner steps that were really made; an inner search'
+        ' may end before its last step. Inner steps made: mean over the epochs.</p>'
+        f'<h2>Configuration</h2>{facts_table(results["parameters"])}<h2>Provenance</h2>'
+        f'{facts_table(results["provenance"])}'
+    )
     return publish(folder, results, page)
 
 # %% ../../nbs/study/07_questions.ipynb #e8e91db9
@@ -109,8 +162,14 @@ def redraws(
     small, rows = replace(plan, recipe=replace(plan.recipe, limit=min(limit, plan.recipe.limit or limit))), []
     for cell in cells(small):
         if cell.seed != plan.recipe.seeds[0]: continue
-        found = [evaluate_cell(small, cell, seed=draw, show=show).read('result.json', *_REDRAWN) for draw in range(draws)]
-        rows.append(dict(setting=cell.setting.name, label=cell.label, **{score: [f[score] for f in found] for score in _REDRAWN}))
+        found = [
+            evaluate_cell(small, cell, seed=draw, show=show).read('result.json', *_REDRAWN) for draw in range(draws)
+        ]
+        rows.append(
+            dict(
+                setting=cell.setting.name, label=cell.label, **{score: [f[score] for f in found] for score in _REDRAWN}
+            )
+        )
     return rows
 
 def fairness(
@@ -132,7 +191,11 @@ def heat(table:Mapping[str, Mapping[str, float]])->'Figure':
         values = [[table[a][b] for b in names] for a in names]
         ax.imshow(values, cmap='RdBu', vmin=-1, vmax=1)
         for i,j in itertools.product(range(len(names)), repeat=2):
-            if not math.isnan(values[i][j]): ax.text(j, i, f'{values[i][j]:.1f}'.replace('-', '−'), ha='center', va='center', fontsize=7.5, color='white' if abs(values[i][j]) > .6 else '#1c1c1c')
+            if not math.isnan(values[i][j]):
+                ax.text(
+                    j, i, f'{values[i][j]:.1f}'.replace('-', '−'), ha='center', va='center', fontsize=7.5,
+                    color='white' if abs(values[i][j]) > 0.6 else '#1c1c1c'
+                )
         ax.set_xticks(range(len(names)), names)
         ax.set_yticks(range(len(names)), names)
         ax.grid(False)
@@ -148,31 +211,76 @@ def write_fairness(
     with_tma = [table['TMA'][h] for h in other if not math.isnan(table['TMA'][h])]
     without = [table[a][b] for a,b in itertools.combinations(other, 2) if not math.isnan(table[a][b])]
     count = len(results['records'])
-    said = (f'Over {count} models, the mean rank correlation of TMA with the nine other results is {statistics.fmean(with_tma):.2f}; among the nine it is {statistics.fmean(without):.2f}.' if with_tma and without else
-            f'{count} models are too few, or too much alike, for rank correlations.').replace('-', '−')
-    body = [html_row([escape(row['label']), escape(row['setting']), *(f'{v:.2f}' for score in ('ers', 'ars') for v in mean_spread(row[score]))]) for row in results['redraws']]
-    lines = table_box(html_row(['Defence', 'Setting', 'ERS, mean', 'ERS, standard deviation', 'ARS, mean', 'ARS, standard deviation'], head=True), body)
-    noise = {score: statistics.fmean(mean_spread(row[score])[1] for row in results['redraws']) for score in ('ers', 'ars')}
-    page = (opening(results['title'], '', [said, f'With other random targets the standard deviation of ERS is {noise["ers"]:.2f} points and that of ARS {noise["ars"]:.2f}, mean over the models.']) +
-            f'<h2>Do the attacks agree?</h2>{html_figure(png(heat(table)), "Rank correlation of the rescaled attack results over the models; 1: the same order, −1: the opposite one.")}'
-            f'<h2>Noise of the random targets</h2>{lines}<p class="note">{len(results["redraws"][0]["ers"])} draws of the targets on the same queries.</p>'
-            f'<h2>Hardness in place of collapseness</h2>{"".join(f"<p>{escape(text)}</p>" for text in summary(dict(results, experiment="switches")))}'
-            f'<h2>Configuration</h2>{facts_table(results["parameters"])}<h2>Provenance</h2>{facts_table(results["provenance"])}')
+    said = (
+        f'Over {count} models, the mean rank correlation of TMA with the nine other results is'
+        f' {statistics.fmean(with_tma):.2f}; among the nine it is {statistics.fmean(without):.2f}.'
+        if with_tma and without
+        else f'{count} models are too few, or too much alike, for rank correlations.'
+    ).replace('-', '−')
+    body = [
+        html_row(
+            [
+                escape(row['label']), escape(row['setting']),
+                *(f'{v:.2f}' for score in ('ers', 'ars') for v in mean_spread(row[score]))
+            ]
+        )
+        for row in results['redraws']
+    ]
+    lines = table_box(
+        html_row(
+            ['Defence', 'Setting', 'ERS, mean', 'ERS, standard deviation', 'ARS, mean', 'ARS, standard deviation'],
+            head=True
+        ),
+        body,
+    )
+    noise = {
+        score: statistics.fmean(mean_spread(row[score])[1] for row in results['redraws']) for score in ('ers', 'ars')
+    }
+    page = (
+        opening(
+            results['title'], '',
+            [
+                said,
+                (
+                    f'With other random targets the standard deviation of ERS is {noise["ers"]:.2f} points and that of'
+                    f' ARS {noise["ars"]:.2f}, mean over the models.'
+                ),
+            ],
+        )
+        + '<h2>Do the attacks'
+        ' agree?</h2>'
+        + html_figure(
+            png(heat(table)),
+            'Rank correlation of the rescaled attack results over the models;'
+            ' 1: the same order, −1: the opposite one.')
+        +
+        f'<h2>Noise of the random targets</h2>{lines}<p class="note">{len(results["redraws"][0]["ers"])} draws of the'
+        ' targets on the same queries.</p>'
+        '<h2>Hardness in place of'
+        ' collapseness</h2>'
+        f'{"".join(f"<p>{escape(text)}</p>" for text in summary(dict(results, experiment="switches")))}'
+        f'<h2>Configuration</h2>{facts_table(results["parameters"])}<h2>Provenance</h2>'
+        f'{facts_table(results["provenance"])}'
+    )
     return publish(folder, results, page)
 
 # %% ../../nbs/study/07_questions.ipynb #5c7e0a02
 def check_reference(plan:Plan)->None:
     "Refuse a plan for which no numbers are printed."
     if (plan.dataset, plan.preset) == ('fashion', 'paper'): return
-    raise ValueError(f'reference needs dataset fashion and preset paper, for which numbers are printed, found {plan.dataset} and {plan.preset}; '
-                     'leave out both parameters, or make table1')
+    raise ValueError(
+        f'reference needs dataset fashion and preset paper, for which numbers are printed, found {plan.dataset} and'
+        f' {plan.preset}; leave out both parameters, or make table1'
+    )
 
 def stored_seeds(
     reports:Path, # folder of the reports
     checksum:str, # of the images
 )->set[int]:
     "Seeds of all finished trainings on these images."
-    trained = [run.read('card.json', 'config')['config'] for run in finished_runs(reports) if run.address.startswith('train-')]
+    trained = [
+        run.read('card.json', 'config')['config'] for run in finished_runs(reports) if run.address.startswith('train-')
+    ]
     return {config['seed'] for config in trained if config.get('data') == checksum}
 
 def every_row(plan:Plan)->Plan:
@@ -208,7 +316,9 @@ def binomial_interval(
 )->tuple[float, float]: # in percent
     "Wilson's 95 % interval of a share."
     if not (0 <= percent <= 100 and trials > 0):
-        raise ValueError(f'binomial_interval needs a share of 0 to 100 % and at least one query, found {percent} % of {trials}')
+        raise ValueError(
+            f'binomial_interval needs a share of 0 to 100 % and at least one query, found {percent} % of {trials}'
+        )
     z, p = statistics.NormalDist().inv_cdf(.975), percent/100
     middle = p + z*z/(2*trials)
     half = z*math.sqrt(p*(1 - p)/trials + z*z/(4*trials*trials))
@@ -273,9 +383,15 @@ def _outside(row:ReferenceRow)->str:
     for n in row.numbers:
         if n['within'] is not False: continue
         digits = _digits(n['heading'])
-        ours, printed, by = fixed_text(n['ours'], digits), fixed_text(n['printed'], digits), _signed(n['difference'], digits)
+        ours, printed, by = (
+            fixed_text(n['ours'], digits), fixed_text(n['printed'], digits), _signed(n['difference'], digits)
+        )
         parts.append(f"{n['heading']} {ours} (printed {printed}, {by})")
-    return f'{row.label}, beyond two standard deviations: {join_words(parts)}.' if parts else f'{row.label}: no printed number lies beyond.'
+    return (
+        f'{row.label}, beyond two standard deviations: {join_words(parts)}.'
+        if parts
+        else f'{row.label}: no printed number lies beyond.'
+    )
 
 def _counted(row:ReferenceRow)->tuple[int, int]: return sum(bool(n['within']) for n in row.numbers), len(row.numbers)
 
@@ -286,7 +402,10 @@ def _verdict(rows:Sequence[ReferenceRow])->str:
     if len(judged) == 1:
         inside, total = _counted(judged[0])
         seeds = len(judged[0].records)
-        return f'{judged[0].label}: {inside} of {total} printed numbers lie within two standard deviations of our {words.get(seeds, seeds)} seeds.'
+        return (
+            f'{judged[0].label}: {inside} of {total} printed numbers lie within two standard deviations of our'
+            f' {words.get(seeds, seeds)} seeds.'
+        )
     inside, total = (sum(numbers) for numbers in zip(*map(_counted, judged)))
     each = join_words([f'{row.label} {_counted(row)[0]} of {_counted(row)[1]}' for row in judged])
     return f'{inside} of {total} printed numbers lie within two standard deviations of our seeds: {each}.'
@@ -308,9 +427,16 @@ def reference_words(results:Mapping[str, Any])->list[str]: # of `reference`; the
     judged = [row for row in rows if row.judged]
     if judged: first = _verdict(rows)
     elif changed: first = 'The protocol was changed, so nothing is claimed about the printed numbers.'
-    else: first = 'No row with printed numbers has three seeds yet, so nothing is claimed: the numbers only stand side by side.'
+    else:
+        first = (
+            'No row with printed numbers has three seeds yet, so nothing is claimed: the numbers only stand side by'
+            ' side.'
+        )
     beyond = [_outside(row) for row in judged]
-    return [first, *beyond, *filter(None, [f'Changed: {"; ".join(changed)}.' if changed else '', _thin(results), _absent(results)])]
+    return [
+        first, *beyond,
+        *filter(None, [f'Changed: {"; ".join(changed)}.' if changed else '', _thin(results), _absent(results)])
+    ]
 
 # %% ../../nbs/study/07_questions.ipynb #5c7e0a0c
 _SCALES = {'TMA': 100, 'ES:D': 50} # to points, as in ERS
@@ -328,7 +454,10 @@ def gaps(rows:Sequence[ReferenceRow])->'Figure': # rows with printed numbers
             for n in row.numbers:
                 scale, y = _SCALES.get(n['heading'], 1), names.index(n['heading']) + .22*(k - (len(shown) - 1)/2)
                 bar = None if n['deviation'] is None else 2*scale*n['deviation']
-                ax.errorbar(scale*n['difference'], y, xerr=bar, color=colour, marker=marker, markersize=5, capsize=2, label=row.label if n is row.numbers[0] else None)
+                ax.errorbar(
+                    scale * n['difference'], y, xerr=bar, color=colour, marker=marker, markersize=5, capsize=2,
+                    label=row.label if n is row.numbers[0] else None
+                )
         ax.set_yticks(range(len(names)), [f'{name} × {_SCALES[name]}' if name in _SCALES else name for name in names])
         ax.set_ylim(len(names) - .5, -.5)
         ax.grid(False, axis='y')
@@ -347,7 +476,8 @@ def reference_command(
     if row['profile'] and 'profile=' not in row['defense']: parts.append(f"-p profile {row['profile']}")
     parts.append(f"-p seeds {','.join(map(str, lacking))}")
     for key in ('limit', 'epochs', 'pairs', 'lr', 'head_lr', 'eps', 'steps', 'backbone', 'weights', 'precision'):
-        if (value := results['parameters'].get(key, PARAMETERS[key])) != PARAMETERS[key]: parts.append(f'-p {key} {value}')
+        if (value := results['parameters'].get(key, PARAMETERS[key])) != PARAMETERS[key]:
+            parts.append(f'-p {key} {value}')
     return f"make reference P='{' '.join(parts)}'"
 
 def _queries(row:ReferenceRow, heading:str, images:int)->str:
@@ -366,16 +496,42 @@ def _row_table(row:ReferenceRow, images:int)->str:
         printed = '–' if n['printed'] is None else fixed_text(n['printed'], digits)
         by = '–' if n['difference'] is None else _signed(n['difference'], digits)
         inside = {True: 'yes', False: '<b>no</b>', None: '–'}[n['within']]
-        body.append(html_row([escape(name), printed, number_cell(spread_text(n['ours'], spread, digits), False), by, inside, _queries(row, name, images), interval]))
-    head = html_row(['Number', 'Printed', 'Ours', 'Difference', 'Within two standard deviations', 'Queries', '95 % interval of the queries'], head=True)
-    return f"<h3>{defence_name(row.records[0])}, seeds {', '.join(str(r['seed']) for r in row.records)}</h3>{table_box(head, body)}"
+        body.append(
+            html_row(
+                [
+                    escape(name), printed, number_cell(spread_text(n['ours'], spread, digits), False), by, inside,
+                    _queries(row, name, images), interval
+                ]
+            )
+        )
+    head = html_row(
+        [
+            'Number', 'Printed', 'Ours', 'Difference', 'Within two standard deviations', 'Queries',
+            '95 % interval of the queries'
+        ],
+        head=True,
+    )
+    return (
+        f"<h3>{defence_name(row.records[0])}, seeds"
+        f" {', '.join(str(r['seed']) for r in row.records)}</h3>{table_box(head, body)}"
+    )
 
 def _open_rows(results:Mapping[str, Any])->str:
     "Rows that lack seeds, with the command for each."
     lacking = [row for row in results['rows'] if len(row['seeds']) < _ENOUGH]
     if not lacking: return ''
-    body = [html_row([escape(row['label']), ', '.join(map(str, row['seeds'])) or 'none', f'<code>{escape(reference_command(results, row))}</code>']) for row in lacking]
-    return '<h2>Still to compute</h2>' + table_box(html_row(['Row', 'Seeds there', 'Command'], head=True), body, 'text fixed')
+    body = [
+        html_row(
+            [
+                escape(row['label']), ', '.join(map(str, row['seeds'])) or 'none',
+                f'<code>{escape(reference_command(results, row))}</code>'
+            ]
+        )
+        for row in lacking
+    ]
+    return '<h2>Still to compute</h2>' + table_box(
+        html_row(['Row', 'Seeds there', 'Command'], head=True), body, 'text fixed'
+    )
 
 def _sampled(results:Mapping[str, Any])->str:
     "How many queries were attacked."
@@ -391,16 +547,42 @@ def write_reference(
     rows, images = reference_rows(results), results['data']['test']['images']
     epochs = max(r['train']['config']['epochs'] for r in results['records'])
     attack, radius = results['attack'], in_255(next(iter(results['settings'].values()))['eps'])
-    sub = f"Fashion-MNIST, preset paper, {epochs} epochs; attacks of {attack['steps']} steps of {in_255(attack['step_size'])} at ε = {radius}. {_sampled(results)}"
-    flagged = [f"{r['label']}, seed {r['seed']}: flagged as collapsed, its attack results mean no robustness" for r in results['records'] if r['eval']['collapsed']]
-    beside, alone = [[row for row in rows if (row.numbers[0]['printed'] is None) == without] for without in (False, True)]
-    note = ('Difference: our mean minus the printed number, which is one run without a spread. ± is the standard deviation of our seeds, shown from three seeds on. '
-            'The interval (binomial, Wilson) says how far a share of queries may lie from that of all test images; a printed number between the two is no contradiction.')
-    figure = html_figure(png(gaps(rows)), 'Our mean minus the printed number; bars: two standard deviations of our seeds, where there are three. TMA × 100 and ES:D × 50, as in ERS.') if beside else ''
-    others = f"<h2>Rows without printed numbers</h2>{''.join(_row_table(row, images) for row in alone)}" if alone else ''
-    page = (opening(results['title'], sub, reference_words(results), flagged) + f'<h2>Printed and measured</h2>{figure}{"".join(_row_table(row, images) for row in beside)}'
-            f'<p class="note">{escape(note)}</p>{others}{_open_rows(results)}<h2>Source</h2><p class="note">{escape(reference_source())}</p>'
-            f'<h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}')
+    sub = (
+        f"Fashion-MNIST, preset paper, {epochs} epochs; attacks of {attack['steps']} steps of"
+        f" {in_255(attack['step_size'])} at ε = {radius}. {_sampled(results)}"
+    )
+    flagged = [
+        f"{r['label']}, seed {r['seed']}: flagged as collapsed, its attack results mean no robustness"
+        for r in results['records']
+        if r['eval']['collapsed']
+    ]
+    beside, alone = [
+        [row for row in rows if (row.numbers[0]['printed'] is None) == without] for without in (False, True)
+    ]
+    note = (
+        'Difference: our mean minus the printed number, which is one run without a spread. ± is the standard deviation'
+        ' of our seeds, shown from three seeds on. The interval (binomial, Wilson) says how far a share of queries may'
+        ' lie from that of all test images; a printed number between the two is no contradiction.'
+    )
+    figure = (
+        html_figure(
+            png(gaps(rows)),
+            'Our mean minus the printed number; bars: two standard deviations of our seeds, where there are three. TMA'
+            ' × 100 and ES:D × 50, as in ERS.',
+        )
+        if beside
+        else ''
+    )
+    others = (
+        f"<h2>Rows without printed numbers</h2>{''.join(_row_table(row, images) for row in alone)}" if alone else ''
+    )
+    page = (
+        opening(results['title'], sub, reference_words(results), flagged)
+        + f'<h2>Printed and measured</h2>{figure}{"".join(_row_table(row, images) for row in beside)}'
+        f'<p class="note">{escape(note)}</p>{others}{_open_rows(results)}<h2>Source</h2><p'
+        f' class="note">{escape(reference_source())}</p>'
+        f'<h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}'
+    )
     return publish(folder, results, page)
 
 # %% ../../nbs/study/07_questions.ipynb #dec3d7da
@@ -418,7 +600,9 @@ def run_one(
         found = fairness(plan, show=show)
         return write_fairness(plan.folder, found), ' '.join(summary(dict(found, experiment='switches')))
     found = results(plan, show=show)
-    return write_report(plan.folder, found, example_images(plan, found) if plan.experiment in ('table1', 'table2') else {}), ' '.join(summary(found))
+    return write_report(
+        plan.folder, found, example_images(plan, found) if plan.experiment in ('table1', 'table2') else {}
+    ), ' '.join(summary(found))
 
 def write_index(
     folder:Path,                               # for example reports/all-glyphs-quick
@@ -427,5 +611,8 @@ def write_index(
     title:str,
 )->Path:                                       # index.html
     "A page that leads to the reports."
-    body = ''.join(f'<h2><a href="{escape(p["page"])}">{escape(p["title"])}</a></h2><p>{escape(p["summary"])}</p>' for p in pages.values())
+    body = ''.join(
+        f'<h2><a href="{escape(p["page"])}">{escape(p["title"])}</a></h2><p>{escape(p["summary"])}</p>'
+        for p in pages.values()
+    )
     return publish(folder, dict(experiment='all', title=title, pages=dict(pages)), opening(title) + body)

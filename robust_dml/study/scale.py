@@ -55,7 +55,8 @@ def curve(
     seconds:Sequence[float], # above 0
 )->Curve:
     "The line through measured seconds with the least relative error."
-    if len(sizes) != len(seconds) or len(sizes) < 2 or min(seconds) <= 0: raise ValueError(f'expected seconds above 0 at two sizes or more, found {len(seconds)} at {len(sizes)}')
+    if len(sizes) != len(seconds) or len(sizes) < 2 or min(seconds) <= 0:
+        raise ValueError(f'expected seconds above 0 at two sizes or more, found {len(seconds)} at {len(sizes)}')
     base, slope = _line_through(sizes, seconds)
     if len(sizes) < 3: return Curve(base, slope, math.nan)
     a, b = _line_through(sizes[:-1], seconds[:-1])
@@ -75,9 +76,14 @@ class Index(NamedTuple):
     probes:int=0 # lists that are looked into
 
     @property
-    def name(self)->str: return {'exact': 'exact', 'ivf': f'IVF, {self.probes} probes', 'ivf_pq': f'IVF-PQ, {self.probes} probes'}[self.kind]
+    def name(self)->str:
+        return {'exact': 'exact', 'ivf': f'IVF, {self.probes} probes', 'ivf_pq': f'IVF-PQ, {self.probes} probes'}[
+            self.kind
+        ]
 
-INDEXES = (Index('exact'), Index('ivf', 1), Index('ivf', 16), Index('ivf_pq', 1), Index('ivf_pq', 16), Index('ivf_pq', 64))
+INDEXES = (
+    Index('exact'), Index('ivf', 1), Index('ivf', 16), Index('ivf_pq', 1), Index('ivf_pq', 16), Index('ivf_pq', 64)
+)
 
 def lists(images:int)->int:
     "Inverted lists of a gallery."
@@ -106,14 +112,17 @@ def searcher(
     kind:Literal['exact','ivf','ivf_pq'],
     *,
     parts:int=0,    # bytes of a PQ code, a divisor of D; 0: D/4
-)->Callable[[Tensor, Tensor, int], Tensor]: # (queries (B, D), own rows (B,), probes) -> (B,) long nearest row, -1: none was found
+# (queries (B, D), own rows (B,), probes) -> (B,) long nearest row, -1: none was found
+)->Callable[[Tensor, Tensor, int], Tensor]:
     "Build an index and return its search; the own row of a query never answers."
     check_choice('kind', kind, ('exact', 'ivf', 'ivf_pq'))
     if kind == 'exact': return lambda query, rows, probes: knn(query, gallery, k=1, rows=rows, backend='auto')[1][:,0]
     faiss, (images, dim) = need('faiss', 'an inverted file'), gallery.shape
     parts = parts or max(1, dim//4)
     if dim % parts: raise ValueError(f'parts must divide the {dim} dimensions of the embedding, found {parts}')
-    index = faiss.index_factory(dim, f'IVF{lists(images)},' + ('Flat' if kind == 'ivf' else f'PQ{parts}'), faiss.METRIC_L2)
+    index = faiss.index_factory(
+        dim, f'IVF{lists(images)},' + ('Flat' if kind == 'ivf' else f'PQ{parts}'), faiss.METRIC_L2
+    )
     vectors = gallery.detach().float().cpu().contiguous().numpy()
     index.train(vectors)
     index.add(vectors)
@@ -154,27 +163,46 @@ def attacked(
         asked = picked(everyone, rows)
         x = dataset.batch(asked.id, device=device, dtype=dtype_of(model))
         for name in attacks:
-            images = run_attack(fast, SUITE[name], x, asked, gallery, eps=eps, step_size=step_size, steps=steps, seed=seed).images
+            images = run_attack(
+                fast, SUITE[name], x, asked, gallery, eps=eps, step_size=step_size, steps=steps, seed=seed
+            ).images
             with frozen(fast), torch.no_grad(): found[name].append(embed(fast, images))
-    return Attacked(emb, gallery.label, chosen.to(emb.device), {name: value if name == 'clean' else torch.cat(value) for name,value in found.items()})
+    return Attacked(
+        emb, gallery.label, chosen.to(emb.device),
+        {name: value if name == 'clean' else torch.cat(value) for name, value in found.items()}
+    )
 
 def under_indexes(
     found:Attacked,
     indexes:Sequence[Index]=INDEXES,
     *,
     clock:Callable[[], float]=time.perf_counter,
-)->list[dict]: # a row per index: R@1 in percent of clean and attacked queries, share of queries with the exact answer, milliseconds per query, bytes per image
+# a row per index: R@1 in percent of clean and attacked queries, share of queries with the exact answer, milliseconds
+# per query, bytes per image
+)->list[dict]:
     "R@1 of the same queries by every index."
     right, rows, (images, dim) = {}, [], found.gallery.shape
-    search = {kind: searcher(found.gallery, kind) for kind in dict.fromkeys((Index('exact').kind, *(i.kind for i in indexes)))}
+    search = {
+        kind: searcher(found.gallery, kind) for kind in dict.fromkeys((Index('exact').kind, *(i.kind for i in indexes)))
+    }
     exact = {name: search['exact'](q, found.rows, 0) for name,q in found.queries.items()}
     for index in indexes:
         began = clock()
         answer = {name: search[index.kind](q, found.rows, index.probes) for name,q in found.queries.items()}
         spent = clock() - began
-        def recall(name): return 100*((answer[name] >= 0) & (found.label[answer[name]] == found.label[found.rows])).double().mean().item()
-        rows.append(dict(index=index.name, kind=index.kind, probes=index.probes, r1={name: recall(name) for name in answer}, same=100*statistics.fmean((answer[n] == exact[n]).double().mean().item() for n in answer),
-                         ms=1000*spent/(len(answer)*len(found.rows)), bytes=gallery_bytes(index, images, dim=dim, parts=dim//4)/images))
+        def recall(name):
+            return (
+                100
+                * ((answer[name] >= 0) & (found.label[answer[name]] == found.label[found.rows])).double().mean().item()
+            )
+        rows.append(
+            dict(
+                index=index.name, kind=index.kind, probes=index.probes, r1={name: recall(name) for name in answer},
+                same=100 * statistics.fmean((answer[n] == exact[n]).double().mean().item() for n in answer),
+                ms=1000 * spent / (len(answer) * len(found.rows)),
+                bytes=gallery_bytes(index, images, dim=dim, parts=dim // 4) / images
+            )
+        )
     return rows
 
 def exact_seconds(
@@ -217,17 +245,28 @@ def update_seconds(
     latency:float,   # seconds per message
 )->dict[str, float]: # compute, embeddings, image gradients, weights, total in seconds; efficiency
     "Seconds of one update over several devices."
-    check_between('gpus', gpus, 1, math.inf), check_between('bandwidth', bandwidth, 1., math.inf), check_between('latency', latency, 0., math.inf)
+    check_between('gpus', gpus, 1, math.inf), check_between('bandwidth', bandwidth, 1.0, math.inf), check_between(
+        'latency', latency, 0.0, math.inf
+    )
     passes, hops = job.steps + 1, math.log2(gpus)
-    moved = traffic(clean=0, moved=job.images, update=job.images, steps=job.steps, dim=job.dim, pixels=job.pixels, weights=job.weights, processes=gpus)
+    moved = traffic(
+        clean=0, moved=job.images, update=job.images, steps=job.steps, dim=job.dim, pixels=job.pixels,
+        weights=job.weights, processes=gpus
+    )
     def wait(kind, messages): return moved[kind]/bandwidth + messages*hops*latency
-    parts = dict(compute=job.seconds*math.ceil(job.images/gpus)*passes, embeddings=wait('embeddings', passes), gradients=wait('images', job.steps), weights=wait('weights', 2))
+    parts = dict(
+        compute=job.seconds * math.ceil(job.images / gpus) * passes, embeddings=wait('embeddings', passes),
+        gradients=wait('images', job.steps), weights=wait('weights', 2)
+    )
     total = math.fsum(parts.values())
     return parts | dict(total=total, efficiency=job.seconds*job.images*passes/(gpus*total))
 
 def bottleneck(parts:Mapping[str, float])->str:
     "The largest part of an update."
-    words = dict(compute='the network', embeddings='gathering embeddings', gradients='gathering image gradients', weights='summing weight gradients')
+    words = dict(
+        compute='the network', embeddings='gathering embeddings', gradients='gathering image gradients',
+        weights='summing weight gradients'
+    )
     return words[max(words, key=lambda name: parts[name])]
 
 # %% ../../nbs/study/09_scale.ipynb #69327987
@@ -242,7 +281,12 @@ def layout(
     "How to give the devices to the trainings of a table so that it is finished soonest."
     def of(each):
         at_once = min(trainings, gpus//each)
-        hours = math.ceil(trainings/at_once)*job.updates*update_seconds(job, each, bandwidth=bandwidth, latency=latency)['total']/3600
+        hours = (
+            math.ceil(trainings / at_once)
+            * job.updates
+            * update_seconds(job, each, bandwidth=bandwidth, latency=latency)['total']
+            / 3600
+        )
         return dict(gpus=gpus, each=each, at_once=at_once, rounds=math.ceil(trainings/at_once), hours=hours)
     best = min((of(each) for each in range(1, min(gpus, job.images) + 1)), key=lambda l: (l['hours'], l['each']))
     return best | dict(efficiency=trainings*of(1)['hours']/of(1)['rounds']/(gpus*best['hours']))
@@ -258,10 +302,13 @@ def image_step_seconds(
     device:str='cpu',
 )->float: # seconds of one image and one inner step
     "Time forward pass and image gradient of a network in evaluation mode."
-    fast, x = streamlined(model.to(device)), torch.rand(batch, channels, size, size, generator=generator(0, 'scale images')).to(device)
+    fast, x = streamlined(model.to(device)), torch.rand(
+        batch, channels, size, size, generator=generator(0, 'scale images')
+    ).to(device)
     def once():
         watch = Stopwatch(device)
-        with watch('step'), frozen(fast): autograd_gradient(lambda images: embed(fast, images), lambda emb: emb[:,0].sum(), x)
+        with watch('step'), frozen(fast):
+            autograd_gradient(lambda images: embed(fast, images), lambda emb: emb[:,0].sum(), x)
         return watch.seconds['step']
     once()
     return min(once() for _ in range(rounds))/batch
@@ -279,8 +326,12 @@ def paper_job(
     amounts = training_amounts(chosen, images=found.train, pairs=r.pairs, epochs=r.epochs)
     updates, steps = sum(a.batches for a in amounts.values()), chosen.options['steps']
     model = build(r.model, dim=r.dim, size=found.seen, channels=r.channels, seed=0)
-    return Job(f'{name} on {dataset}, {r.model} at {found.seen}', images=round(image_steps(amounts)/updates/steps), steps=steps, weights=sum(w.numel() for w in model.parameters()),
-               dim=r.dim, pixels=r.channels*found.seen**2, seconds=seconds or image_step_seconds(model, size=found.seen, channels=r.channels, device=device), updates=updates)
+    return Job(
+        f'{name} on {dataset}, {r.model} at {found.seen}', images=round(image_steps(amounts) / updates / steps),
+        steps=steps, weights=sum(w.numel() for w in model.parameters()), dim=r.dim, pixels=r.channels * found.seen**2,
+        seconds=seconds or image_step_seconds(model, size=found.seen, channels=r.channels, device=device),
+        updates=updates
+    )
 
 # %% ../../nbs/study/09_scale.ipynb #7c1de0a4
 def timed_rounds(
@@ -291,13 +342,20 @@ def timed_rounds(
     images:int,    # of a batch
     steps:int,     # inner, of ACT
     rounds:int,
-)->list[dict[str, float]]: # seconds of each round: 'alone', 'shared' by all processes, 'apart': by each at the same time
+# seconds of each round: 'alone', 'shared' by all processes, 'apart': by each at the same time
+)->list[dict[str, float]]:
     "Time one update in the processes of a launch."
     torch.set_num_threads(1)
-    model, x = build(network, dim=128, size=size, channels=channels, seed=0), torch.rand(images, channels, size, size, generator=generator(0, 'scale images'))
-    defense, label = make('act', eps=8/255, step_size=1/255, steps=steps, margin=.2), torch.arange(images//2).repeat_interleave(2)
+    model, x = build(network, dim=128, size=size, channels=channels, seed=0), torch.rand(
+        images, channels, size, size, generator=generator(0, 'scale images')
+    )
+    defense, label = make('act', eps=8 / 255, step_size=1 / 255, steps=steps, margin=0.2), torch.arange(
+        images // 2
+    ).repeat_interleave(2)
     def update():
-        defense.step(model, x, label, state=defense.init(), clock=Clock(0, 1), gen=generator(0, 'scale draws')).loss.backward()
+        defense.step(
+            model, x, label, state=defense.init(), clock=Clock(0, 1), gen=generator(0, 'scale draws')
+        ).loss.backward()
         model.zero_grad(set_to_none=True)
     def alone(): update() if leads() else None
     def shared():
@@ -312,7 +370,10 @@ def timed_rounds(
     return [{name: seconds(works[name]) for name in (list(works) if i%2 else reversed(works))} for i in range(rounds)]
 
 # %% ../../nbs/study/09_scale.ipynb #90ab64e7
-SHARED = (dict(network='small', size=28, channels=1, images=112, steps=4), dict(network='resnet18', size=64, channels=3, images=32, steps=4))
+SHARED = (
+    dict(network='small', size=28, channels=1, images=112, steps=4),
+    dict(network='resnet18', size=64, channels=3, images=32, steps=4)
+)
 _PROGRAM = '''
 import json, sys
 from robust_dml.runs import processes as ranks
@@ -322,26 +383,47 @@ with ranks.joined('cpu'):
     if ranks.leads(): print('found', json.dumps(found))
 '''
 
-def _middle(values:Sequence[float])->dict[str, float]: return dict(median=statistics.median(values), low=min(values), high=max(values))
+def _middle(values:Sequence[float])->dict[str, float]:
+    return dict(median=statistics.median(values), low=min(values), high=max(values))
 
 def process_scaling(
     *,
     processes:int=2,
     rounds:int=7,
     works:Sequence[Mapping[str, Any]]=SHARED, # options of `timed_rounds`
-)->list[dict]: # a row per work: seconds of the rounds; 'training_pct' and 'attacks_pct', the efficiency against one process: median, low, high
+# a row per work: seconds of the rounds; 'training_pct' and 'attacks_pct', the efficiency against one process: median,
+# low, high
+)->list[dict]:
     "Measure what several processes with one thread each gain on this machine."
     asked = json.dumps([dict(work, rounds=rounds) for work in works])
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes), '--no-python', sys.executable, '-c', _PROGRAM, asked],
-                          capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    done = subprocess.run(
+        [
+            sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes),
+            '--no-python', sys.executable, '-c', _PROGRAM, asked
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith('found ')]
-    if not lines: raise RuntimeError(f'expected {processes} processes to measure an update, found a launch that failed: {(done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}')
+    if not lines:
+        raise RuntimeError(
+            f'expected {processes} processes to measure an update, found a launch that failed:'
+            f' {(done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}'
+        )
     def row(work, found):
-        return dict(work, processes=processes, rounds=found, training_pct=_middle([100*r['alone']/(processes*r['shared']) for r in found]), attacks_pct=_middle([100*r['alone']/r['apart'] for r in found]))
+        return dict(
+            work, processes=processes, rounds=found,
+            training_pct=_middle([100 * r['alone'] / (processes * r['shared']) for r in found]),
+            attacks_pct=_middle([100 * r['alone'] / r['apart'] for r in found])
+        )
     return [row(work, found) for work,found in zip(works, json.loads(lines[0].removeprefix('found ')))]
 
 # %% ../../nbs/study/09_scale.ipynb #64859265
-PARAMETERS = dict[str, Any](images=60000, queries=500, preset='quick', gpus=1000, trainings=12, bandwidth=25., latency=10., speed=0., processes=2, device='auto', out='')
+PARAMETERS = dict[str, Any](
+    images=60000, queries=500, preset='quick', gpus=1000, trainings=12, bandwidth=25.0, latency=10.0, speed=0.0,
+    processes=2, device='auto', out=''
+)
 GALLERIES, FASTER = (60_000, 1_000_000, 10_000_000), (1, 30, 1000)
 
 def checked(
@@ -350,7 +432,11 @@ def checked(
     "The parameters of a run; ValueError names what is unknown or out of range."
     check_known(namespace, PARAMETERS, ('results',))
     p = {name: typed(name, namespace.get(name, default), default) for name,default in PARAMETERS.items()}
-    for name,low in (('images', 4000), ('queries', 1), ('gpus', 1), ('trainings', 1), ('bandwidth', 1e-3), ('latency', 0.), ('speed', 0.), ('processes', 1)): check_between(name, p[name], low, math.inf)
+    for name, low in (
+        ('images', 4000), ('queries', 1), ('gpus', 1), ('trainings', 1), ('bandwidth', 1e-3), ('latency', 0.0),
+        ('speed', 0.0), ('processes', 1)
+    ):
+        check_between(name, p[name], low, math.inf)
     return p
 
 def measure(
@@ -360,30 +446,60 @@ def measure(
 )->dict[str, Any]:       # JSON-able, for `write_scale`
     "Measure the curves, train two models and ask every index, then extrapolate."
     device, network = pick_device(p['device']), dict(bandwidth=p['bandwidth']*1e9, latency=p['latency']*1e-6)
-    asked = plan('table1', parameters(dict(preset=p['preset'], defenses='natural,hm', seeds='0', device=p['device'], out=p['out'])))
+    asked = plan(
+        'table1',
+        parameters(dict(preset=p['preset'], defenses='natural,hm', seeds='0', device=p['device'], out=p['out']))
+    )
     r, first = asked.recipe, asked.recipe.settings[0]
-    drawn = glyphs(size=r.size, channels=r.channels, train_classes=1, per_class=p['images']//100).test # its test images do not depend on the others
+    # its test images do not depend on the others
+    drawn = glyphs(size=r.size, channels=r.channels, train_classes=1, per_class=p['images']//100).test
     lines = []
     for cell in cells(asked):
         if cell.setting != first: continue
         model, run = train_cell(asked, cell, show=show)
-        found = attacked(model, drawn, queries=p['queries'], eps=first.eps, step_size=r.eval_step_size, steps=r.eval_steps, device=device)
+        found = attacked(
+            model, drawn, queries=p['queries'], eps=first.eps, step_size=r.eval_step_size, steps=r.eval_steps,
+            device=device
+        )
         lines.append(dict(label=cell.label, address=run.address, indexes=under_indexes(found)))
     sizes = [round(p['images']*share) for share in (1/12, 1/6, 1/3, 2/3, 1)]
     seconds = exact_seconds(sizes, dim=r.dim, device=device)
     job = paper_job('sop', 'colo_tride', seconds=1/p['speed'] if p['speed'] else 0., device=device)
     load, shared = os.getloadavg()[0], process_scaling(processes=p['processes']) if p['processes'] > 1 else []
-    return dict(title='Past one machine', parameters={k: v for k,v in p.items() if k != 'out'}, device=device, preset=p['preset'], images=len(drawn), dim=r.dim, models=lines, load=load, processes=shared,
-                search=dict(sizes=sizes, seconds=seconds, queries=256, **curve(sizes, seconds)._asdict()), job=asdict(job), **extrapolated(job, curve(sizes, seconds), r.dim, p['gpus'], p['trainings'], network), provenance=provenance())
+    return dict(
+        title='Past one machine', parameters={k: v for k, v in p.items() if k != 'out'}, device=device,
+        preset=p['preset'], images=len(drawn), dim=r.dim, models=lines, load=load, processes=shared,
+        search=dict(sizes=sizes, seconds=seconds, queries=256, **curve(sizes, seconds)._asdict()), job=asdict(job),
+        **extrapolated(job, curve(sizes, seconds), r.dim, p['gpus'], p['trainings'], network), provenance=provenance()
+    )
 
-def extrapolated(job:Job, search:Curve, dim:int, gpus:int, trainings:int, network:Mapping[str, float])->dict[str, list[dict]]:
-    "Galleries, updates and layouts that follow from the curves; a network faster than the measured one shows where communication takes over."
+def extrapolated(
+    job: Job, search: Curve, dim: int, gpus: int, trainings: int, network: Mapping[str, float]
+) -> dict[str, list[dict]]:
+    """Galleries, updates and layouts that follow from the curves; a network faster than the measured one shows where
+    communication takes over."""
     counts = [n for n in (1, 2, 4, 8, 16, 64, 256, 1024) if n <= gpus]
     faster = [(times, replace(job, seconds=job.seconds/times)) for times in FASTER]
-    def gallery(n, index): return dict(images=n, index=index.name, gigabytes=gallery_bytes(index, n, dim=dim, parts=dim//4)/1e9, seconds=search.slope*comparisons(index, n)/256)
-    return dict(galleries=[gallery(n, index) for n in GALLERIES for index in (Index('exact'), Index('ivf', 16), Index('ivf_pq', 16))],
-                updates=[dict(times=times, gpus=n, **(parts := update_seconds(quick, n, **network)), bottleneck=bottleneck(parts)) for times,quick in faster for n in counts],
-                layouts=[dict(times=times, **layout(quick, n, trainings, **network)) for times,quick in faster for n in dict.fromkeys((*counts, gpus))])
+    def gallery(n, index):
+        return dict(
+            images=n, index=index.name, gigabytes=gallery_bytes(index, n, dim=dim, parts=dim // 4) / 1e9,
+            seconds=search.slope * comparisons(index, n) / 256
+        )
+    return dict(
+        galleries=[
+            gallery(n, index) for n in GALLERIES for index in (Index('exact'), Index('ivf', 16), Index('ivf_pq', 16))
+        ],
+        updates=[
+            dict(times=times, gpus=n, **(parts := update_seconds(quick, n, **network)), bottleneck=bottleneck(parts))
+            for times, quick in faster
+            for n in counts
+        ],
+        layouts=[
+            dict(times=times, **layout(quick, n, trainings, **network))
+            for times, quick in faster
+            for n in dict.fromkeys((*counts, gpus))
+        ],
+    )
 
 # %% ../../nbs/study/09_scale.ipynb #356ecf11
 def best_index(
@@ -391,9 +507,12 @@ def best_index(
     *,
     within:float=.5,                  # points of R@1
 )->Mapping[str, Any]:
-    "The smallest approximate index, then the fastest, whose R@1 of clean and attacked queries is that of exact search; exact search when there is none."
+    """The smallest approximate index, then the fastest, whose R@1 of clean and attacked queries is that of exact
+    search; exact search when there is none."""
     exact = next(r for r in rows if r['kind'] == 'exact')
-    near = [r for r in rows if r is not exact and all(abs(v - exact['r1'][name]) <= within for name,v in r['r1'].items())]
+    near = [
+        r for r in rows if r is not exact and all(abs(v - exact['r1'][name]) <= within for name, v in r['r1'].items())
+    ]
     return min(near, key=lambda r: (r['bytes'], r['probes']), default=exact)
 
 def words(results:Mapping[str, Any])->list[str]:
@@ -402,19 +521,51 @@ def words(results:Mapping[str, Any])->list[str]:
     for line in results['models']:
         exact, chosen = line['indexes'][0], best_index(line['indexes'])
         worst = max(line['indexes'], key=lambda r: abs(r['r1']['clean'] - exact['r1']['clean']))
-        fits = 'no approximate index' if chosen is exact else f"{chosen['index']} ({chosen['bytes']:.0f} bytes an image and {chosen['ms']:.2g} ms a query, exact {exact['bytes']:.0f} and {exact['ms']:.2g})"
-        said.append(f"{line['label']}, {results['images']:,} images: {fits} leaves R@1 of clean and attacked queries within half a point of exact search; "
-                    f"{worst['index']} changes clean R@1 by {worst['r1']['clean'] - exact['r1']['clean']:+.1f} points and R@1 under ES by {worst['r1']['ES'] - exact['r1']['ES']:+.1f}.".replace('-', '−').replace('IVF−PQ', 'IVF-PQ'))
+        fits = (
+            'no approximate index'
+            if chosen is exact
+            else (
+                f"{chosen['index']} ({chosen['bytes']:.0f} bytes an image and {chosen['ms']:.2g} ms a query, exact"
+                f" {exact['bytes']:.0f} and {exact['ms']:.2g})"
+            )
+        )
+        said.append(
+            f"{line['label']}, {results['images']:,} images: {fits} leaves R@1 of clean and attacked queries within"
+            f" half a point of exact search; {worst['index']} changes clean R@1 by"
+            f" {worst['r1']['clean'] - exact['r1']['clean']:+.1f} points and R@1 under ES by"
+            f" {worst['r1']['ES'] - exact['r1']['ES']:+.1f}.".replace(
+                '-', '−'
+            ).replace(
+                'IVF−PQ', 'IVF-PQ'
+            )
+        )
     for line in results['processes']:
         train, attack = line['training_pct'], line['attacks_pct']
-        said.append(f"{line['processes']} processes with one thread each, {line['network']}, {line['images']} images of {line['size']} x {line['size']}: a shared training uses {train['median']:.0f} % ({train['low']:.0f} to {train['high']:.0f}) of what they could do at best, measured "
-                    f"against one process with one thread, attacks {attack['median']:.0f} % ({attack['low']:.0f} to {attack['high']:.0f}).")
-    if results['load'] > 1.5: said.append(f"Other programs were at work (load average {results['load']:.1f} on {results['provenance']['cores']} cores, 1 of it our own): seconds on this page are too long and their ratios uncertain; what an index finds does not depend on it.")
+        said.append(
+            f"{line['processes']} processes with one thread each, {line['network']}, {line['images']} images of"
+            f" {line['size']} x {line['size']}: a shared training uses {train['median']:.0f} % ({train['low']:.0f} to"
+            f" {train['high']:.0f}) of what they could do at best, measured against one process with one thread,"
+            f" attacks {attack['median']:.0f} % ({attack['low']:.0f} to {attack['high']:.0f})."
+        )
+    if results['load'] > 1.5:
+        said.append(
+            f"Other programs were at work (load average {results['load']:.1f} on {results['provenance']['cores']}"
+            " cores, 1 of it our own): seconds on this page are too long and their ratios uncertain; what an index"
+            " finds does not depend on it."
+        )
     most = max(u['gpus'] for u in results['updates'])
     for times in dict.fromkeys(u['times'] for u in results['updates']):
         of = [u for u in results['updates'] if u['times'] == times]
         half = next((u for u in of if u['efficiency'] < .5), None)
-        said.append(f"A network {times:,} times as fast as measured here: " + (f"from {half['gpus']} devices on more than half of the time is lost; what takes longest there is {half['bottleneck']}." if half else f'more than half of the time is used up to {most} devices.'))
+        said.append(
+            f"A network {times:,} times as fast as measured here: "
+            + (
+                f"from {half['gpus']} devices on more than half of the time is lost; what takes longest there is"
+                f" {half['bottleneck']}."
+                if half
+                else f'more than half of the time is used up to {most} devices.'
+            )
+        )
     return said
 
 def sizes_figure(results:Mapping[str, Any])->'Figure':
@@ -424,13 +575,17 @@ def sizes_figure(results:Mapping[str, Any])->'Figure':
         fig = new_figure(13, 3.4)
         left, right, third = fig.subplots(1, 3)
         far = [*s['sizes'], *GALLERIES]
-        left.loglog(sorted(far), [1000*line.at(n)/s['queries'] for n in sorted(far)], '--', color='#666666', label='a + b·N')
+        left.loglog(
+            sorted(far), [1000 * line.at(n) / s['queries'] for n in sorted(far)], '--', color='#666666', label='a + b·N'
+        )
         left.loglog(s['sizes'], [1000*v/s['queries'] for v in s['seconds']], 'o', color='#0072b2', label='measured')
         left.set(title='Exact search', xlabel='images in the gallery', ylabel='ms per query')
         left.legend()
         for times,style in zip(FASTER, 'osD'):
             of = [u for u in results['updates'] if u['times'] == times]
-            right.semilogx([u['gpus'] for u in of], [100*u['efficiency'] for u in of], f'-{style}', label=f'network x {times:,}')
+            right.semilogx(
+                [u['gpus'] for u in of], [100 * u['efficiency'] for u in of], f'-{style}', label=f'network x {times:,}'
+            )
         right.set(title='One training on many devices', xlabel='devices', ylabel='efficiency (%)', ylim=(0, 105))
         right.legend()
         _processes_panel(third, results['processes'])
@@ -440,10 +595,20 @@ def _processes_panel(ax:'Axes', lines:Sequence[Mapping[str, Any]])->None:
     "Speed-up of several processes over one, with the range of the rounds."
     most = max((line['processes'] for line in lines), default=2)
     ax.plot([1, most], [1, most], '--', color='#666666', label='ideal')
-    for k,(line, kind, word) in enumerate((line, kind, word) for line in lines for kind,word in (('training_pct', 'training'), ('attacks_pct', 'attacks'))):
+    for k, (line, kind, word) in enumerate(
+        (line, kind, word)
+        for line in lines
+        for kind, word in (('training_pct', 'training'), ('attacks_pct', 'attacks'))
+    ):
         middle, low, high = (line['processes']*line[kind][key]/100 for key in ('median', 'low', 'high'))
-        ax.errorbar([1, line['processes'] + .03*(k - 1.5)], [1, middle], yerr=[[0, middle - low], [0, high - middle]], marker='osD^'[k%4], capsize=3, label=f'{word}, {line["network"]}')
-    ax.set(title='Processes on this machine', xlabel='processes with one thread', ylabel='times as fast as one', xticks=range(1, most + 1), ylim=(0, None))
+        ax.errorbar(
+            [1, line['processes'] + 0.03 * (k - 1.5)], [1, middle], yerr=[[0, middle - low], [0, high - middle]],
+            marker='osD^'[k % 4], capsize=3, label=f'{word}, {line["network"]}'
+        )
+    ax.set(
+        title='Processes on this machine', xlabel='processes with one thread', ylabel='times as fast as one',
+        xticks=range(1, most + 1), ylim=(0, None)
+    )
     ax.legend()
 
 def write_scale(
@@ -452,27 +617,104 @@ def write_scale(
 )->Path:                       # index.html
     "Write index.html and results.json."
     s, p = results['search'], results['parameters']
-    def table(head, rows): return table_box(html_row(head, head=True), [html_row([escape(str(c)) for c in row]) for row in rows])
+    def table(head, rows):
+        return table_box(html_row(head, head=True), [html_row([escape(str(c)) for c in row]) for row in rows])
     def clock(seconds): return f'{seconds:.3g} s' if seconds >= 1 else f'{1000*seconds:.3g} ms'
-    indexes = ''.join(f'<h3>{escape(m["label"])}</h3>' + table(['Index', 'Bytes per image', 'ms per query', 'Exact answer (%)', *(f'R@1 {name} (%)' for name in m['indexes'][0]['r1'])],
-                      [(r['index'], f'{r["bytes"]:.0f}', f'{r["ms"]:.3f}', f'{r["same"]:.1f}', *(f'{v:.1f}' for v in r['r1'].values())) for r in m['indexes']]) for m in results['models'])
-    galleries = table(['Images', 'Index', 'Memory (GB)', 'Computed time per query'], [(f'{g["images"]:,}', g['index'], f'{g["gigabytes"]:.3g}', clock(g['seconds'])) for g in results['galleries']])
-    updates = table(['Network', 'Devices', 'Network time', 'Embeddings', 'Image gradients', 'Weights', 'Update', 'Efficiency (%)', 'Longest'],
-                    [(f'x {u["times"]:,}', u['gpus'], *(clock(u[k]) for k in ('compute', 'embeddings', 'gradients', 'weights', 'total')), f'{100*u["efficiency"]:.0f}', u['bottleneck']) for u in results['updates']])
-    layouts = table(['Network', 'Devices', 'Per training', 'Trainings at once', 'Rounds', 'Hours', 'Efficiency (%)'],
-                    [(f'x {l["times"]:,}', l['gpus'], l['each'], l['at_once'], l['rounds'], f'{l["hours"]:,.1f}', f'{100*l["efficiency"]:.0f}') for l in results['layouts']])
+    indexes = ''.join(
+        f'<h3>{escape(m["label"])}</h3>'
+        + table(
+            [
+                'Index', 'Bytes per image', 'ms per query', 'Exact answer (%)',
+                *(f'R@1 {name} (%)' for name in m['indexes'][0]['r1'])
+            ],
+            [
+                (
+                    r['index'], f'{r["bytes"]:.0f}', f'{r["ms"]:.3f}', f'{r["same"]:.1f}',
+                    *(f'{v:.1f}' for v in r['r1'].values())
+                )
+                for r in m['indexes']
+            ],
+        )
+        for m in results['models']
+    )
+    galleries = table(
+        ['Images', 'Index', 'Memory (GB)', 'Computed time per query'],
+        [(f'{g["images"]:,}', g['index'], f'{g["gigabytes"]:.3g}', clock(g['seconds'])) for g in results['galleries']]
+    )
+    updates = table(
+        [
+            'Network', 'Devices', 'Network time', 'Embeddings', 'Image gradients', 'Weights', 'Update',
+            'Efficiency (%)', 'Longest'
+        ],
+        [
+            (
+                f'x {u["times"]:,}', u['gpus'],
+                *(clock(u[k]) for k in ('compute', 'embeddings', 'gradients', 'weights', 'total')),
+                f'{100*u["efficiency"]:.0f}', u['bottleneck']
+            )
+            for u in results['updates']
+        ],
+    )
+    layouts = table(
+        ['Network', 'Devices', 'Per training', 'Trainings at once', 'Rounds', 'Hours', 'Efficiency (%)'],
+        [
+            (
+                f'x {l["times"]:,}', l['gpus'], l['each'], l['at_once'], l['rounds'], f'{l["hours"]:,.1f}',
+                f'{100*l["efficiency"]:.0f}'
+            )
+            for l in results['layouts']
+        ],
+    )
     def share(of): return f'{of["median"]:.0f} ({of["low"]:.0f} to {of["high"]:.0f})'
     def typical(line, way): return clock(statistics.median(r[way] for r in line['rounds']))
-    shared = table(['Network', 'Images', 'Inner steps', 'Processes', 'One alone', 'All share it', 'Training: efficiency (%)', 'Each its own', 'Attacks: efficiency (%)'],
-                   [(l['network'], f'{l["images"]} of {l["size"]} x {l["size"]}', l['steps'], l['processes'], typical(l, 'alone'), typical(l, 'shared'), share(l['training_pct']), typical(l, 'apart'), share(l['attacks_pct'])) for l in results['processes']])
+    shared = table(
+        [
+            'Network', 'Images', 'Inner steps', 'Processes', 'One alone', 'All share it', 'Training: efficiency (%)',
+            'Each its own', 'Attacks: efficiency (%)'
+        ],
+        [
+            (
+                l['network'], f'{l["images"]} of {l["size"]} x {l["size"]}', l['steps'], l['processes'],
+                typical(l, 'alone'), typical(l, 'shared'), share(l['training_pct']), typical(l, 'apart'),
+                share(l['attacks_pct'])
+            )
+            for l in results['processes']
+        ],
+    )
     cores = results['provenance']['cores']
-    measured = (f'<h2>Several processes on this machine</h2><p>Measured: one update of ACT on {cores} cores, one thread for each process, in {len(results["processes"][0]["rounds"])} rounds of the three ways in turn; median and range of the rounds. '
-                f'The load average when it began was {results["load"]:.1f}; what is above 1 are other programs. Ratios of one round above 100 % are their doing.</p>{shared}') if results['processes'] else ''
-    held = '' if math.isnan(s['held']) else f' The largest gallery was predicted from the smaller ones with an error of {100*s["held"]:+.0f} %.'.replace('-', '−')
-    body = (opening(results['title'], '', words(results)) + html_figure(png(sizes_figure(results)), f'Left: measured and extended.{held} Middle: computed. Right: measured, with the range of the rounds.') + measured +
-            f'<h2>Approximate search under attack</h2><p>Measured on {results["images"]:,} images; the attacks climb against the exact gallery, then every index answers the same queries.</p>{indexes}'
-            f'<h2>Galleries</h2><p>Computed: the measured seconds of one comparison in exact search times the comparisons of a query, {results["dim"]} dimensions. A comparison with a PQ code costs less, a jump between lists more.</p>{galleries}'
-            f'<h2>One update of {escape(results["job"]["name"])}</h2><p>Computed from one measured image step on one device; {p["bandwidth"]:g} GB/s and {p["latency"]:g} µs between devices are assumptions.</p>{updates}'
-            f'<h2>A table of {p["trainings"]} trainings</h2><p>Computed: the number of devices per training that finishes the table soonest.</p>{layouts}'
-            f'<h2>Configuration</h2>{facts_table(dict(p, **results["job"]))}<h2>Provenance</h2>{facts_table(results["provenance"])}')
+    measured = (
+        f'<h2>Several processes on this machine</h2><p>Measured: one update of ACT on {cores} cores, one thread for'
+        f' each process, in {len(results["processes"][0]["rounds"])} rounds of the three ways in turn; median and range'
+        f' of the rounds. The load average when it began was {results["load"]:.1f}; what is above 1 are other programs.'
+        f' Ratios of one round above 100 % are their doing.</p>{shared}'
+        if results['processes']
+        else ''
+    )
+    held = (
+        ''
+        if math.isnan(s['held'])
+        else (
+            f' The largest gallery was predicted from the smaller ones with an error of {100*s["held"]:+.0f} %.'
+            .replace('-', '−')
+        )
+    )
+    body = (
+        opening(results['title'], '', words(results))
+        + html_figure(
+            png(sizes_figure(results)),
+            f'Left: measured and extended.{held} Middle: computed. Right: measured, with the range of the rounds.'
+        )
+        + measured
+        + f'<h2>Approximate search under attack</h2><p>Measured on {results["images"]:,} images; the attacks climb'
+        f' against the exact gallery, then every index answers the same queries.</p>{indexes}'
+        '<h2>Galleries</h2><p>Computed: the measured seconds of one comparison in exact search times the comparisons'
+        f' of a query, {results["dim"]} dimensions. A comparison with a PQ code costs less, a jump between lists'
+        f' more.</p>{galleries}'
+        f'<h2>One update of {escape(results["job"]["name"])}</h2><p>Computed from one measured image step on one'
+        f' device; {p["bandwidth"]:g} GB/s and {p["latency"]:g} µs between devices are assumptions.</p>{updates}'
+        f'<h2>A table of {p["trainings"]} trainings</h2><p>Computed: the number of devices per training that finishes'
+        f' the table soonest.</p>{layouts}'
+        f'<h2>Configuration</h2>{facts_table(dict(p, **results["job"]))}<h2>Provenance</h2>'
+        f'{facts_table(results["provenance"])}'
+    )
     return publish(folder, results, body)

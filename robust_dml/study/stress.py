@@ -25,7 +25,8 @@ from ..core import kept_memory, progress
 from ..metrics.evaluate import query_rows, queries_and_gallery
 from .experiments import Cell, Plan, alone, cells, evaluate_cell, query_count, results, train_cell
 from ..models.networks import dtype_of, embed_all, streamlined
-from ..report.pages import defence_legend, html_figure, html_row, look, mean_spread, new_figure, opening, png, table_box, theme
+from ..report.pages import defence_legend, html_figure, html_row, look, mean_spread, new_figure, opening
+from ..report.pages import png, table_box, theme
 from ..report.tables import provenance_part, publish, setup_part
 from ..runs.store import Run, append_line, open_run, read_lines
 from ..attacks.strong import APGD, LTM_NEAREST, adaptive, over_eps, over_steps, run_strong, three
@@ -49,7 +50,12 @@ class Effort:
     steps:tuple[int,...]=(1, 2, 4, 8, 16, 32, 64, 128, 200)    # numbers of steps of the curve
     seed:int=0
 
-EFFORTS = MappingProxyType(dict(smoke=Effort(6, 2, 30, samples=4, learn=6, eps=(0, 8, 64), steps=(1, 4)), quick=Effort(128, 3, 300), small=Effort(128, 3, 300), medium=Effort(128, 3, 300), paper=Effort(512, 5, 2000)))
+EFFORTS = MappingProxyType(
+    dict(
+        smoke=Effort(6, 2, 30, samples=4, learn=6, eps=(0, 8, 64), steps=(1, 4)), quick=Effort(128, 3, 300),
+        small=Effort(128, 3, 300), medium=Effort(128, 3, 300), paper=Effort(512, 5, 2000)
+    )
+)
 
 # %% ../../nbs/study/04_stress.ipynb #a07b6d2c
 class Scene(NamedTuple):
@@ -74,17 +80,36 @@ _ES = SUITE['ES']
 def _white(attack, heading, **search)->Method:
     "Gradients of `attack`'s objective; with `search`, through `run_strong`."
     def run(s):
-        if search: return run_strong(s.model, attack, s.x, s.queries, s.gallery, **s.budget | dict(step_size=s.budget['eps']), seed=s.effort.seed, restarts=s.effort.restarts, **search), 0
+        if search:
+            return (
+                run_strong(
+                    s.model, attack, s.x, s.queries, s.gallery, **s.budget | dict(step_size=s.budget['eps']),
+                    seed=s.effort.seed, restarts=s.effort.restarts, **search
+                ),
+                0,
+            )
         return run_attack(s.model, attack, s.x, s.queries, s.gallery, **s.budget, seed=s.effort.seed), 0
     return Method('white', heading, run)
 
 def _asked(group, method, *spent, **fixed)->Method:
     "A black box on ES; `spent` names what it takes from the effort."
-    def run(s): return method(s.model, _ES, s.x, s.queries, s.gallery, eps=s.budget['eps'], seed=s.effort.seed, **{name: getattr(s.effort, name) for name in spent}, **fixed)
+    def run(s):
+        return method(
+            s.model, _ES, s.x, s.queries, s.gallery, eps=s.budget['eps'], seed=s.effort.seed,
+            **{name: getattr(s.effort, name) for name in spent}, **fixed
+        )
     return Method(group, 'ES:R', run)
 
-def _nes(s): return nes(s.model, _ES, s.x, s.queries, s.gallery, eps=s.budget['eps'], step_size=s.budget['step_size'], samples=s.effort.samples, sigma=s.effort.sigma, budget=s.effort.budget, seed=s.effort.seed)
-def _universal(s): return universal(s.model, _ES, s.x, s.queries, s.gallery, learn_x=s.learn_x, learn_queries=s.learn_queries, **s.budget, seed=s.effort.seed)
+def _nes(s):
+    return nes(
+        s.model, _ES, s.x, s.queries, s.gallery, eps=s.budget['eps'], step_size=s.budget['step_size'],
+        samples=s.effort.samples, sigma=s.effort.sigma, budget=s.effort.budget, seed=s.effort.seed
+    )
+def _universal(s):
+    return universal(
+        s.model, _ES, s.x, s.queries, s.gallery, learn_x=s.learn_x, learn_queries=s.learn_queries, **s.budget,
+        seed=s.effort.seed
+    )
 
 METHODS = MappingProxyType({
     'ES': _white(_ES, 'ES:R'),
@@ -101,7 +126,11 @@ METHODS = MappingProxyType({
 
 def made_on(label:str, surrogate:Subject)->Method:
     "Images of ES made on another model, which has embedded the same queries and gallery."
-    def run(s): return transfer(s.model, _ES, s.x, s.queries, s.gallery, surrogate=surrogate._replace(queries=_same(surrogate.queries, s.queries)), **s.budget, seed=s.effort.seed)
+    def run(s):
+        return transfer(
+            s.model, _ES, s.x, s.queries, s.gallery,
+            surrogate=surrogate._replace(queries=_same(surrogate.queries, s.queries)), **s.budget, seed=s.effort.seed
+        )
     return Method('blind', 'ES:R', run)
 
 def _same(queries, wanted)->Queries:
@@ -121,7 +150,9 @@ def _scenes(plan, cell, effort, subject)->Iterator[tuple[int, Scene]]:
     order, step = query_rows(len(subject.queries.id), limit=0, seed=effort.seed), plan.recipe.eval_batch
     chosen, others = order[:effort.queries], order[effort.queries:effort.queries + effort.learn]
     def images(q): return plan.data.test.batch(q.id, device=plan.device, dtype=dtype_of(subject.model))
-    learn, budget = picked(subject.queries, others), dict(eps=cell.setting.eps, step_size=plan.recipe.eval_step_size, steps=plan.recipe.eval_steps)
+    learn, budget = picked(subject.queries, others), dict(
+        eps=cell.setting.eps, step_size=plan.recipe.eval_step_size, steps=plan.recipe.eval_steps
+    )
     for start in range(0, len(chosen), step):
         some = picked(subject.queries, chosen[start:start+step])
         yield start, Scene(subject.model, images(some), some, subject.gallery, budget, effort, images(learn), learn)
@@ -134,14 +165,29 @@ def _tried(method:Method, scene:Scene)->dict:
     out, asked = method.run(scene)
     return dict(after=_plain(out.after[method.heading]), asked=asked)
 
-def _points(points, heading='ES:R')->list[dict]: return [dict(eps=p['eps'], steps=p['steps'], after=p['after'][heading]) for p in points]
+def _points(points, heading='ES:R')->list[dict]:
+    return [dict(eps=p['eps'], steps=p['steps'], after=p['after'][heading]) for p in points]
 
 def _over_eps(s)->dict:
     e = s.effort
-    return dict(points=_points(over_eps(s.model, _ES, s.x, s.queries, s.gallery, eps=[v/255 for v in e.eps], step_ratio=s.budget['step_size']/s.budget['eps'], steps=s.budget['steps'], seed=e.seed)))
+    return dict(
+        points=_points(
+            over_eps(
+                s.model, _ES, s.x, s.queries, s.gallery, eps=[v / 255 for v in e.eps],
+                step_ratio=s.budget['step_size'] / s.budget['eps'], steps=s.budget['steps'], seed=e.seed
+            )
+        )
+    )
 
 def _over_steps(s)->dict:
-    return dict(points=_points(over_steps(s.model, _ES, s.x, s.queries, s.gallery, eps=s.budget['eps'], step_size=s.budget['step_size'], steps=s.effort.steps, seed=s.effort.seed)))
+    return dict(
+        points=_points(
+            over_steps(
+                s.model, _ES, s.x, s.queries, s.gallery, eps=s.budget['eps'], step_size=s.budget['step_size'],
+                steps=s.effort.steps, seed=s.effort.seed
+            )
+        )
+    )
 
 def stress_cell(
     plan:Plan,
@@ -155,30 +201,60 @@ def stress_cell(
     model, trained = train_cell(plan, cell, show=show)
     others = {f'Made on {c.label}': c for c in surrogates}
     budget = dict(eps=cell.setting.eps, step_size=plan.recipe.eval_step_size, steps=plan.recipe.eval_steps)
-    config = dict(format=1, train=trained.address, budget=budget, effort=asdict(effort), surrogates={name: train_cell(plan, c, show=show)[1].address for name,c in others.items()})
+    config = dict(
+        format=1, train=trained.address, budget=budget, effort=asdict(effort),
+        surrogates={name: train_cell(plan, c, show=show)[1].address for name, c in others.items()}
+    )
     run = open_run(plan.reports, 'stress', config)
     with alone(run, 'result.json'):
         if run.has('result.json'): return run
         subject = _subject(plan, cell)
         methods = {**METHODS, **{name: made_on(name, _subject(plan, c)) for name,c in others.items()}}
-        jobs = {name: partial(_tried, m) for name,m in methods.items()} | {'over eps': _over_eps, 'over steps': _over_steps}
+        jobs = {name: partial(_tried, m) for name, m in methods.items()} | {
+            'over eps': _over_eps, 'over steps': _over_steps
+        }
         done = {(r['job'], r['start']) for r in read_lines(run, 'queries.jsonl')}
-        for name,job in progress(jobs.items(), desc=f'stress {cell.setting.name} {cell.label}, seed {cell.seed}', show=show):
+        for name, job in progress(
+            jobs.items(), desc=f'stress {cell.setting.name} {cell.label}, seed {cell.seed}', show=show
+        ):
             for start,scene in _scenes(plan, cell, effort, subject):
-                if (name, start) not in done: append_line(run, 'queries.jsonl', dict(job=name, start=start, queries=len(scene.x), **job(scene)))
-        run.write('result.json', _gathered(read_lines(run, 'queries.jsonl'), {name: m.kind for name,m in methods.items()}, _before(plan, cell, effort, subject)))
+                if (name, start) not in done:
+                    append_line(run, 'queries.jsonl', dict(job=name, start=start, queries=len(scene.x), **job(scene)))
+        run.write(
+            'result.json',
+            _gathered(
+                read_lines(run, 'queries.jsonl'), {name: m.kind for name, m in methods.items()},
+                _before(plan, cell, effort, subject)
+            ),
+        )
     return run
 
 def _before(plan, cell, effort, subject)->list[float|None]:
     "R@1 of the chosen queries without attack."
-    return [v for _,s in _scenes(plan, cell, effort, subject) for v in _plain(_ES.measure(s.queries.emb, s.queries, _ES.targets(s.queries, s.gallery, effort.seed), s.gallery)['ES:R'])]
+    return [
+        v
+        for _, s in _scenes(plan, cell, effort, subject)
+        for v in _plain(
+            _ES.measure(s.queries.emb, s.queries, _ES.targets(s.queries, s.gallery, effort.seed), s.gallery)['ES:R']
+        )
+    ]
 
 def _gathered(lines, kinds, before)->dict:
     "The batches of every attack put together."
     lines = sorted(lines, key=lambda r: r['start'])
     def joined(name): return [r for r in lines if r['job'] == name]
-    found = [dict(name=name, kind=kind, asked=max(r['asked'] for r in joined(name)), after=[v for r in joined(name) for v in r['after']]) for name,kind in kinds.items()]
-    def line(name): return [dict(eps=p[0]['eps'], steps=p[0]['steps'], after=[v for part in p for v in part['after']]) for p in zip(*(r['points'] for r in joined(name)))]
+    found = [
+        dict(
+            name=name, kind=kind, asked=max(r['asked'] for r in joined(name)),
+            after=[v for r in joined(name) for v in r['after']]
+        )
+        for name, kind in kinds.items()
+    ]
+    def line(name):
+        return [
+            dict(eps=p[0]['eps'], steps=p[0]['steps'], after=[v for part in p for v in part['after']])
+            for p in zip(*(r['points'] for r in joined(name)))
+        ]
     return dict(before=before, attacks=found, over_eps=line('over eps'), over_steps=line('over steps'))
 
 # %% ../../nbs/study/04_stress.ipynb #46242c25
@@ -190,7 +266,8 @@ def r_at_1(
     rows = [v for v in zip(*(a['after'] for a in found['attacks'] if a['name'] in names)) if None not in v]
     return math.fsum(map(min, rows))/len(rows) if rows else math.nan
 
-def of_kind(found:Mapping[str, Any], kind:str)->list[str]: return [a['name'] for a in found['attacks'] if a['kind'] == kind]
+def of_kind(found:Mapping[str, Any], kind:str)->list[str]:
+    return [a['name'] for a in found['attacks'] if a['kind'] == kind]
 
 @kept_memory()
 def stress_results(
@@ -198,7 +275,8 @@ def stress_results(
     *,
     show:bool=True,
 )->dict:             # JSON-able, for `write_stress`
-    "The experiment's models under all attacks of this module; each is also tried with the images of the others of its setting and seed."
+    """The experiment's models under all attacks of this module; each is also tried with the images of the others of
+    its setting and seed."""
     effort, found, every = EFFORTS[plan.preset], results(plan, show=show), list(cells(plan))
     for record,cell in zip(found['records'], every):
         others = [c for c in every if (c.setting, c.seed) == (cell.setting, cell.seed) and c.label != cell.label]
@@ -207,12 +285,22 @@ def stress_results(
     return dict(found, effort=asdict(effort))
 
 def exceptions(records:Sequence[Mapping[str, Any]])->list[str]:
-    "Models that are not flagged as collapsed and lose more to a black box or blind attack than to all white-box attacks."
+    """Models that are not flagged as collapsed and lose more to a black box or blind attack than to all white-box
+    attacks."""
     said = []
     for r in records:
         white = r_at_1(r['stress'], of_kind(r['stress'], 'white'))
-        worse = {n: v for kind in ('black', 'blind') for n in of_kind(r['stress'], kind) if (v := r_at_1(r['stress'], [n])) < white}
-        if worse and not r['eval']['collapsed']: said.append(f"{r['label']} (setting {r['setting']}, seed {r['seed']}): {white:.1f} % under the white box, " + ', '.join(f'{v:.1f} % under {n}' for n,v in worse.items()))
+        worse = {
+            n: v
+            for kind in ('black', 'blind')
+            for n in of_kind(r['stress'], kind)
+            if (v := r_at_1(r['stress'], [n])) < white
+        }
+        if worse and not r['eval']['collapsed']:
+            said.append(
+                f"{r['label']} (setting {r['setting']}, seed {r['seed']}): {white:.1f} % under the white box, "
+                + ', '.join(f'{v:.1f} % under {n}' for n, v in worse.items())
+            )
     return said
 
 def by_label(records:Sequence[Mapping[str, Any]])->dict[str, list]:
@@ -224,21 +312,44 @@ def by_label(records:Sequence[Mapping[str, Any]])->dict[str, list]:
 def beyond_es(
     records:Sequence[Mapping[str, Any]], # of one setting
 )->str:
-    "What is left under ES, the search of the tables, and under all white-box searches; and who beats ES without gradients."
+    """What is left under ES, the search of the tables, and under all white-box searches; and who beats ES without
+    gradients."""
     def mean(runs, names): return mean_spread([r_at_1(r['stress'], names(r['stress'])) for r in runs])[0]
     def es(runs): return mean(runs, lambda found: ['ES'])
     lines = by_label([r for r in records if not r['eval']['collapsed']])
-    said = [f"{label} {es(runs):.1f} % and {mean(runs, lambda found: of_kind(found, 'white')):.1f} %" for label,runs in lines.items()]
-    easy = [label for label,runs in lines.items() if any(mean(runs, lambda found: [n]) < es(runs) for n in of_kind(runs[0]['stress'], 'black'))]
-    return f"Setting {records[0]['setting']}, R@1 under ES as in the tables, and under all white-box attacks together: {'; '.join(said)}." + (f" A black box alone does more than ES to {', '.join(easy)}." if easy else '')
+    said = [
+        f"{label} {es(runs):.1f} % and {mean(runs, lambda found: of_kind(found, 'white')):.1f} %"
+        for label, runs in lines.items()
+    ]
+    easy = [
+        label
+        for label, runs in lines.items()
+        if any(mean(runs, lambda found: [n]) < es(runs) for n in of_kind(runs[0]['stress'], 'black'))
+    ]
+    return (
+        f"Setting {records[0]['setting']}, R@1 under ES as in the tables, and under all white-box attacks together:"
+        f" {'; '.join(said)}."
+        + (f" A black box alone does more than ES to {', '.join(easy)}." if easy else '')
+    )
 
 def words(results:Mapping[str, Any])->list[str]:
     "The result in one or two sentences, and the exceptions."
     records = results['records']
     healthy, said = [r for r in records if not r['eval']['collapsed']], exceptions(records)
     if not healthy: return ['All models are flagged as collapsed; nothing here measures robustness.']
-    if said: return [f'In {len(said)} of {len(healthy)} models that are not collapsed, an attack without gradients takes more queries than the white-box attacks together: their gradients mislead, and the ten attacks flatter them.', *said]
-    return [f'In none of the {len(healthy)} models that are not collapsed does an attack without gradients take more queries than the white-box attacks together.']
+    if said:
+        return [
+            (
+                f'In {len(said)} of {len(healthy)} models that are not collapsed, an attack without gradients takes'
+                ' more queries than the white-box attacks together: their gradients mislead, and the ten attacks'
+                ' flatter them.'
+            ),
+            *said,
+        ]
+    return [
+        f'In none of the {len(healthy)} models that are not collapsed does an attack without gradients take more'
+        ' queries than the white-box attacks together.'
+    ]
 
 # %% ../../nbs/study/04_stress.ipynb #ba08a1aa
 def _mean_line(runs, key, x)->tuple[list[float], list[float]]:
@@ -270,7 +381,10 @@ def stress_curves(
     return fig
 
 # %% ../../nbs/study/04_stress.ipynb #db5f209f
-_KINDS = {'white': 'White box: with the gradients', 'black': 'Black box: with answers only', 'blind': 'Blind: without the model'}
+_KINDS = {
+    'white': 'White box: with the gradients', 'black': 'Black box: with answers only',
+    'blind': 'Blind: without the model'
+}
 
 def stress_table(
     records:Sequence[Mapping[str, Any]], # of one setting
@@ -284,8 +398,16 @@ def stress_table(
     rows = [('Attack', 'Questions', *lines), line('None', '', lambda r: _average(r['stress']['before']))]
     for kind,title in _KINDS.items():
         names = dict.fromkeys(n for r in records for n in of_kind(r['stress'], kind))
-        rows += [line(n, str(max(_of(r, n).get('asked', 0) for r in records) or ''), lambda r, n=n: r_at_1(r['stress'], [n]) if _of(r, n) else math.nan) for n in names]
-        rows.append(line(f'All of them ({kind})', '', lambda r, kind=kind: r_at_1(r['stress'], of_kind(r['stress'], kind))))
+        rows += [
+            line(
+                n, str(max(_of(r, n).get('asked', 0) for r in records) or ''),
+                lambda r, n=n: r_at_1(r['stress'], [n]) if _of(r, n) else math.nan
+            )
+            for n in names
+        ]
+        rows.append(
+            line(f'All of them ({kind})', '', lambda r, kind=kind: r_at_1(r['stress'], of_kind(r['stress'], kind)))
+        )
     return rows
 
 def _of(record, name)->Mapping: return next((a for a in record['stress']['attacks'] if a['name'] == name), {})
@@ -298,24 +420,49 @@ def _average(values)->float:
 def _section(setting, records)->str:
     "Table and curves of a setting."
     head, *rows = stress_table(records)
-    strong = [html_row([f'<b>{escape(cell)}</b>' if row[0].startswith('All of them') else escape(cell) for cell in row]) for row in rows]
+    strong = [
+        html_row([f'<b>{escape(cell)}</b>' if row[0].startswith('All of them') else escape(cell) for cell in row])
+        for row in rows
+    ]
     flagged = ', '.join(dict.fromkeys(r['label'] for r in records if r['eval']['collapsed']))
-    note = f'<p class="note">Flagged as collapsed, so that its R@1 under attack means nothing: {escape(flagged)}.</p>' if flagged else ''
+    note = (
+        f'<p class="note">Flagged as collapsed, so that its R@1 under attack means nothing: {escape(flagged)}.</p>'
+        if flagged
+        else ''
+    )
     said = f'<p>{escape(beyond_es(records))}</p>' if any(not r['eval']['collapsed'] for r in records) else ''
-    return (f'<h2>Setting {escape(setting)}</h2>{said}{table_box(html_row([*map(escape, head)], head=True), strong, "fixed")}{note}' +
-            html_figure(png(stress_curves(records)), 'R@1 under ES over the radius (left) and over the number of steps at the radius of the setting (right), mean over the seeds.'))
+    return (
+        '<h2>Setting'
+        f' {escape(setting)}</h2>{said}{table_box(html_row([*map(escape, head)], head=True), strong, "fixed")}{note}'
+        + html_figure(
+            png(stress_curves(records)),
+            'R@1 under ES over the radius (left) and over the number of steps at the radius of the setting (right),'
+            ' mean over the seeds.',
+        )
+    )
 
 def write_stress(
     folder:Path,               # for example reports/stress-glyphs-quick
     results:Mapping[str, Any], # of `stress_results`
 )->Path:                       # index.html
     "Write index.html and results.json."
-    effort, sections = results['effort'], {r['setting']: [q for q in results['records'] if q['setting'] == r['setting']] for r in results['records']}
+    effort, sections = results['effort'], {
+        r['setting']: [q for q in results['records'] if q['setting'] == r['setting']] for r in results['records']
+    }
     first, *rest = words(results)
-    note = (f"R@1 in percent on {effort['queries']} queries of the test set, mean ± standard deviation over the seeds. Questions: images that the model is asked for, per query. "
-            f"White-box searches take {results['attack']['steps']} steps, the one with restarts {effort['restarts']} times as many. Noise draws corners of the ball; universal: one perturbation for all, learned on {effort['learn']} other images; "
-            'made on: images of ES made on another model of the same setting and seed.')
+    note = (
+        f"R@1 in percent on {effort['queries']} queries of the test set, mean ± standard deviation over the seeds."
+        " Questions: images that the model is asked for, per query. White-box searches take"
+        f" {results['attack']['steps']} steps, the one with restarts {effort['restarts']} times as many. Noise draws"
+        f" corners of the ball; universal: one perturbation for all, learned on {effort['learn']} other images; made"
+        " on: images of ES made on another model of the same setting and seed."
+    )
     smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
-    return publish(folder, results, opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', [first]) +
-                    ''.join(f'<p class="warn">{escape(text)}</p>' for text in rest) + ''.join(_section(*item) for item in sections.items()) +
-                    f'<p class="note">{escape(note)}</p><h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}')
+    return publish(
+        folder, results,
+        opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', [first])
+        + ''.join(f'<p class="warn">{escape(text)}</p>' for text in rest)
+        + ''.join(_section(*item) for item in sections.items())
+        + f'<p class="note">{escape(note)}</p><h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>'
+          f'{provenance_part(results)}',
+    )

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from ..core import check_between, check_choice, fingerprint, generator, kept_memory, listed, typed
 from ..data.sets import ImageSet, Split
-from .experiments import DEFENSES, SCALED, Cell, Plan, Setting, check_split, defense, describe, parameters, plan, record, resolve, tuned, _shareable
+from .experiments import DEFENSES, SCALED, Cell, Plan, Setting, check_split, defense, describe
+from .experiments import parameters, plan, record, resolve, tuned, _shareable
 from ..runs.jobs import only_inline
-from ..report.pages import defence_legend, defence_name, facts_table, html_figure, html_row, look, new_figure, opening, png, table_box, theme
+from ..report.pages import defence_legend, defence_name, facts_table, html_figure, html_row, look
+from ..report.pages import new_figure, opening, png, table_box, theme
 from ..runs.store import Run, provenance, read_results, to_json, write_atomic
 from ..report.tables import publish
 from ..defenses.colo_tride import PROFILES
@@ -51,7 +53,10 @@ def of_classes(
     "The images of some classes."
     kept = torch.tensor(sorted(classes))
     rows = torch.isin(images.labels, kept).nonzero().flatten()
-    return replace(images, images=Rows(images.images, rows), labels=torch.searchsorted(kept, images.labels[rows]), classes=tuple(images.classes[k] for k in kept.tolist()))
+    return replace(
+        images, images=Rows(images.images, rows), labels=torch.searchsorted(kept, images.labels[rows]),
+        classes=tuple(images.classes[k] for k in kept.tolist())
+    )
 
 # %% ../../nbs/study/01_tuning.ipynb #21b5076a
 def holdout(
@@ -63,15 +68,27 @@ def holdout(
     "Training classes in the place of test classes."
     count = len(split.train.classes)
     held = round(share*count)
-    if min(held, count - held) < 2: raise ValueError(f'tuning needs 2 training classes to hold out and 2 to train on, found {count} with a share of {share:g}; add classes or change the share')
+    if min(held, count - held) < 2:
+        raise ValueError(
+            f'tuning needs 2 training classes to hold out and 2 to train on, found {count} with a share of {share:g};'
+            ' add classes or change the share'
+        )
     order = torch.randperm(count, generator=generator(seed, 'holdout')).tolist()
-    return Split(f'{split.name}, training classes only', of_classes(split.train, order[held:]), of_classes(split.train, order[:held]), split.skipped)
+    return Split(
+        f'{split.name}, training classes only', of_classes(split.train, order[held:]),
+        of_classes(split.train, order[:held]), split.skipped
+    )
 
 # %% ../../nbs/study/01_tuning.ipynb #43853e68
-IMAGES = dict(act=2., hm=3., colo_tride=1.5, naive_tride=1.5, naive_sip=3.) # images moved per triplet and inner step, by method
+# images moved per triplet and inner step, by method
+IMAGES = dict(act=2., hm=3., colo_tride=1.5, naive_tride=1.5, naive_sip=3.)
 _SCHEDULES = dict(profile=('official', 'paper'), lam=(1., 2., 5., 10.), step_schedule=('const', 'linear0', 'linear1'))
-_OWN = dict[str, dict[str, tuple]](act=dict(miner=('random', 'semihard', 'softhard')), hm=dict(ics=(0., .5, 1.), source=('softhard', 'semihard'), pseudo=('gLGA', 'g_2', 'g_1/2')),
-            colo_tride=_SCHEDULES | dict(collapse_eval=('per_step', 'once_clean')), **dict.fromkeys(('naive_tride', 'naive_sip'), _SCHEDULES | dict(miner_margin=('const', 'linear', 'gradual'))))
+_OWN = dict[str, dict[str, tuple]](
+    act=dict(miner=('random', 'semihard', 'softhard')),
+    hm=dict(ics=(0.0, 0.5, 1.0), source=('softhard', 'semihard'), pseudo=('gLGA', 'g_2', 'g_1/2')),
+    colo_tride=_SCHEDULES | dict(collapse_eval=('per_step', 'once_clean')),
+    **dict.fromkeys(('naive_tride', 'naive_sip'), _SCHEDULES | dict(miner_margin=('const', 'linear', 'gradual')))
+)
 
 def longest(
     method:str,      # key of `IMAGES`
@@ -87,13 +104,25 @@ def space(
 )->dict[str, tuple]: # switch to values; those in `SCALED` are factors
     "What is drawn from."
     most = longest(check_choice('method', method, tuple(IMAGES)), setting)
-    return dict(eps=(.5, .75, 1.), step_size=(.25, .5, 1.), steps=tuple(sorted({most/2, 1., most})), margin=(.5, 1., 2.)) | _OWN[method]
+    return (
+        dict(
+            eps=(0.5, 0.75, 1.0), step_size=(0.25, 0.5, 1.0), steps=tuple(sorted({most / 2, 1.0, most})),
+            margin=(0.5, 1.0, 2.0)
+        )
+        | _OWN[method]
+    )
 
 # %% ../../nbs/study/01_tuning.ipynb #608341d7
 def words(candidate:Mapping[str, Any])->str:
     "A candidate as it is read in tables."
     names = dict(eps='ε', step_size='α', steps='steps', margin='γ', lam='λ')
-    return ', '.join(f'{names.get(k, k)}{" × " if k in SCALED else " "}{v:g}' if isinstance(v, float) else f'{k} {v}' for k,v in candidate.items()) or 'default'
+    return (
+        ', '.join(
+            f'{names.get(k, k)}{" × " if k in SCALED else " "}{v:g}' if isinstance(v, float) else f'{k} {v}'
+            for k, v in candidate.items()
+        )
+        or 'default'
+    )
 
 def cell_of(
     method:str,
@@ -106,7 +135,9 @@ def cell_of(
     plain = Cell(plan.recipe.settings[0], method, profile, DEFENSES[method].label, seed)
     given = resolve(candidate, defense(plain, plan.recipe).options)
     entry = '+'.join(f'{k}={v if isinstance(v, str) else json.dumps(v)}' for k,v in given.items())
-    return replace(plain, defense=f'{method}:{entry}', label=f'{plain.label} ({words(candidate)})') if candidate else plain
+    return (
+        replace(plain, defense=f'{method}:{entry}', label=f'{plain.label} ({words(candidate)})') if candidate else plain
+    )
 
 # %% ../../nbs/study/01_tuning.ipynb #44bdb1fa
 def candidates(
@@ -120,24 +151,36 @@ def candidates(
     check_between('candidates', n, 1, math.inf)
     values, found = space(method, plan.recipe.settings[0]), {}
     grid = list(itertools.product(*values.values()))
-    drawn = (dict(zip(values, grid[i])) for i in torch.randperm(len(grid), generator=generator(seed, 'candidates', method)).tolist())
+    drawn = (
+        dict(zip(values, grid[i]))
+        for i in torch.randperm(len(grid), generator=generator(seed, 'candidates', method)).tolist()
+    )
     for candidate in itertools.chain([{}], drawn):
         told = {k: v for k,v in candidate.items() if not (k in SCALED and v == 1)}
         found.setdefault(fingerprint(defense(cell_of(method, told, plan, 0), plan.recipe).options), told)
         if len(found) == n: return list(found.values())
-    raise ValueError(f'candidates must be at most {len(found)} for {method}, found {n}; its switches have no more combinations')
+    raise ValueError(
+        f'candidates must be at most {len(found)} for {method}, found {n}; its switches have no more combinations'
+    )
 
 # %% ../../nbs/study/01_tuning.ipynb #8d38f9a2
 SLACK = 1. # points of R@1
-RULE = (f'A setting is eligible when its model has not collapsed and its R@1 on the held-out classes is at least that of the default HM minus {SLACK:g} point. The eligible setting of the highest averaged ARS is chosen, and of equal ones that of the higher R@1. '
-        'Where none is eligible, the setting of the highest R@1 among those that have not collapsed is taken and marked; where all have collapsed, the default stays.')
+RULE = (
+    'A setting is eligible when its model has not collapsed and its R@1 on the held-out classes is at least that of'
+    f' the default HM minus {SLACK:g} point. The eligible setting of the highest averaged ARS is chosen, and of equal'
+    ' ones that of the higher R@1. Where none is eligible, the setting of the highest R@1 among those that have not'
+    ' collapsed is taken and marked; where all have collapsed, the default stays.'
+)
 
 def front(
     points:Sequence[Mapping[str, Any]], # with `r1`, `ars`, `collapsed`
 )->list:                                # by rising R@1
     "Points that no other one beats in R@1 and ARS at once; collapsed models and undefined scores are left out."
     able = [p for p in points if not p['collapsed'] and not math.isnan(p['ars'])]
-    def beaten(p): return any(q['r1'] >= p['r1'] and q['ars'] >= p['ars'] and (q['r1'], q['ars']) != (p['r1'], p['ars']) for q in able)
+    def beaten(p):
+        return any(
+            q['r1'] >= p['r1'] and q['ars'] >= p['ars'] and (q['r1'], q['ars']) != (p['r1'], p['ars']) for q in able
+        )
     return sorted((p for p in able if not beaten(p)), key=lambda p: p['r1'])
 
 def choose(
@@ -165,7 +208,9 @@ class Tuning:
 
     def drawn(self)->dict[str, list[dict]]:
         "Candidates by method."
-        return {method: candidates(method, self.candidates, plan=self.held, seed=self.draw) for method in self.plan.defenses}
+        return {
+            method: candidates(method, self.candidates, plan=self.held, seed=self.draw) for method in self.plan.defenses
+        }
 
     def budget(self)->int:
         "Image steps that a training on the remaining classes may make."
@@ -184,7 +229,10 @@ def held_out_plan(
     check_split(data)
     steps = max(2, r.eval_steps//4)
     step_size = min(1., max(r.eval_step_size, 2*r.settings[0].eps/steps))
-    small = replace(r, settings=r.settings[:1], seeds=r.seeds[:1], epochs=epochs or max(2, round(.4*r.epochs)), limit=limit or QUERIES, eval_steps=steps, eval_step_size=step_size)
+    small = replace(
+        r, settings=r.settings[:1], seeds=r.seeds[:1], epochs=epochs or max(2, round(0.4 * r.epochs)),
+        limit=limit or QUERIES, eval_steps=steps, eval_step_size=step_size
+    )
     return replace(plan, data=data, card=data.card(), recipe=small)
 
 def prepare(
@@ -197,7 +245,10 @@ def prepare(
     only_inline(asked['executor'])
     listed('profile', asked['profile'], tuple(PROFILES)) # a tuned setting is no default to tune from
     whole = plan('table1', asked)
-    whole = replace(whole, experiment='tune', defenses=listed('defenses', asked['defenses'], IMAGES) or tuple(IMAGES), recipe=replace(whole.recipe, settings=whole.recipe.settings[:1]), parameters=asked | own)
+    whole = replace(
+        whole, experiment='tune', defenses=listed('defenses', asked['defenses'], IMAGES) or tuple(IMAGES),
+        recipe=replace(whole.recipe, settings=whole.recipe.settings[:1]), parameters=asked | own
+    )
     held = held_out_plan(whole, epochs=own['tune_epochs'], limit=own['tune_limit'], draw=own['draw'])
     found = Tuning(whole, held, own['candidates'] or CANDIDATES[whole.preset], own['draw'])
     found.drawn() # refuses what a space does not hold, before anything is trained
@@ -207,10 +258,24 @@ def prepare(
 def announce(tuning:Tuning)->None:
     "Print what will be run."
     held, whole = tuning.held, tuning.plan
-    count = {side: f"{held.card[side]['images']} images of {held.card[side]['classes']} classes" for side in ('train', 'test')}
-    print(f'{tuning.candidates} candidates for each of {", ".join(whole.defenses)} on {whole.dataset}, preset {whole.preset}, on {whole.device}; setting {describe(whole.recipe.settings[0])}')
-    print(f'search: {held.recipe.epochs} epochs on {count["train"]}, at most {tuning.budget():,} image steps; {held.recipe.limit} queries from {count["test"]} of the training side, {held.recipe.eval_steps} steps of {255*held.recipe.eval_step_size:g}/255')
-    print(f'confirmation: {whole.recipe.epochs} epochs, seeds {", ".join(map(str, whole.recipe.seeds))}, {whole.recipe.limit or "all"} queries of the test classes, {whole.recipe.eval_steps} steps of {255*whole.recipe.eval_step_size:g}/255')
+    count = {
+        side: f"{held.card[side]['images']} images of {held.card[side]['classes']} classes"
+        for side in ('train', 'test')
+    }
+    print(
+        f'{tuning.candidates} candidates for each of {", ".join(whole.defenses)} on {whole.dataset}, preset'
+        f' {whole.preset}, on {whole.device}; setting {describe(whole.recipe.settings[0])}'
+    )
+    print(
+        f'search: {held.recipe.epochs} epochs on {count["train"]}, at most {tuning.budget():,} image steps;'
+        f' {held.recipe.limit} queries from {count["test"]} of the training side, {held.recipe.eval_steps} steps of'
+        f' {255*held.recipe.eval_step_size:g}/255'
+    )
+    print(
+        f'confirmation: {whole.recipe.epochs} epochs, seeds {", ".join(map(str, whole.recipe.seeds))},'
+        f' {whole.recipe.limit or "all"} queries of the test classes, {whole.recipe.eval_steps} steps of'
+        f' {255*whole.recipe.eval_step_size:g}/255'
+    )
 
 # %% ../../nbs/study/01_tuning.ipynb #01358d56
 def measure(
@@ -222,8 +287,13 @@ def measure(
     "Train and evaluate a cell, or find it in the store: retrieval, resistance, state of the embedding, cost."
     found = record(replace(plan, defenses=(cell.defense,)), cell, show=show)
     seen, trained = found['eval'], found['train']
-    numbers = dict(r1=seen['benign']['R@1'], ars=seen['ars'], ers=seen['ers'], mean_distance=seen['indicators']['mean_distance'])
-    return {k: math.nan if v is None else v for k,v in numbers.items()} | dict(collapsed=seen['collapsed'], image_steps=trained['image_steps'], seed=cell.seed, train=trained['address'], eval=seen['address'])
+    numbers = dict(
+        r1=seen['benign']['R@1'], ars=seen['ars'], ers=seen['ers'], mean_distance=seen['indicators']['mean_distance']
+    )
+    return {k: math.nan if v is None else v for k, v in numbers.items()} | dict(
+        collapsed=seen['collapsed'], image_steps=trained['image_steps'], seed=cell.seed, train=trained['address'],
+        eval=seen['address']
+    )
 
 def search(
     tuning:Tuning,
@@ -232,7 +302,10 @@ def search(
 )->dict[str, list[dict]]: # points by method, the default first
     "Every candidate on the held-out classes."
     seed = tuning.held.recipe.seeds[0]
-    def point(method, candidate): return dict(method=method, candidate=candidate) | measure(tuning.held, cell_of(method, candidate, tuning.held, seed), show=show)
+    def point(method, candidate):
+        return dict(method=method, candidate=candidate) | measure(
+            tuning.held, cell_of(method, candidate, tuning.held, seed), show=show
+        )
     return {method: [point(method, candidate) for candidate in drawn] for method,drawn in tuning.drawn().items()}
 
 def confirm(
@@ -244,7 +317,11 @@ def confirm(
     "Defaults and chosen settings on the test classes."
     p = tuning.plan
     asked = [(method, c) for method,candidate in chosen.items() for c in ([{}, candidate] if candidate else [{}])]
-    return [dict(method=method, candidate=c) | measure(p, cell_of(method, c, p, seed), show=show) for method,c in asked for seed in p.recipe.seeds]
+    return [
+        dict(method=method, candidate=c) | measure(p, cell_of(method, c, p, seed), show=show)
+        for method, c in asked
+        for seed in p.recipe.seeds
+    ]
 
 # %% ../../nbs/study/01_tuning.ipynb #f51f1d2b
 @kept_memory()
@@ -259,17 +336,29 @@ def tune(
     yardstick = measure(held, cell_of('hm', {}, held, held.recipe.seeds[0]), show=show)['r1']
     floor = yardstick - SLACK
     taken = {method: choose(found, floor) for method,found in points.items()}
-    def judged(plan): return dict(data=plan.card, epochs=plan.recipe.epochs, seeds=plan.recipe.seeds, steps=plan.recipe.eval_steps, step_size=plan.recipe.eval_step_size, limit=plan.recipe.limit or 'all')
-    return dict(experiment='tune', title=f'Tuning with one budget, {p.dataset}', dataset=p.dataset, preset=p.preset, parameters=_shareable(p.parameters), device=p.device, rule=RULE, yardstick=yardstick, floor=floor,
-                setting=asdict(p.recipe.settings[0]), budget=tuning.budget(), search=judged(held), confirmation=judged(p), spaces={m: space(m, p.recipe.settings[0]) for m in points}, points=[point for found in points.values() for point in found],
-                chosen={m: dict(candidate=point['candidate'], eligible=eligible) for m,(point, eligible) in taken.items()}, confirmed=confirm(tuning, {m: point['candidate'] for m,(point, _) in taken.items()}, show=show), provenance=provenance())
+    def judged(plan):
+        return dict(
+            data=plan.card, epochs=plan.recipe.epochs, seeds=plan.recipe.seeds, steps=plan.recipe.eval_steps,
+            step_size=plan.recipe.eval_step_size, limit=plan.recipe.limit or 'all'
+        )
+    return dict(
+        experiment='tune', title=f'Tuning with one budget, {p.dataset}', dataset=p.dataset, preset=p.preset,
+        parameters=_shareable(p.parameters), device=p.device, rule=RULE, yardstick=yardstick, floor=floor,
+        setting=asdict(p.recipe.settings[0]), budget=tuning.budget(), search=judged(held), confirmation=judged(p),
+        spaces={m: space(m, p.recipe.settings[0]) for m in points},
+        points=[point for found in points.values() for point in found],
+        chosen={m: dict(candidate=point['candidate'], eligible=eligible) for m, (point, eligible) in taken.items()},
+        confirmed=confirm(tuning, {m: point['candidate'] for m, (point, _) in taken.items()}, show=show),
+        provenance=provenance()
+    )
 
 # %% ../../nbs/study/01_tuning.ipynb #51108362
 def _looks(method:str)->dict[str, str]:
     "A method as the figures know it."
     return dict(defense=method, profile='', label=DEFENSES[method].label)
 
-def _of(lines:Sequence[Mapping[str, Any]], method:str)->list[Mapping[str, Any]]: return [line for line in lines if line['method'] == method]
+def _of(lines:Sequence[Mapping[str, Any]], method:str)->list[Mapping[str, Any]]:
+    return [line for line in lines if line['method'] == method]
 
 def fronts(
     results:Mapping[str, Any], # of `tune`
@@ -284,9 +373,16 @@ def fronts(
             rows[method] = [_looks(method)]*len(points)
             edge = front(points)
             ax.plot([p['r1'] for p in edge], [p['ars'] for p in edge], color=colour, linewidth=1.2, alpha=.7, zorder=2)
-            for p in points: ax.scatter(p['r1'], p['ars'], s=44, marker=marker, facecolors='none' if p['collapsed'] else colour, edgecolors=colour, linewidths=1, zorder=3)
+            for p in points:
+                ax.scatter(
+                    p['r1'], p['ars'], s=44, marker=marker, facecolors='none' if p['collapsed'] else colour,
+                    edgecolors=colour, linewidths=1, zorder=3
+                )
             best = next(p for p in points if p['candidate'] == taken['candidate'])
-            ax.scatter(best['r1'], best['ars'], s=190, marker='o', facecolors='none', edgecolors=colour, linewidths=1.6, zorder=4)
+            ax.scatter(
+                best['r1'], best['ars'], s=190, marker='o', facecolors='none', edgecolors=colour, linewidths=1.6,
+                zorder=4
+            )
             ax.scatter(points[0]['r1'], points[0]['ars'], s=9, marker='o', color='white', zorder=5)
         ax.axvline(results['floor'], color='#7a7a7a', linestyle='--', linewidth=1)
         ax.set(xlabel='R@1 on held-out training classes (%)', ylabel='averaged ARS')
@@ -296,7 +392,8 @@ def fronts(
 # %% ../../nbs/study/01_tuning.ipynb #dde73a48
 def _mean(lines:Sequence[Mapping[str, Any]], key:str)->float: return statistics.fmean(line[key] for line in lines)
 
-def _pairs(results:Mapping[str, Any], method:str)->tuple[list, list]: # lines of the default, lines of the chosen setting: the same ones where the default was chosen
+# lines of the default, lines of the chosen setting: the same ones where the default was chosen
+def _pairs(results:Mapping[str, Any], method:str)->tuple[list, list]:
     "Both confirmations of a method."
     lines, taken = _of(results['confirmed'], method), results['chosen'][method]['candidate']
     return [line for line in lines if not line['candidate']], [line for line in lines if line['candidate'] == taken]
@@ -313,10 +410,18 @@ def moves(
             (plain, tuned), (colour, marker) = _pairs(results, method), look(_looks(method))
             rows[method] = [_looks(method)]*len(plain)
             start, end = ((_mean(lines, 'r1'), _mean(lines, 'ars')) for lines in (plain, tuned))
-            if plain != tuned: ax.annotate('', end, start, arrowprops=dict(arrowstyle='->', color=colour, linewidth=1.2, shrinkA=5, shrinkB=6), zorder=2)
+            if plain != tuned:
+                ax.annotate(
+                    '', end, start, arrowprops=dict(arrowstyle='->', color=colour, linewidth=1.2, shrinkA=5, shrinkB=6),
+                    zorder=2
+                )
             for at,face,lines in ((start, 'white', plain), (end, colour, tuned)):
                 ax.scatter(*at, s=64, marker=marker, facecolors=face, edgecolors=colour, linewidths=1.2, zorder=3)
-                if len(lines) > 1: ax.scatter([p['r1'] for p in lines], [p['ars'] for p in lines], s=10, marker=marker, color=colour, alpha=.4, linewidths=0)
+                if len(lines) > 1:
+                    ax.scatter(
+                        [p['r1'] for p in lines], [p['ars'] for p in lines], s=10, marker=marker, color=colour,
+                        alpha=0.4, linewidths=0
+                    )
         ax.set(xlabel='R@1 on the test classes (%)', ylabel='averaged ARS')
         defence_legend(ax.figure, rows)
     return ax
@@ -328,23 +433,48 @@ def _change(results:Mapping[str, Any], method:str)->str:
     name = DEFENSES[method].label
     if plain == tuned: return f'{name} keeps its default.'
     note = '' if results['chosen'][method]['eligible'] else ', though no setting was eligible'
-    return f"{name}{note}: R@1 from {_mean(plain, 'r1'):.1f} % to {_mean(tuned, 'r1'):.1f} %, ARS from {_mean(plain, 'ars'):.1f} to {_mean(tuned, 'ars'):.1f}."
+    return (
+        f"{name}{note}: R@1 from {_mean(plain, 'r1'):.1f} % to {_mean(tuned, 'r1'):.1f} %, ARS from"
+        f" {_mean(plain, 'ars'):.1f} to {_mean(tuned, 'ars'):.1f}."
+    )
 
 def summary(results:Mapping[str, Any])->list[str]:
     "What was found, in sentences."
     tried, seeds = max(len(_of(results['points'], m)) for m in results['chosen']), len(results['confirmation']['seeds'])
-    first = f"{tried} settings per method. On the held-out training classes the default HM reaches R@1 {results['yardstick']:.1f} %, so a setting needs {results['floor']:.1f} %."
+    first = (
+        f"{tried} settings per method. On the held-out training classes the default HM reaches R@1"
+        f" {results['yardstick']:.1f} %, so a setting needs {results['floor']:.1f} %."
+    )
     noise = ' One seed has no spread, so no order of the methods is claimed.' if seeds < 2 else ''
-    return [first, f'On the test classes, mean over {seeds} seed{"s" if seeds > 1 else ""}: {" ".join(_change(results, m) for m in results["chosen"])}{noise}']
+    return [
+        first,
+        (
+            f'On the test classes, mean over {seeds} seed{"s" if seeds > 1 else ""}:'
+            f' {" ".join(_change(results, m) for m in results["chosen"])}{noise}'
+        ),
+    ]
 
 def table(results:Mapping[str, Any])->list[dict[str, Any]]:
     "Every training: search first, then confirmation."
     def marked(line, where):
         method = line['method']
         edge = line in front(_of(results['points'], method))
-        return dict(classes=where, method=method, setting=words(line['candidate']), seed=line['seed'], **{'R@1': f"{line['r1']:.2f}", 'ARS': f"{line['ars']:.2f}", 'ERS': f"{line['ers']:.2f}", 'mean distance': f"{line['mean_distance']:.3f}"},
-                    collapsed='yes' if line['collapsed'] else 'no', front='yes' if edge else '', chosen='yes' if line['candidate'] == results['chosen'][method]['candidate'] else '', **{'image steps': line['image_steps']})
-    return [marked(line, where) for where,lines in (('held-out', results['points']), ('test', results['confirmed'])) for line in lines]
+        return dict(
+            classes=where, method=method, setting=words(line['candidate']), seed=line['seed'],
+            **{
+                'R@1': f"{line['r1']:.2f}", 'ARS': f"{line['ars']:.2f}", 'ERS': f"{line['ers']:.2f}",
+                'mean distance': f"{line['mean_distance']:.3f}"
+            },
+            collapsed='yes' if line['collapsed'] else 'no',
+            front='yes' if edge else '',
+            chosen='yes' if line['candidate'] == results['chosen'][method]['candidate'] else '',
+            **{'image steps': line['image_steps']},
+        )
+    return [
+        marked(line, where)
+        for where, lines in (('held-out', results['points']), ('test', results['confirmed']))
+        for line in lines
+    ]
 
 def to_csv(lines:Sequence[Mapping[str, Any]])->bytes: # of `table`
     "The table for other programs."
@@ -357,7 +487,9 @@ def to_csv(lines:Sequence[Mapping[str, Any]])->bytes: # of `table`
 # %% ../../nbs/study/01_tuning.ipynb #9e5ddfd0
 def _spread(lines:Sequence[Mapping[str, Any]], key:str)->str:
     values = [line[key] for line in lines]
-    return f'{statistics.fmean(values):.1f}' + (f'<span class="sd">±{statistics.stdev(values):.1f}</span>' if len(values) > 1 else '')
+    return f'{statistics.fmean(values):.1f}' + (
+        f'<span class="sd">±{statistics.stdev(values):.1f}</span>' if len(values) > 1 else ''
+    )
 
 def _who(method:str, setting:str)->str:
     "The first cell of a row: a method and its setting."
@@ -370,21 +502,60 @@ def _confirmed(results:Mapping[str, Any])->str:
         plain, tuned = _pairs(results, method)
         for candidate,lines in (({}, plain), (taken['candidate'], tuned))[:1 if plain == tuned else 2]:
             flags = sum(line['collapsed'] for line in lines)
-            body.append(html_row([_who(method, words(candidate)), *(_spread(lines, key) for key in ('r1', 'ars', 'ers')), f"{_mean(lines, 'mean_distance'):.3f}", f'{flags} of {len(lines)}', f"{_mean(lines, 'image_steps'):,.0f}"]))
-    return table_box(html_row(['Method and setting', 'R@1 (%)', 'ARS', 'ERS', 'Mean distance', 'Collapsed', 'Image steps per training'], head=True), body)
+            body.append(
+                html_row(
+                    [
+                        _who(method, words(candidate)), *(_spread(lines, key) for key in ('r1', 'ars', 'ers')),
+                        f"{_mean(lines, 'mean_distance'):.3f}", f'{flags} of {len(lines)}',
+                        f"{_mean(lines, 'image_steps'):,.0f}"
+                    ]
+                )
+            )
+    return table_box(
+        html_row(
+            ['Method and setting', 'R@1 (%)', 'ARS', 'ERS', 'Mean distance', 'Collapsed', 'Image steps per training'],
+            head=True
+        ),
+        body,
+    )
 
 def _tried(results:Mapping[str, Any])->str:
     "Every candidate on the held-out classes."
-    body = [html_row([_who(line['method'], line['setting']), line['R@1'], line['ARS'], line['ERS'], line['mean distance'], line['collapsed'], line['front'], line['chosen'], f"{line['image steps']:,}"]) for line in table(results) if line['classes'] == 'held-out']
-    return table_box(html_row(['Method and setting', 'R@1 (%)', 'ARS', 'ERS', 'Mean distance', 'Collapsed', 'On the front', 'Chosen', 'Image steps'], head=True), body)
+    body = [
+        html_row(
+            [
+                _who(line['method'], line['setting']), line['R@1'], line['ARS'], line['ERS'], line['mean distance'],
+                line['collapsed'], line['front'], line['chosen'], f"{line['image steps']:,}"
+            ]
+        )
+        for line in table(results)
+        if line['classes'] == 'held-out'
+    ]
+    return table_box(
+        html_row(
+            [
+                'Method and setting', 'R@1 (%)', 'ARS', 'ERS', 'Mean distance', 'Collapsed', 'On the front', 'Chosen',
+                'Image steps'
+            ],
+            head=True,
+        ),
+        body,
+    )
 
 def _spent(results:Mapping[str, Any])->str:
     "What the search cost each method."
     body = []
     for method in results['chosen']:
         steps = [p['image_steps'] for p in _of(results['points'], method)]
-        body.append(html_row([defence_name(_looks(method)), str(len(steps)), f'{steps[0]:,}', f'{max(steps):,}', f'{sum(steps):,}']))
-    return table_box(html_row(['Method', 'Candidates', 'Image steps, default', 'Image steps, most', 'Image steps, all'], head=True), body)
+        body.append(
+            html_row(
+                [defence_name(_looks(method)), str(len(steps)), f'{steps[0]:,}', f'{max(steps):,}', f'{sum(steps):,}']
+            )
+        )
+    return table_box(
+        html_row(['Method', 'Candidates', 'Image steps, default', 'Image steps, most', 'Image steps, all'], head=True),
+        body
+    )
 
 # %% ../../nbs/study/01_tuning.ipynb #aca180c4
 def write_tuning(
@@ -393,17 +564,40 @@ def write_tuning(
 )->Path:                       # index.html
     "Write index.html, table.csv and results.json."
     s, c = results['search'], results['confirmation']
-    data = {side: f"{s['data'][side]['images']} images of {s['data'][side]['classes']} classes" for side in ('train', 'test')}
+    data = {
+        side: f"{s['data'][side]['images']} images of {s['data'][side]['classes']} classes"
+        for side in ('train', 'test')
+    }
     smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
-    first = ('Each marker is a setting, the line joins a method\'s front, the ring is the chosen setting, a white dot the default, a hollow marker a collapsed model, the dashed line the R@1 that is asked for. '
-             f"One training of {s['epochs']} epochs each.")
-    second = 'Hollow: the default; filled: the chosen setting; small: single seeds. Farther right and farther up is better, except for models whose mean distance is near 0: they resist because nothing in them can move.'
-    page = (opening(results['title'], f'Data {results["dataset"]}, preset {results["preset"]}, ε = {255*results["setting"]["eps"]:g}/255.{smoke}', summary(results)[::-1]) +
-            f'<h2>The rule</h2><p>{escape(results["rule"])} It was fixed before the search.</p><h2>Fronts on held-out training classes</h2>{html_figure(png(fronts(results).figure), first)}{_tried(results)}'
-            f'<p class="note">Trained on {data["train"]}, judged on {data["test"]}, all of the training side: {s["limit"]} queries, {s["steps"]} steps of {255*s["step_size"]:.3g}/255. × is a factor of the method\'s default.</p>'
-            f'<h2>Confirmation on the test classes</h2>{html_figure(png(moves(results).figure), second)}{_confirmed(results)}<p class="note">{c["epochs"]} epochs on all training classes; {c["limit"]} queries, {c["steps"]} steps of {255*c["step_size"]:.3g}/255; mean over the seeds ± their sample standard deviation.</p>'
-            f'<h2>Budget</h2><p>No training may make more image steps than {results["budget"]:,}, those that the default HM may make; HM and COLO-TRIDE may end an inner loop early.</p>{_spent(results)}<h3>What was drawn from</h3>{facts_table(results["spaces"])}'
-            f'<h2>Configuration</h2>{facts_table(results["parameters"])}<h2>Provenance</h2>{facts_table(results["provenance"])}')
+    first = (
+        'Each marker is a setting, the line joins a method\'s front, the ring is the chosen setting, a white dot the'
+        ' default, a hollow marker a collapsed model, the dashed line the R@1 that is asked for. '
+        f"One training of {s['epochs']} epochs each."
+    )
+    second = (
+        'Hollow: the default; filled: the chosen setting; small: single seeds. Farther right and farther up is better,'
+        ' except for models whose mean distance is near 0: they resist because nothing in them can move.'
+    )
+    page = (
+        opening(
+            results['title'],
+            f'Data {results["dataset"]}, preset {results["preset"]}, ε = {255*results["setting"]["eps"]:g}/255.{smoke}',
+            summary(results)[::-1]
+        )
+        + f'<h2>The rule</h2><p>{escape(results["rule"])} It was fixed before the search.</p><h2>Fronts on held-out'
+        f' training classes</h2>{html_figure(png(fronts(results).figure), first)}{_tried(results)}'
+        f'<p class="note">Trained on {data["train"]}, judged on {data["test"]}, all of the training side: {s["limit"]}'
+        f' queries, {s["steps"]} steps of {255*s["step_size"]:.3g}/255. × is a factor of the method\'s default.</p>'
+        '<h2>Confirmation on the test'
+        f' classes</h2>{html_figure(png(moves(results).figure), second)}{_confirmed(results)}<p'
+        f' class="note">{c["epochs"]} epochs on all training classes; {c["limit"]} queries, {c["steps"]} steps of'
+        f' {255*c["step_size"]:.3g}/255; mean over the seeds ± their sample standard deviation.</p>'
+        f'<h2>Budget</h2><p>No training may make more image steps than {results["budget"]:,}, those that the default HM'
+        f' may make; HM and COLO-TRIDE may end an inner loop early.</p>{_spent(results)}<h3>What was drawn'
+        f' from</h3>{facts_table(results["spaces"])}'
+        f'<h2>Configuration</h2>{facts_table(results["parameters"])}<h2>Provenance</h2>'
+        f'{facts_table(results["provenance"])}'
+    )
     write_atomic(Path(folder)/'table.csv', to_csv(table(results)))
     return publish(folder, results, page)
 
@@ -414,8 +608,14 @@ def keep(
 )->Path:
     "Make the chosen settings of a report the package's tuned ones."
     found = read_results(Path(folder), 'dataset', 'preset', 'rule', 'confirmation', 'provenance', 'chosen')
-    if found.get('experiment') != 'tune' or found['preset'] == 'smoke': raise ValueError(f'tuned settings come from a report of run_tune whose preset is not smoke, found {found.get("experiment")} with preset {found.get("preset")} in {folder}')
+    if found.get('experiment') != 'tune' or found['preset'] == 'smoke':
+        raise ValueError(
+            f'tuned settings come from a report of run_tune whose preset is not smoke, found {found.get("experiment")}'
+            f' with preset {found.get("preset")} in {folder}'
+        )
     path = path or Path(str(resources.files('robust_dml')))/'tuned.json'
-    source = {key: found[key] for key in ('dataset', 'preset', 'rule')} | dict(checksum=found['confirmation']['data']['checksum'], commit=found['provenance']['commit'])
+    source = {key: found[key] for key in ('dataset', 'preset', 'rule')} | dict(
+        checksum=found['confirmation']['data']['checksum'], commit=found['provenance']['commit']
+    )
     write_atomic(path, to_json(dict(source=source, methods=found['chosen'])))
     return path

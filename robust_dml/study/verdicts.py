@@ -144,12 +144,16 @@ PAPER_DATA, FASHION_DATA, DRAWN_DATA = ('cub', 'cars', 'sop', 'inshop'), ('fashi
 NAMES = dict(cub='CUB', cars='CARS', sop='SOP', inshop='In-Shop')
 FORECAST = 'forecast' # the preset of numbers of the cost model
 
-SCALES = dict( # what it is and what it can say
+SCALES = dict(  # what it is and what it can say
     drawn='drawn characters at 28 pixels, a network of two convolutions, ε 32 and 48/255: mechanisms and pitfalls',
     reference='Fashion-MNIST with the recipe of the reference code: the numbers that its authors printed',
-    photographs='photographs at 64 or 96 pixels, a pretrained network, ε 8/255: orders on real images at the budget of the papers',
+    photographs=(
+        'photographs at 64 or 96 pixels, a pretrained network, ε 8/255: orders on real images at the budget of the'
+        ' papers'
+    ),
     paper='CUB, CARS, SOP and In-Shop at 224 pixels: the claims as they were written',
-    forecast='the cost model of this library at the setting of the paper: amounts of work, no training')
+    forecast='the cost model of this library at the setting of the paper: amounts of work, no training',
+)
 
 def scale_of(
     dataset:str, # name; of several the first counts
@@ -165,7 +169,10 @@ def scale_of(
 def worded(verdict:str, scale:str)->str:
     "A grade in words: 'reproduced' and 'not reproduced' are words of the papers' own scale."
     if scale != 'paper': return verdict
-    said = {'supported': 'reproduced', 'mostly supported': 'mostly reproduced', 'mostly reversed': 'not reproduced', 'reversed': 'not reproduced'}
+    said = {
+        'supported': 'reproduced', 'mostly supported': 'mostly reproduced', 'mostly reversed': 'not reproduced',
+        'reversed': 'not reproduced'
+    }
     return said.get(verdict, verdict)
 
 # %% ../../nbs/study/02_verdicts.ipynb #7389ba78

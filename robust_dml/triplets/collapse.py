@@ -59,7 +59,8 @@ def indicators(
     sample:int=2000,     # images to compare pairwise
 )->dict[str, float]:     # mean_distance, separability, same_distance, other_distance; NaN where there is no such pair
     "Mean distances over the pairs of a sample, and their separability."
-    if label.shape != emb.shape[:1]: raise ValueError(f'label must have one entry per row, got {tuple(label.shape)} for {len(emb)} rows')
+    if label.shape != emb.shape[:1]:
+        raise ValueError(f'label must have one entry per row, got {tuple(label.shape)} for {len(emb)} rows')
     rows = torch.randperm(len(emb), generator=gen, device=gen.device)[:sample].to(emb.device)
     emb,label = emb[rows].detach(),label[rows]
     i,j = torch.triu_indices(len(rows), len(rows), 1, device=emb.device)

@@ -54,7 +54,8 @@ def prepare(
     return Prepared(v, centre, shifted, shifted.square().sum(1))
 
 def _distance_matrix(u:Tensor, v:Prepared, below:float=0.)->tuple[Tensor, Tensor, Tensor]:
-    "Distances (B, N) by a matrix product, the shifted rows of `u`, and the pairs (K, 2) that were close (or `below` a distance) and done by difference."
+    """Distances (B, N) by a matrix product, the shifted rows of `u`, and the pairs (K, 2) that were close (or `below`
+    a distance) and done by difference."""
     uc = u - v.centre
     square = uc.square().sum(1, keepdim=True)
     squared = torch.addmm(v.square, uc, v.shifted.T, alpha=-2).add_(square)
@@ -66,7 +67,8 @@ def _distance_matrix(u:Tensor, v:Prepared, below:float=0.)->tuple[Tensor, Tensor
 
 # %% ../../nbs/triplets/00_distances.ipynb #5d2f5eaa
 def _pull(u:Tensor, v:Tensor, uc:Tensor, vc:Tensor, dist:Tensor, pairs:Tensor, grad:Tensor, ignore_below:float)->Tensor:
-    "Sum over j of grad[i, j]*(u[i] - v[j])/dist[i, j], shape (B, D), from the shifted sides `uc` and `vc`; the close `pairs` by difference."
+    """Sum over j of grad[i, j]*(u[i] - v[j])/dist[i, j], shape (B, D), from the shifted sides `uc` and `vc`; the close
+    `pairs` by difference."""
     weight = grad/dist
     weight[tuple(pairs.T)] = 0.
     total = torch.addmm(uc*weight.sum(1, keepdim=True), weight, vc, alpha=-1)
@@ -99,9 +101,12 @@ def _both_sides(u:Tensor, v:Tensor|Prepared)->tuple[Tensor, Prepared]:
     "`u` in full precision and `v` prepared, or an error where they do not fit."
     rows = v.emb if isinstance(v, Prepared) else v
     if u.ndim != 2 or rows.ndim != 2 or u.shape[1] != rows.shape[1]:
-        raise ValueError(f'u and v must be (B, D) and (N, D) with the same D, got {tuple(u.shape)} and {tuple(rows.shape)}')
+        raise ValueError(
+            f'u and v must be (B, D) and (N, D) with the same D, got {tuple(u.shape)} and {tuple(rows.shape)}'
+        )
     u,rows = _full(u),_full(rows)
-    if u.dtype != rows.dtype: raise TypeError(f'u and v must have one dtype, got {u.dtype} and {rows.dtype}; convert one of them')
+    if u.dtype != rows.dtype:
+        raise TypeError(f'u and v must have one dtype, got {u.dtype} and {rows.dtype}; convert one of them')
     return u, v if isinstance(v, Prepared) else prepare(v)
 
 def pairwise_distance(
@@ -122,7 +127,8 @@ def distance_and_gradient(
     v:Tensor|Prepared,      # (N, D) float: for example the gallery
     *,
     ignore_below:float=0.,  # pairs at or below this distance get zero gradient (>= 0)
-)->tuple[Tensor, Callable[[Tensor], Tensor]]: # (B, N) distances; function from weights (B, N) to the gradient (B, D) of the weighted sum
+# (B, N) distances; function from weights (B, N) to the gradient (B, D) of the weighted sum
+)->tuple[Tensor, Callable[[Tensor], Tensor]]:
     "`pairwise_distance` and its derivative with respect to `u`, without autograd."
     with torch.autocast(u.device.type, enabled=False):
         u,v = _both_sides(u, v)

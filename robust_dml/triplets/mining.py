@@ -27,9 +27,14 @@ class Triplets(NamedTuple):
 def _view(emb:Tensor, label:Tensor)->tuple[Tensor, Tensor, Tensor]:
     "Anchors (b,), their distances from all rows (b, 2b), and where the class is the same (b, 2b)."
     if len(emb) % 2 or emb.ndim != 2 or label.shape != emb.shape[:1]:
-        raise ValueError(f'mining takes an even number of rows and one label each, got emb {tuple(emb.shape)} and label {tuple(label.shape)}')
+        raise ValueError(
+            f'mining takes an even number of rows and one label each, got emb {tuple(emb.shape)} and label'
+            f' {tuple(label.shape)}'
+        )
     if not torch.equal(label[::2], label[1::2]):
-        raise ValueError('rows 2i and 2i+1 must share a class, found pairs that do not; draw batches with data.sets.pair_batches')
+        raise ValueError(
+            'rows 2i and 2i+1 must share a class, found pairs that do not; draw batches with data.sets.pair_batches'
+        )
     emb = emb.detach()
     return torch.arange(0, len(emb), 2, device=emb.device), pairwise_distance(emb[::2], emb), label[::2,None] == label
 

@@ -19,7 +19,8 @@ from ...study.verdicts import SEEDS, Comparison
 
 # %% ../../../nbs/papers/claims/02_tuple_eat_rules.ipynb #46c680ea
 def _probe(attack:str)->Quantity:
-    "R@1 under an attack of the tuple tables, with the radius and steps of the training; queries that are wrong without attack stay wrong."
+    """R@1 under an attack of the tuple tables, with the radius and steps of the training; queries that are wrong
+    without attack stay wrong."""
     def of(record):
         budget = record['train']['config']['options']
         wanted = attack, 'pgd', 'query', budget['eps'], budget['steps']
@@ -35,19 +36,27 @@ def _times(scene:Scene, quantity:Quantity, line:str, factor:float)->Values:
     return {seed: factor*v for seed, v in scene.values(quantity, Row(line)).items()}
 
 def fold_of_tuples(found:Evidence)->Iterator[Comparison]:
-    """In every scene of tuples, with the triplet and with the contrastive loss and under the attacks selfshift, nnpos and gap: natural training keeps less than a tenth of its R@1 without attack,
-    and robust training answers more than 5 times as many queries as natural training with the same loss."""
+    """In every scene of tuples, with the triplet and with the contrastive loss and under the attacks selfshift, nnpos
+    and gap: natural training keeps less than a tenth of its R@1 without attack, and robust training answers more
+    than 5 times as many queries as natural training with the same loss."""
     for scene in scenes(found, 'tuples'):
         for loss in _LOSSES:
             plain, robust = f'natural_{loss}', f'tuples_{loss}'
             before, after = scene.label(Row(plain)), scene.label(Row(robust))
             for q in _PROBES:
                 left = scene.values(q, Row(plain))
-                yield compare(scene, f'{q.name}: {before} < a tenth of R@1 without attack', left, _times(scene, CLEAN_R1, plain, .1), sign=-1)
-                yield compare(scene, f'{q.name}: {after} > 5 x {before}', scene.values(q, Row(robust)), _times(scene, q, plain, 5.))
+                yield compare(
+                    scene, f'{q.name}: {before} < a tenth of R@1 without attack', left,
+                    _times(scene, CLEAN_R1, plain, 0.1), sign=-1
+                )
+                yield compare(
+                    scene, f'{q.name}: {after} > 5 x {before}', scene.values(q, Row(robust)),
+                    _times(scene, q, plain, 5.0)
+                )
 
 def benign_of_tuples(found:Evidence)->Iterator[Comparison]:
-    "In every scene of tuples, with both losses, R@1 without attack of robust training is not more than 2 points below that of natural training."
+    """In every scene of tuples, with both losses, R@1 without attack of robust training is not more than 2 points
+    below that of natural training."""
     for scene in scenes(found, 'tuples'):
         for loss in _LOSSES: yield above(scene, CLEAN_R1, Row(f'tuples_{loss}'), Row(f'natural_{loss}'), by=-ABOUT)
 
@@ -56,8 +65,8 @@ def nothing(found:Evidence)->Iterator[Comparison]:
     return iter(())
 
 def whole_batch(found:Evidence)->Iterator[Comparison]:
-    """In every scene of tuples and under each of the three attacks, training that perturbs one element of every tuple is above training with one perturbation per image, which does not ask for the
-    tuple that the image is in."""
+    """In every scene of tuples and under each of the three attacks, training that perturbs one element of every tuple
+    is above training with one perturbation per image, which does not ask for the tuple that the image is in."""
     for scene in scenes(found, 'tuples'):
         for q in _PROBES: yield above(scene, q, Row('tuples_triplet'), Row('per_image'))
 
@@ -76,14 +85,18 @@ def _variants(scene:Scene)->list[tuple[Row, str]]:
     return found or [(Row('eat'), TRANSFERS['eat'])]
 
 def clusters_fall(found:Evidence)->Iterator[Comparison]:
-    """In every scene of eat, with all images attacked: natural training keeps less than half of its AMI, F1, R@1 and centre accuracy; and COLO-TRIDE, the retrieval defence of these tables, is below
-    EAT in NMI, F1, R@1 and centre accuracy. Where all_defenses was run with three seeds, ACT, HM and COLO-TRIDE are below EAT there in the same scores."""
+    """In every scene of eat, with all images attacked: natural training keeps less than half of its AMI, F1, R@1 and
+    centre accuracy; and COLO-TRIDE, the retrieval defence of these tables, is below EAT in NMI, F1, R@1 and centre
+    accuracy. Where all_defenses was run with three seeds, ACT, HM and COLO-TRIDE are below EAT there in the same
+    scores."""
     natural = Row('pal_natural')
     for scene in scenes(found, 'eat'):
         for key in ('AMI', 'F1', 'R@1', 'centre'):
             q = _attacked(key)
             what = f'{q.name}: {scene.label(natural)} < half of that without attack'
-            yield compare(scene, what, scene.values(q, natural), _times(scene, _clean(key), natural.defense, .5), sign=-1)
+            yield compare(
+                scene, what, scene.values(q, natural), _times(scene, _clean(key), natural.defense, 0.5), sign=-1
+            )
         for key in (*_READ_BY, 'centre'): yield above(scene, _attacked(key), Row('eat'), Row('colo_tride'))
     for scene in scenes(found, 'all_defenses'):
         if len({r['seed'] for r in scene.records}) < SEEDS: continue
@@ -91,8 +104,9 @@ def clusters_fall(found:Evidence)->Iterator[Comparison]:
             for key in (*_READ_BY, 'centre'): yield above(scene, _clustered(key), Row('eat'), row, version='')
 
 def ensembles_win(found:Evidence)->Iterator[Comparison]:
-    """In every scene of eat, EAT is above each adapted defence of classification in NMI, F1 and R@1 with all images attacked, and its NMI, F1 and R@1 without attack are not more than 2 points below
-    those of natural training; each kind of self-transfer that was trained is judged apart."""
+    """In every scene of eat, EAT is above each adapted defence of classification in NMI, F1 and R@1 with all images
+    attacked, and its NMI, F1 and R@1 without attack are not more than 2 points below those of natural training;
+    each kind of self-transfer that was trained is judged apart."""
     for scene in scenes(found, 'eat'):
         for row, kind in _variants(scene):
             for key in _READ_BY:
@@ -108,8 +122,10 @@ def _beside(record:Mapping[str, Any])->float:
 BESIDE = Quantity('R@1 on images made against another member', _beside)
 
 def splits_and_transfer(found:Evidence)->Iterator[Comparison]:
-    """In every scene of eat: images made against one member harm the others less with the split than without it (EAT with the split only against Ensemble-AT, R@1 of a member on images of another),
-    and self-transfer raises NMI, F1 and R@1 with all images attacked (EAT against EAT with the split only); each kind of self-transfer that was trained is judged apart."""
+    """In every scene of eat: images made against one member harm the others less with the split than without it (EAT
+    with the split only against Ensemble-AT, R@1 of a member on images of another), and self-transfer raises NMI, F1
+    and R@1 with all images attacked (EAT against EAT with the split only); each kind of self-transfer that was
+    trained is judged apart."""
     for scene in scenes(found, 'eat'):
         yield above(scene, BESIDE, Row('eat_none'), Row('ensemble_at'))
         for row, kind in _variants(scene):
