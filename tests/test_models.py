@@ -70,9 +70,16 @@ def test_resnet_stem_below_64_pixels():
     )
 
 
+def as_trained(net):
+    "The same network, its BatchNorms as if they had seen an image: untrained weights are refused."
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d): m.num_batches_tracked += 1
+    return net
+
+
 def saved_classifier(name, folder, **options):
     torch.manual_seed(0)
-    original = getattr(zoo, name)(**options).eval()
+    original = as_trained(getattr(zoo, name)(**options).eval())
     save_file(original.state_dict(), folder/'weights.safetensors')
     return original, build(name, dim=8, size=64, channels=3, seed=0, weights=folder/'weights.safetensors').eval()
 
@@ -156,7 +163,7 @@ def test_a_failed_download_says_what_to_do(monkeypatch):
 
 def test_pretrained_name_loads_what_torchvision_delivers(monkeypatch):
     torch.manual_seed(3)
-    state = zoo.resnet18().state_dict()
+    state = as_trained(zoo.resnet18()).state_dict()
     monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', lambda *args, **kwargs: state)
     net = build('resnet18', dim=8, size=64, channels=3, seed=0, weights='DEFAULT')
     assert equal(net.backbone.state_dict(), {k: v for k,v in state.items() if not k.startswith('fc.')})
