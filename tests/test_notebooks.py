@@ -107,7 +107,7 @@ def test_no_line_is_longer_than_120():
         (str(path.relative_to(ROOT)), line)
         for path in (ROOT / 'robust_dml').rglob('*.py')
         for line in path.read_text(encoding='utf-8').splitlines()
-        if len(line) > 120 and path.name != '_modidx.py' and not line.startswith(('__all__', '           '))
+        if len(line) > 120 and path.name != '_modidx.py' and not line.startswith('__all__ = ')
     ]
     assert not long
 
