@@ -35,7 +35,7 @@ def module_files()->dict[str, Path]:
 MODULES = module_files()
 
 
-def room(module:str)->str:
+def folder(module:str)->str:
     "The folder of a module, or the module itself."
     return module.partition('.')[0]
 
@@ -68,11 +68,11 @@ def reached(start:str)->set[str]:
     return found
 
 
-def test_every_module_stands_in_a_room_of_the_plan(): assert {room(module) for module in MODULES} == set(MAY)
+def test_every_module_stands_in_a_folder_of_the_plan(): assert {folder(module) for module in MODULES} == set(MAY)
 
 
 def test_folders_import_what_the_plan_allows():
-    against = {(a, b) for a in ARROWS for b in ARROWS[a] if room(b) not in (room(a), *MAY[room(a)].split())}
+    against = {(a, b) for a in ARROWS for b in ARROWS[a] if folder(b) not in (folder(a), *MAY[folder(a)].split())}
     assert against == LEFT, (
         'a folder imports only what MAY says; move the code, or, if the plan is wrong, change the plan here and in the'
         ' README'
@@ -104,9 +104,9 @@ def test_the_arrows_are_read_right():
     assert loaded & MODULES.keys() == reached('attacks.loop')
 
 
-@pytest.mark.parametrize('module', [m for m in MODULES if room(m) in ('audit', 'defenses')])
+@pytest.mark.parametrize('module', [m for m in MODULES if folder(m) in ('audit', 'defenses')])
 def test_audits_and_defenses_reach_no_study(module):
-    assert not {m for m in reached(module) if room(m) in ('study', 'papers')}
+    assert not {m for m in reached(module) if folder(m) in ('study', 'papers')}
 
 
 FACE = (
@@ -145,11 +145,11 @@ def test_an_unknown_name_is_refused():
 
 
 def test_the_readme_shows_the_plan():
-    "The table of rooms in the README is the one of this file."
+    "The table of folders in the README is the one of this file."
     table = (
         (ROOT / 'README.md')
         .read_text(encoding='utf-8')
-        .partition('| room | holds | may import |')[2]
+        .partition('| folder | holds | may import |')[2]
         .partition('\n\n')[0]
     )
     rows = re.findall(r'^\| `(\w+)` \| [^|]+ \| ([^|]*) \|', table, re.M)
