@@ -1,5 +1,5 @@
 "Generators, fingerprints, checks and progress."
-import dataclasses, json, math, platform, subprocess, sys
+import dataclasses, json, math, platform, subprocess, sys, typing
 
 import pytest
 import torch
@@ -211,3 +211,117 @@ def test_kept_memory_spares_page_faults_and_gives_back():
         int, subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
     )
     assert inside < before/10 and after > inside
+
+
+# registries and a user's own
+def _soft(): return 1
+
+
+def test_a_name_is_taken_once(tmp_path):
+    shelf = core.Registry('defense')
+    assert shelf.add('soft', 'first', _soft) == shelf.add('soft', 'first', _soft) == shelf['soft']
+    with pytest.raises(ValueError, match="each defense must have a name of its own, found 'soft' for .*; choose"):
+        shelf.add('soft', 'second', core.meant)
+    assert shelf.items() == [('soft', 'first')]
+
+
+def test_an_unknown_name_is_told_which_was_meant():
+    shelf = core.Registry('attack')
+    for name in ('swap', 'flee'): shelf.add(name, name, _soft)
+    with pytest.raises(ValueError, match="^attack must be one of flee, swap, .* found 'swop'; did you mean 'swap'[?]$"):
+        shelf['swop']
+    assert 'swop' not in shelf and 'swap' in shelf and [*shelf] == ['flee', 'swap']
+
+
+def test_a_folder_adds_its_modules(tmp_path, monkeypatch):
+    "The modules of a folder are imported when a name is asked for; one that fails leaves the registry unloaded."
+    import robust_dml.triplets as folder
+    text = 'from robust_dml.core import SHELF\ndef soft(): ...\nSHELF.add("soft", "a record", soft)\n'
+    monkeypatch.setattr(folder, '__path__', [str(tmp_path)])
+    monkeypatch.setattr(core, 'SHELF', shelf := core.Registry('defense', 'triplets'), raising=False)
+    (tmp_path/'new_defense.py').write_text('1/0')
+    with pytest.raises(ZeroDivisionError): shelf.names()
+    (tmp_path/'new_defense.py').write_text(text + '#'*9)
+    assert shelf.names() == ('soft',)
+    monkeypatch.delitem(sys.modules, 'robust_dml.triplets.new_defense')
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    "Writes a module of a user into the working directory."
+    monkeypatch.chdir(tmp_path)
+    made = []
+    def write(text, name='user_lab'):
+        (tmp_path/f'{name}.py').write_text(text)
+        made.append(name)
+    yield write
+    for name in made: sys.modules.pop(name, None)
+
+
+def test_a_users_function_runs_as_its_file_is_now(lab):
+    sources = set()
+    for k in range(3):
+        lab(f'import json\nHELP = {k}\ndef soft(): return HELP\n')
+        found = core.refer('user_lab:soft')
+        sources.add(found.source)
+        assert found.value() == k and core.refer('user_lab:soft') == found
+    assert len(sources) == 3
+
+
+def test_a_module_imported_before_it_changed_is_run_again(lab):
+    lab('def soft(): return 1\n')
+    with core._here(): import user_lab
+    lab('def soft(): return 2\n')
+    assert core.refer('user_lab:soft').value() == 2 and user_lab.soft() == 2
+
+
+@pytest.mark.parametrize(
+    'text, named, kind, message',
+    [
+        ('', 'no_lab_xyz:soft', ValueError, 'expected a module no_lab_xyz, found none in .*; start where'),
+        ('import gone_xyz', 'user_lab:soft', ValueError, 'user_lab must be importable, found that it needs gone_xyz'),
+        ('1/0', 'user_lab:soft', ValueError, 'user_lab must be importable, found ZeroDivisionError: division by'),
+        ('def (', 'user_lab:soft', ValueError, 'user_lab must be importable, found SyntaxError'),
+        ('raise SystemExit', 'user_lab:soft', ValueError, 'user_lab must be importable, found SystemExit'),
+        ('def soft(): ...', 'user_lab:sofd', ValueError, "must have sofd, found no such name; did you mean 'soft'"),
+        ('soft = 3', 'user_lab:soft', TypeError, 'user_lab:soft must be a function, found int'),
+        ('', 'user lab:soft', ValueError, "expected module:function, found 'user lab:soft'; write mylab:soft"),
+        ('', 'user_lab', ValueError, 'expected module:function'), ('', ':soft', ValueError, 'expected module:function'),
+    ],
+)
+def test_a_users_module_that_does_not_do(lab, text, named, kind, message):
+    lab(text)
+    with pytest.raises(kind, match=message) as error: core.refer(named)
+    assert '\n' not in str(error.value)
+
+
+def test_the_source_of_a_package_is_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (('__init__', ''), ('soft', 'from .help import soft'), ('help', 'def soft(): return 1')):
+        (tmp_path/'user_package').mkdir(exist_ok=True)
+        (tmp_path/'user_package'/f'{name}.py').write_text(text)
+    found = core.refer('user_package.soft:soft')
+    assert found.value() == 1
+    (tmp_path/'user_package'/'help.py').write_text('def soft(): return 2')
+    with pytest.raises(ValueError, match='its package changed since it was imported; start Python anew'):
+        core.refer('user_package.soft:soft')
+    for name in ('', '.soft', '.help'): sys.modules.pop(f'user_package{name}')
+
+
+def test_options_are_read_by_their_types():
+    kind = typing.Literal['a']
+    def method(*, eps:float, miner:str, steps:int=3, top:float|None=None, on:bool=True, kind:kind='a'): ...
+    kinds = core.option_types(method)
+    for name, text, value in (
+        ('eps', '1', 1.0), ('eps', '.5', .5), ('miner', '1', '1'), ('steps', '4', 4), ('top', 'null', None),
+        ('top', '2', 2.0), ('on', 'false', False), ('kind', 'b', 'b')
+    ):
+        found = core.read_option(name, text, kinds[name])
+        assert found == value and type(found) is type(value), name
+    for name, text, words in (
+        ('eps', 'many', "eps must be a number, found 'many'"), ('eps', '.x', "eps must be a number, found '0.x'"),
+        ('steps', '2.5', 'steps must be a whole number, found 2.5'),
+        ('on', '1', 'on must be true or false, found 1'), ('top', 'true', 'top must be a number or null, found True'),
+        ('eps', '[1]', 'eps must be a number, found')
+    ):
+        with pytest.raises((TypeError, ValueError), match=words): core.read_option(name, text, kinds[name])
