@@ -309,7 +309,17 @@ def test_published_counts():
 
 # the cache
 
-def cache_of(folder): return next((folder/'.robust_dml-cache').glob('*.npy'))
+def cache_of(folder):
+    "The first cache of a set."
+    return next(archives.cache_folder(cache_name(folder), folder).glob('*.npy'))
+
+
+def cache_name(folder): return next(name for name in SETS if archives.locate(name, folder))
+
+
+def caches(folder):
+    "The names of the files in the cache of a set, without its hashes."
+    return sorted(p.name for p in archives.cache_folder(cache_name(folder), folder).iterdir() if p.suffix != '.json')
 
 
 @pytest.mark.parametrize('name', PHOTOS)
@@ -367,18 +377,14 @@ def test_other_contents_make_another_cache(tmp_path, capsys, monkeypatch):
     stat = file.stat()
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns+1))
     small('cub', tmp_path)
+    assert not capsys.readouterr().out                          # another time, the same content
     file.write_bytes(file.read_bytes()+b' ')
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns+1))
     small('cub', tmp_path)
-    (folder/'train_test_split.txt').write_text((folder/'train_test_split.txt').read_text()+'\n')
-    small('cub', tmp_path)
-    assert capsys.readouterr().out.count('was made of other files and is made anew.\n') == 3
+    assert capsys.readouterr().out.count('was made of other files and is made anew.\n') == 1
     small('cub', tmp_path, size=17), small('cub', tmp_path, channels=1), small('cub', tmp_path, test_classes=1)
-    assert (
-        sorted(p.name for p in cache_of(folder).parent.iterdir())
-        == ['cub-16-grey.npy', 'cub-16-rgb-all-1.npy', 'cub-16-rgb.npy', 'cub-17-rgb.npy']
-        and not capsys.readouterr().out
-    )
+    names = ['cub-16-grey.npy', 'cub-16-rgb-all-1.npy', 'cub-16-rgb.npy', 'cub-17-rgb.npy']
+    assert caches(folder) == names and not capsys.readouterr().out
 
 
 def test_rows_keep_their_order_with_several_threads(tmp_path, monkeypatch):
@@ -386,8 +392,9 @@ def test_rows_keep_their_order_with_several_threads(tmp_path, monkeypatch):
     alone = small('cub', tmp_path, cache=tmp_path/'a')
     def slow(path, **options):
         time.sleep(.002*(8-int(Path(path).stem.split('_')[2])))
-        return sets.read_image(path, **options)
-    monkeypatch.setattr(archives, 'read_image', slow)
+        return plain(path, **options)
+    plain = archives.decode
+    monkeypatch.setattr(archives, 'decode', slow)
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 8)
     assert small('cub', tmp_path, cache=tmp_path/'b').card() == alone.card()
 
@@ -395,11 +402,11 @@ def test_rows_keep_their_order_with_several_threads(tmp_path, monkeypatch):
 KILLED = '''
 import sys, time
 from robust_dml.data import archives
-plain = archives.read_image
+plain = archives.decode
 def slow(path, **options):
     if '0007' in str(path): open(sys.argv[1]+'/seventh', 'w').close(); time.sleep(60)
     return plain(path, **options)
-archives.read_image = slow
+archives.decode = slow
 archives.read('cub', sys.argv[1], size=16, show=False)
 '''
 
@@ -413,12 +420,12 @@ def test_a_killed_run_leaves_no_cache(tmp_path):
     while not (tmp_path/'seventh').exists() and run.poll() is None and time.monotonic() < end: time.sleep(.02)
     run.send_signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
-    left, = (folder/'.robust_dml-cache').iterdir()
+    left, = archives.cache_folder('cub', folder).iterdir()
     # it might be another run's
     assert left.suffix == '.part' and small('cub', tmp_path).card()['test']['images'] == 4 and left.exists()
     os.utime(left, (0, 0))
     small('cub', tmp_path)
-    assert [p.suffix for p in left.parent.iterdir()] == ['.npy']
+    assert caches(folder) == ['cub-16-rgb.npy']
 
 
 def test_an_error_while_decoding_leaves_nothing(tmp_path, monkeypatch):
@@ -426,14 +433,14 @@ def test_an_error_while_decoding_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_, **__): raise KeyboardInterrupt
     monkeypatch.setattr(archives, 'read_image', fail)
     with pytest.raises(KeyboardInterrupt): small('cub', tmp_path)
-    assert not list((folder/'.robust_dml-cache').iterdir())
+    assert not caches(folder)
 
 
 def test_a_cache_appears_whole_and_at_once(tmp_path, monkeypatch):
     folder = cub(tmp_path)
     plain, seen = os.replace, []
     def replace(part, path):
-        seen.append((Path(path).exists(), np.load(part).shape))
+        if Path(path).suffix == '.npy': seen.append((Path(path).exists(), np.load(part).shape))
         plain(part, path)
     monkeypatch.setattr(os, 'replace', replace)
     small('cub', tmp_path)
@@ -441,7 +448,7 @@ def test_a_cache_appears_whole_and_at_once(tmp_path, monkeypatch):
     def fail(*_): raise OSError('disk gone')
     monkeypatch.setattr(os, 'replace', fail)
     with pytest.raises(OSError, match='disk gone'): small('cub', tmp_path, size=17)
-    assert [p.name for p in (folder/'.robust_dml-cache').iterdir()] == ['cub-16-rgb.npy']
+    assert caches(folder) == ['cub-16-rgb.npy']
 
 
 def test_a_cache_of_another_transform_under_the_same_name(tmp_path):
@@ -454,25 +461,117 @@ def test_a_cache_of_another_transform_under_the_same_name(tmp_path):
 
 
 def test_where_the_cache_goes(tmp_path, monkeypatch):
+    "To the user's cache, never beside the images, which are left as they are."
     folder = cub(tmp_path)
+    before = sorted(folder.rglob('*'))
     small('cub', tmp_path, cache=tmp_path/'mine'/'deep')
-    assert [p.name for p in (tmp_path / 'mine' / 'deep').iterdir()] == ['cub-16-rgb.npy'] and not (
-        folder / '.robust_dml-cache'
-    ).exists()
-    monkeypatch.setattr(os, 'access', lambda path, mode: mode != os.W_OK)
+    assert 'cub-16-rgb.npy' in [p.name for p in (tmp_path/'mine'/'deep').iterdir()]
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'xdg'))
     small('cub', tmp_path)
     found, = (tmp_path/'xdg'/'robust_dml').iterdir()
-    assert found.name.startswith('cub-') and [p.name for p in found.iterdir()] == ['cub-16-rgb.npy']
-    monkeypatch.delenv('XDG_CACHE_HOME')
+    assert found.name.startswith('cub-') and 'cub-16-rgb.npy' in [p.name for p in found.iterdir()]
+    assert sorted(folder.rglob('*')) == before
     monkeypatch.setenv('HOME', str(tmp_path/'home'))
-    assert archives.cache_folder('cub', folder).parent == tmp_path/'home'/'.cache'/'robust_dml'
+    for said in (None, '', 'relative/path'):
+        monkeypatch.delenv('XDG_CACHE_HOME') if said is None else monkeypatch.setenv('XDG_CACHE_HOME', said)
+        assert archives.cache_folder('cub', folder).parent == tmp_path/'home'/'.cache'/'robust_dml'
+
+
+def test_without_a_cache_that_can_be_written_images_go_to_a_passing_folder(tmp_path):
+    "A home that is a file: nothing can be made in it, by root neither."
+    cub(tmp_path)
+    (tmp_path/'home').write_text('no folder')
+    code = """
+from robust_dml.data import archives
+split = archives.read('cub', r'%s', size=16, show=False)
+print(archives.user_cache(), split.train.images.sum().item() > 0)
+""" % tmp_path
+    environment = {**os.environ, 'HOME': str(tmp_path/'home'), 'XDG_CACHE_HOME': '', 'TMPDIR': str(tmp_path)}
+    def run(): return subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env=environment, capture_output=True,
+                                     text=True)
+    done = run()
+    assert done.returncode == 0 and 'No cache of yours can be written, so decoded images go to' in done.stdout
+    place, seen = done.stdout.splitlines()[-1].split()
+    assert Path(place).parent == tmp_path and seen == 'True' and not Path(place).exists()
+    environment['TMPDIR'] = environment['TEMP'] = environment['TMP'] = str(tmp_path/'home')
+    real = "import tempfile; tempfile._candidate_tempdir_list = lambda: [r'%s']" % (tmp_path/'home')
+    code = f'{real}\n{code}'
+    assert 'decoded images need a folder, found none that can be written' in run().stderr.splitlines()[-1]
+
+
+def exchange(one, two):
+    "The contents of two files, with sizes and times as they were."
+    times = [(p.stat().st_atime_ns, p.stat().st_mtime_ns) for p in (one, two)]
+    first, second = one.read_bytes(), two.read_bytes()
+    longer = max(len(first), len(second))
+    for p, content, ns in zip((one, two), (second, first), times):
+        p.write_bytes(content.ljust(longer, b'\0'))
+        os.utime(p, ns=ns)
+
+
+@pytest.mark.parametrize('how', ('contents', 'names'))
+def test_files_exchanged_with_equal_sizes_and_times_are_noticed(tmp_path, how, monkeypatch):
+    monkeypatch.setattr(archives, '_SETTLED', 0)                # so that the hashes are remembered at once
+    folder = cub(tmp_path)
+    one, two = (next(folder.glob(f'images/{c}.Some_Bird/*')) for c in ('001', '101'))
+    exchange(one, two), exchange(one, two)                      # of one length from here on
+    os.utime(one, ns=(0, 0)), os.utime(two, ns=(0, 0))
+    before = small('cub', tmp_path).train.images.clone()
+    assert json.loads(next(cache_of(folder).parent.glob('hashes-*.json')).read_text())
+    if how == 'contents': exchange(one, two)
+    else: one.rename(tmp_path/'x'), two.rename(one), (tmp_path/'x').rename(two)
+    after = small('cub', tmp_path).train.images
+    assert not torch.equal(before, after)
+    assert torch.equal(after, small('cub', tmp_path, cache=tmp_path/'fresh').train.images)
+
+
+def test_a_file_changed_a_moment_ago_is_read_again(tmp_path):
+    folder = cub(tmp_path)
+    small('cub', tmp_path)
+    path = archives.cache_folder('cub', folder)
+    assert not list(path.glob('hashes-*.json'))
+
+
+def test_a_cache_that_came_with_the_images_is_not_believed(tmp_path, monkeypatch):
+    "Neither where caches once lay, nor without the hash of its pixels in a folder that the user names."
+    folder = cub(tmp_path)
+    true = small('cub', tmp_path, cache=tmp_path/'mine').train.images.clone()
+    path = tmp_path/'mine'/'cub-16-rgb.npy'
+    whole = path.read_bytes()
+    false = bytearray(whole)
+    false[128:128+3*256] = bytes(3*256)
+    (folder/'.robust_dml-cache').mkdir()
+    (folder/'.robust_dml-cache'/'cub-16-rgb.npy').write_bytes(false)
+    assert torch.equal(small('cub', tmp_path).train.images, true)
+    at = false.rindex(b'{"format"')
+    end = {k: v for k, v in json.loads(false[at:]).items() if k != 'sha256'}
+    path.write_bytes(bytes(false[:at]) + json.dumps(end).encode())
+    assert torch.equal(small('cub', tmp_path, cache=tmp_path/'mine').train.images, true)
+
+
+def test_a_planted_link_is_not_written_through(tmp_path):
+    folder = cub(tmp_path)
+    victim, elsewhere = tmp_path/'victim', tmp_path/'elsewhere'
+    victim.write_text('keep'), elsewhere.mkdir()
+    (folder/'.robust_dml-cache').symlink_to(elsewhere)
+    (tmp_path/'mine').mkdir()
+    (tmp_path/'mine'/'cub-16-rgb.npy').symlink_to(victim)
+    small('cub', tmp_path, cache=tmp_path/'mine'), small('cub', tmp_path)
+    assert victim.read_text() == 'keep' and not list(elsewhere.iterdir())
+    assert not (tmp_path/'mine'/'cub-16-rgb.npy').is_symlink()
+
+
+def test_an_image_listed_twice_is_one_sentence(tmp_path):
+    folder = cub(tmp_path)
+    there, _ = archives.missing(folder, [str(next(folder.glob('images/*/*')).relative_to(folder))]*2)
+    with pytest.raises(ValueError, match='each image must be listed once, found images/.*jpg twice; remove a line'):
+        archives.decoded(tmp_path/'c.npy', folder, there, size=8, channels=1, show=False)
 
 
 def test_a_full_disk_is_noticed_before(tmp_path, monkeypatch):
     cub(tmp_path)
     monkeypatch.setattr(archives.shutil, 'disk_usage', lambda path: type('Usage', (), dict(free=1000)))
-    with pytest.raises(OSError, match='decoded images take 0.0 GiB .* make room or set cache to another folder'):
+    with pytest.raises(OSError, match='decoded images take 0.0 GiB .* make room or set cache to another folder .or the environment variable XDG_CACHE_HOME'):
         small('cub', tmp_path)
 
 
@@ -498,8 +597,9 @@ def test_broken_images(tmp_path, no_decoding, monkeypatch):
     assert (split.train.labels.tolist(), split.test.labels.tolist(), len(split.test)) == ([0, 1, 1], [0, 0, 1], 3)
     assert split.train.images[:, 1, 0, 0].tolist() == pytest.approx([10, 30, 40], abs=2)
     opened = []
+    plain = archives.decode
     monkeypatch.setattr(
-        archives, 'read_image', lambda path, **options: opened.append(Path(path)) or sets.read_image(path, **options)
+        archives, 'decode', lambda path, **options: opened.append(Path(path)) or plain(path, **options)
     )
     small('cub', tmp_path, skip_unreadable=True)
     assert opened == [cut, page]                                # tried again, and none of the good ones
@@ -509,9 +609,10 @@ def test_an_image_that_was_unreadable_once_is_not_lost(tmp_path, monkeypatch, ca
     cub(tmp_path)
     def flaky(path, **options):
         if '_0003_' in str(path): raise OSError('Input/output error')
-        return sets.read_image(path, **options)
+        return plain(path, **options)
+    plain = archives.decode
     with monkeypatch.context() as m:
-        m.setattr(archives, 'read_image', flaky)
+        m.setattr(archives, 'decode', flaky)
         with pytest.raises(ValueError, match='found 1 .*Input/output error'): small('cub', tmp_path)
     assert small('cub', tmp_path).skipped == () and 'lacks images that can be read now' in capsys.readouterr().out
 
@@ -1030,9 +1131,8 @@ def test_incomplete_mnist_files_do_not_name_the_package_of_the_other_set(tmp_pat
     with pytest.raises(FileNotFoundError, match='download it again$'): read('mnist', tmp_path)
 
 
-@pytest.mark.parametrize(
-    'folder, own', [('/usr/share/sets', False), ('/etc', False), ('/usr/local/sets', True), ('/data/usr', True)]
-)
-def test_no_cache_goes_into_a_folder_of_the_system(monkeypatch, folder, own):
+@pytest.mark.parametrize('folder', ('/usr/share/sets', '/usr/local/sets', '/data/usr'))
+def test_no_cache_goes_beside_the_images(tmp_path, monkeypatch, folder):
     monkeypatch.setattr(os, 'access', lambda path, mode: True) # as root
-    assert (archives.cache_folder('grocery', Path(folder)) == Path(folder)/'.robust_dml-cache') == own
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    assert archives.cache_folder('grocery', Path(folder)).parent == tmp_path/'robust_dml'

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['SETS', 'FORMAT', 'PARAMETERS', 'Archive', 'instructions', 'locate', 'state', 'installed', 'find', 'Listing',
-           'listing', 'differences', 'decode', 'cache_folder', 'missing', 'decoded', 'read', 'is_archive', 'load',
-           'check', 'describe', 'parameters']
+           'listing', 'differences', 'decode', 'user_cache', 'cache_folder', 'missing', 'decoded', 'read', 'is_archive',
+           'load', 'check', 'describe', 'parameters']
 
 # %% ../../nbs/data/01_archives.ipynb #96e29e69
-import gzip, hashlib, json, math, os, shutil, stat, struct, time, warnings, zipfile, zlib
+import atexit, functools, gzip, hashlib, json, math, os, secrets, shutil, stat, struct, tempfile, time, warnings
+import zipfile, zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..core import check_between, check_choice, fingerprint, progress
-from .sets import _why, ImageSet, QueryGallery, Split, load as load_data, read_image
+from .sets import _why, ImageSet, QueryGallery, Split, image_bytes, load as load_data, read_image
 
 # %% ../../nbs/data/01_archives.ipynb #45ee1002
 @dataclass(frozen=True)
@@ -567,103 +569,207 @@ def differences(
     return out
 
 # %% ../../nbs/data/01_archives.ipynb #b6d6b4c7
-FORMAT = 1 # of the cache
+FORMAT = 2 # of the cache
 
 def decode(
     path:str|Path,
     *,
     size:int,
-    channels:int, # 1 grey, 3 RGB
-)->np.ndarray:    # (C, S, S) uint8
+    channels:int,            # 1 grey, 3 RGB
+    shown:bool=False,        # as a viewer shows it, see `data.sets.as_shown`
+    content:bytes|None=None, # of the file, where it was read already
+)->np.ndarray:               # (C, S, S) uint8
     "An image file, resized to size x size."
-    image = np.asarray(read_image(Path(path), channels=channels).resize((size, size), Image.Resampling.BILINEAR))
+    whole = read_image(Path(path) if content is None else BytesIO(content), channels=channels, shown=shown)
+    image = np.asarray(whole.resize((size, size), Image.Resampling.BILINEAR))
     return np.ascontiguousarray(image.reshape(size, size, channels).transpose(2, 0, 1))
 
-def _attempt(path:str, size:int, channels:int)->np.ndarray|str:
-    "A decoded image, or why there is none."
-    try: return decode(path, size=size, channels=channels)
-    except Exception as err: return _why(err)
+def _attempt(
+    path:str,
+    **how,          # for `decode`
+)->tuple[np.ndarray|str, str]: # a decoded image, or why there is none; SHA-256 of its bytes, '' where they cannot be read
+    "Read a file once, for its hash and for its pixels."
+    sha = ''
+    try:
+        content = image_bytes(Path(path))
+        sha = hashlib.sha256(content).hexdigest()
+        return decode(path, content=content, **how), sha
+    except Exception as err: return _why(err), sha
 
 # %% ../../nbs/data/01_archives.ipynb #eb174dac
-_SYSTEM = ('/usr', '/etc', '/System', '/Library') # package managers own these: root may write there, and must not
+@functools.cache
+def _passing_folder(process:int)->Path:
+    "A folder that is gone when this process ends."
+    try: made = Path(tempfile.mkdtemp(prefix='robust_dml-'))
+    except OSError as error:
+        raise OSError(
+            f'decoded images need a folder, found none that can be written ({error.strerror or error}); set the'
+            ' environment variable XDG_CACHE_HOME to one'
+        ) from error
+    atexit.register(lambda: os.getpid() == process and shutil.rmtree(made, ignore_errors=True))
+    print(f'No cache of yours can be written, so decoded images go to {made} and are gone afterwards;'
+          ' set the environment variable XDG_CACHE_HOME to a folder that stays.')
+    return made
+
+def _own_folder(path:Path)->Path|None:
+    "A folder that nobody else can write to, made if need be; None where that cannot be."
+    try: path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError: return None
+    return path if os.access(path, os.W_OK | os.X_OK) else None
+
+def user_cache()->Path:
+    "The user's cache of this package; a passing folder where there is none that can be written."
+    said, home = os.environ.get('XDG_CACHE_HOME', ''), os.path.expanduser('~')
+    above = [place for place in (said, f'{home}/.cache') if os.path.isabs(place)]
+    found = (_own_folder(Path(place)/'robust_dml') for place in above)
+    return next((folder for folder in found if folder), None) or _passing_folder(os.getpid())
 
 def cache_folder(
     name:str,                 # data set
     folder:Path,              # of the data set
     cache:str|Path|None=None, # where the user wants it
 )->Path:
-    "Where decoded images go: into the set's folder, or the user's cache where that is read-only or the system's."
+    "Where decoded images go: into the user's cache, never beside the images."
     if cache is not None: return _expanded(cache)
-    own, real = folder/'.robust_dml-cache', folder.resolve()
-    of_system = any(real.is_relative_to(place) for place in _SYSTEM) and not real.is_relative_to('/usr/local')
-    if not of_system and os.access(own if own.is_dir() else folder, os.W_OK): return own
-    home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')
-    return home/'robust_dml'/f'{name}-{fingerprint(str(folder.resolve()))[:12]}'
+    return user_cache()/f'{name}-{fingerprint(str(folder.resolve()))[:12]}'
 
 # %% ../../nbs/data/01_archives.ipynb #dc12d9fe
 def missing(
     folder:Path,
     files:list[str], # relative to `folder`
-)->tuple[list[list], list[str]]: # name, size and time of each file that is there; those that are not
+)->tuple[list[list], list[str]]: # name and `_stamp` of each file that is there; those that are not
     "Look for files without opening them."
     there, absent = [], []
     for file in files:
         try: found = os.stat(os.path.join(folder, file))
         except (OSError, ValueError): found = None # ValueError: NUL in a name
         if found is None or not stat.S_ISREG(found.st_mode): absent.append(file) # a pipe or a device would never end
-        else: there.append([file, found.st_size, found.st_mtime_ns])
+        else: there.append([file, _stamp(found)])
     return there, absent
+
+def _stamp(found:os.stat_result)->list[int]:
+    "What changes when a file does. The fourth and the last cannot be set: the system's own time of the last change."
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+# %% ../../nbs/data/01_archives.ipynb #dc12d9f1
+_SETTLED = 2*10**9 # nanoseconds; the coarsest clock of a file system
+
+class _Hashes:
+    "SHA-256 of files by name, remembered as long as the files stay as they are."
+    def __init__(self, path:Path): # JSON: name -> stamp and hash
+        self.path, self.known, self.new = path, {}, False
+        try: found = json.loads(path.read_bytes()) if path.is_file() else {}
+        except Exception: return # whatever the file holds instead: everything is hashed again
+        if isinstance(found, dict): self.known = found
+    def get(self, file:str, stamp:list[int])->str|None:
+        "The hash of a file that has not changed since it was taken."
+        entry = self.known.get(file)
+        if not isinstance(entry, list) or len(entry) != 2: return None
+        return entry[1] if entry[0] == stamp and isinstance(entry[1], str) else None
+    def put(self, file:str, stamp:list[int], sha:str, began:int)->None:
+        "Remember the hash of a file that was still before `began`, when its reading began."
+        if not sha or max(stamp[3:]) > began-_SETTLED: return
+        self.known[file], self.new = [stamp, sha], True
+    def save(self)->None:
+        "Write what is new; without room for it the files are read again next time."
+        if not self.new: return
+        try:
+            with _replacing(self.path) as out: out.write(json.dumps(self.known).encode())
+        except OSError: return
+        self.new = False
+
+def _sha(path:str)->str: # '' where it cannot be read
+    "SHA-256 of a file."
+    try: return hashlib.sha256(image_bytes(Path(path))).hexdigest()
+    except (OSError, ValueError): return ''
 
 # %% ../../nbs/data/01_archives.ipynb #199223bd
 @contextmanager
 def _replacing(path:Path)->Iterator[BinaryIO]:
-    "A file that takes the place of `path` when the block ends well, and is gone otherwise."
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+    "A file that takes the place of `path`, also of a link, when the block ends well, and is gone otherwise."
+    part = path.with_name(f'{path.name}.{secrets.token_hex(8)}.part')
     try:
-        with open(part, 'wb') as file:
+        with open(part, 'xb') as file: # 'x': never through a link that was put there
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        remedy = 'remove that folder' if path.is_dir() else 'free space or set cache to another folder'
+        remedy = 'remove that folder' if path.is_dir() else f'free space or {_ELSEWHERE}'
         raise OSError(f'expected to write {path}, found: {error.strerror or error}; {remedy}') from error
-    finally: part.unlink(missing_ok=True)
+    finally: _forget(part)
+
+_ELSEWHERE = 'set cache to another folder (or the environment variable XDG_CACHE_HOME)'
+
+def _forget(part:Path)->None:
+    "Remove a file if that can be; where it cannot, there is an error that says more."
+    try: part.unlink(missing_ok=True)
+    except OSError: pass
 
 def _header(file:BinaryIO, count:int, shape:tuple[int, int, int])->None:
     "The header of a .npy file of `count` images; its length does not depend on `count`."
     np.lib.format.write_array_header_1_0(file, dict(descr='|u1', fortran_order=False, shape=(count, *shape)))
 
 # %% ../../nbs/data/01_archives.ipynb #5df92c1a
+def _check_room(folder:Path, needed:int)->None:
+    "Refuse to begin what the disk cannot hold."
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f'decoded images take {needed/2**30:.1f} GiB in {folder}, found {free/2**30:.1f} GiB free; make room or'
+            f' {_ELSEWHERE}'
+        )
+
 def _decode_into(
     path:Path,
     folder:Path,
-    files:list[str],
+    there:list[list],   # as `missing` gives them
+    hashes:_Hashes,
     *,
-    key:str, size:int, channels:int, show:bool,
-)->None:
+    rule:list,          # of the key
+    how:dict[str, Any], # for `decode`
+    show:bool,
+)->str:                 # the key
     "Decode files and write a cache."
-    shape, broken, digest = (channels, size, size), {}, hashlib.sha256()
-    needed, free = len(files)*math.prod(shape), shutil.disk_usage(path.parent).free
-    if free < needed:
-        raise OSError(
-            f'decoded images take {needed/2**30:.1f} GiB in {path.parent}, found {free/2**30:.1f} GiB free; make room'
-            ' or set cache to another folder'
-        )
-    def attempt(file): return _attempt(os.path.join(folder, file), size, channels)
+    shape, broken, digest = (how['channels'], how['size'], how['size']), {}, hashlib.sha256()
+    _check_room(path.parent, len(there)*math.prod(shape))
+    found_shas, began = [], time.time_ns()
+    def attempt(item): return _attempt(os.path.join(folder, item[0]), **how)
     with (warnings.catch_warnings(), _replacing(path) as out, ThreadPoolExecutor(torch.get_num_threads()) as pool,
-          progress(desc=f'decode {path.stem}', total=len(files), show=show) as bar):
+          progress(desc=f'decode {path.stem}', total=len(there), show=show) as bar):
         warnings.simplefilter('error', Image.DecompressionBombWarning) # in force before and after each thread sets it
-        _header(out, len(files), shape)
-        for start in range(0, len(files), 256): # a slow disk never has more than a block to catch up with
-            block = files[start:start+256]
-            for file, found in zip(block, pool.map(attempt, block)):
+        _header(out, len(there), shape)
+        for start in range(0, len(there), 256): # a slow disk never has more than a block to catch up with
+            block = there[start:start+256]
+            for (file, stamp), (found, sha) in zip(block, pool.map(attempt, block)):
+                found_shas.append(sha)
+                hashes.put(file, stamp, sha, began)
                 if isinstance(found, str): broken[file] = found
                 else: out.write(found), digest.update(found)
                 bar.update()
+        key = _key(rule, there, found_shas)
         out.write(json.dumps(dict(format=FORMAT, key=key, broken=broken, sha256=digest.hexdigest())).encode())
         out.seek(0)
-        _header(out, len(files)-len(broken), shape)
+        _header(out, len(there)-len(broken), shape)
+    return key
+
+def _key(rule:list, there:list[list], shas:list[str])->str:
+    "What a cache was made of."
+    return fingerprint([rule, [[file, sha] for (file, _), sha in zip(there, shas)]])
+
+def _known_key(folder:Path, there:list[list], hashes:_Hashes, rule:list, show:bool)->str:
+    "The key of the files as they are now; those that were not read before, or were changed, are read."
+    shas, began = [], time.time_ns()
+    known = [hashes.get(file, stamp) for file, stamp in there]
+    some = sum(sha is None for sha in known)
+    with progress(desc='read images', total=some, show=show and some > 1000) as bar:
+        for (file, stamp), sha in zip(there, known):
+            if sha is None:
+                sha = _sha(os.path.join(folder, file))
+                hashes.put(file, stamp, sha, began)
+                bar.update()
+            shas.append(sha)
+    return _key(rule, there, shas)
 
 # %% ../../nbs/data/01_archives.ipynb #7f8da915
 def _open_cache(
@@ -690,8 +796,7 @@ def _open_cache(
         or array.shape != (len(files) - len(broken), *shape)
     ):
         return None, {}, 'is cut or damaged'
-    # caches of before have no hash
-    if end.get('sha256') not in (None, hashlib.sha256(array).hexdigest()): return None, {}, 'is cut or damaged'
+    if end.get('sha256') != hashlib.sha256(array).hexdigest(): return None, {}, 'is cut or damaged'
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'The given NumPy array is not writable') # nobody writes to images
         return torch.from_numpy(array), broken, ''
@@ -700,29 +805,55 @@ def _open_cache(
 def decoded(
     path:Path,         # the cache
     folder:Path,       # of the data set
-    there:list[list],  # its images, as `missing` gives them
+    there:list[list],  # its images, as `missing` gives them, each once
     *,
-    lists:tuple[Path, ...]=(), # files whose content counts as well
     size:int, channels:int,
+    shown:bool=False,  # as a viewer shows them, see `data.sets.as_shown`
     show:bool=True,    # a progress bar
 )->tuple[Tensor, dict[str, str]]: # (N, C, S, S) uint8 of the readable files, memory-mapped; reason for each other one
     "Images from the cache, decoded into it first if need be."
-    key = fingerprint(
-        [FORMAT, 'bilinear', size, channels, there, [hashlib.sha256(p.read_bytes()).hexdigest() for p in lists]]
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for part in path.parent.glob(f'{path.name}.*.part'): # of killed runs
-        if time.time()-part.stat().st_mtime > 3600: part.unlink(missing_ok=True)
-    asked = key, {file for file, *_ in there}, channels, size, size
-    images, broken, why = _open_cache(path, *asked)
-    if any(not isinstance(_attempt(os.path.join(folder, file), size, channels), str) for file in broken):
+    files = _once(file for file, _ in there)
+    rule, how = [FORMAT, 'bilinear', size, channels, shown], dict(size=size, channels=channels, shown=shown)
+    _made(path.parent)
+    _sweep(path)
+    hashes = _Hashes(path.parent/f'hashes-{fingerprint(str(folder.resolve()))[:12]}.json')
+    images, broken, why, shape = None, {}, '', (channels, size, size)
+    if path.is_file():
+        key = _known_key(folder, there, hashes, rule, show)
+        images, broken, why = _open_cache(path, key, files, *shape)
+    if any(not isinstance(_attempt(os.path.join(folder, file), **how)[0], str) for file in broken):
         images, why = None, 'lacks images that can be read now'
     if why: print(f'The cache {path.name} {why} and is made anew.')
     if images is None:
-        _decode_into(path, folder, [file for file, *_ in there], key=key, size=size, channels=channels, show=show)
-        images, broken, _ = _open_cache(path, *asked)
-        assert images is not None
+        key = _decode_into(path, folder, there, hashes, rule=rule, how=how, show=show)
+        images, broken, why = _open_cache(path, key, files, *shape)
+        if images is None: raise OSError(f'{path} must hold the images just decoded, found a file that {why};'
+                                         f' run again, or {_ELSEWHERE}')
+    hashes.save()
     return images, broken
+
+def _once(files:Iterator[str])->set[str]:
+    "The files, each of which may be there once."
+    seen:set[str] = set()
+    for file in files:
+        if file in seen: raise ValueError(f'each image must be listed once, found {_some([file])} twice; remove a line')
+        seen.add(file)
+    return seen
+
+def _made(folder:Path)->None:
+    "Make the folder of a cache."
+    try: folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f'expected to make the folder {folder}, found: {error.strerror or error}; {_ELSEWHERE}'
+        ) from error
+
+def _sweep(path:Path)->None:
+    "Remove what killed runs have left."
+    for part in path.parent.glob('*.part'):
+        try: old = time.time()-part.stat().st_mtime > 3600
+        except OSError: continue # its run has just ended
+        if old: _forget(part)
 
 # %% ../../nbs/data/01_archives.ipynb #6dcdd626
 def _limited(sides:Mapping[str, list[tuple]], train_classes:int|None, test_classes:int|None)->dict[str, list[tuple]]:
@@ -756,8 +887,7 @@ def _from_array(found:Listing, files:list[str], size:int, channels:int)->Tensor:
     return torch.from_numpy(images)[:, None].expand(-1, channels, -1, -1)
 
 def _photographs(
-    name: str, folder: Path, lists: tuple[Path, ...], files: list[str], *, size: int, channels: int, cache: Any,
-    limits: str, show: bool
+    name: str, folder: Path, files: list[str], *, size: int, channels: int, cache: Any, limits: str, show: bool
 ) -> tuple[Tensor, dict[str, str]]:
     "Images of a set of files, from its cache."
     there, absent = missing(folder, files)
@@ -767,7 +897,7 @@ def _photographs(
             f' {_remedy(name, folder.parent, folder)}'
         )
     path = cache_folder(name, folder, cache)/f'{name}-{size}-{("grey", "rgb")[channels == 3]}{limits}.npy'
-    return decoded(path, folder, there, lists=lists, size=size, channels=channels, show=show)
+    return decoded(path, folder, there, size=size, channels=channels, show=show)
 
 # %% ../../nbs/data/01_archives.ipynb #10579df3
 def read(
@@ -779,7 +909,7 @@ def read(
     crop:int|None=None,        # side of the window a batch shows
     train_classes:int|None=None, test_classes:int|None=None, # keep at most the first so many classes of each side
     skip_unreadable:bool=False, # leave broken files out and list them in `Split.skipped`
-    cache:str|Path|None=None,  # folder for decoded images; None: `.robust_dml-cache` in the set's folder
+    cache:str|Path|None=None,  # folder for decoded images; None: the user's cache, see `cache_folder`
     show:bool=True,            # a progress bar while decoding
 )->Split:                      # a `QueryGallery` for inshop
     "A data set of the papers, from the files as they are distributed."
@@ -799,7 +929,7 @@ def read(
         (_from_array(found, files, size, channels), {})
         if found.pixels is not None
         else _photographs(
-            name, folder, found.lists, files, size=size, channels=channels, cache=cache, limits=limits, show=show
+            name, folder, files, size=size, channels=channels, cache=cache, limits=limits, show=show
         )
     )
     if broken and not skip_unreadable:
@@ -876,8 +1006,7 @@ def check(
     broken = {} if found.pixels is not None else None
     if full and broken is None and not absent:
         broken = _photographs(
-            name, folder, found.lists, files, size=size or about.size, channels=about.channels, cache=cache, limits='',
-            show=show
+            name, folder, files, size=size or about.size, channels=about.channels, cache=cache, limits='', show=show
         )[1]
     unlike = differences(name, found)
     return dict(

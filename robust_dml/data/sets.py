@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['FONTS', 'BLOCKS', 'SUFFIXES', 'FORMATS', 'ARCHIVES', 'centre_crop', 'random_crop', 'to_device', 'ImageSet', 'Split',
-           'load_fonts', 'bitmap', 'difference', 'characters', 'glyphs', 'read_image', 'omniglot', 'image_folder',
-           'QueryGallery', 'sides', 'split_folder', 'load', 'partners', 'pair_batches', 'prefetch', 'training_batches']
+           'load_fonts', 'bitmap', 'difference', 'characters', 'glyphs', 'image_bytes', 'as_shown', 'read_image',
+           'omniglot', 'image_folder', 'QueryGallery', 'sides', 'split_folder', 'load', 'partners', 'pair_batches',
+           'prefetch', 'training_batches']
 
 # %% ../../nbs/data/00_sets.ipynb #1b966c8c
-import hashlib, math, os, unicodedata, warnings, zipfile
+import hashlib, math, os, stat, unicodedata, warnings, zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
@@ -325,35 +327,80 @@ def glyphs(
     return Split('glyphs', draw(order[:train_classes]), draw(order[:-test_classes-1:-1]))
 
 # %% ../../nbs/data/00_sets.ipynb #d85aa2aa
-# what counts as an image file
+# what counts as an image file by its name alone
 SUFFIXES = (
-    '.avif', '.bmp', '.gif', '.jp2', '.jpeg', '.jpg', '.pbm', '.pcx', '.pgm', '.png', '.pnm', '.ppm', '.tga', '.tif',
-    '.tiff', '.webp'
+    '.apng', '.avif', '.bmp', '.dib', '.gif', '.icb', '.j2c', '.j2k', '.jfif', '.jif', '.jp2', '.jpe', '.jpeg', '.jpf',
+    '.jpg', '.jpx', '.mpo', '.pbm', '.pcx', '.pgm', '.png', '.pnm', '.ppm', '.tga', '.tif', '.tiff', '.vda', '.vst',
+    '.webp'
 )
 # what Pillow may decode
 FORMATS = ('AVIF', 'BMP', 'GIF', 'JPEG', 'JPEG2000', 'PCX', 'PNG', 'PPM', 'TGA', 'TIFF', 'WEBP')
 
 def _why(error:Exception)->str: # a decoder may fail in any way
     "Why an image cannot be read, in a few words."
-    return (
-        'not an image'
-        if isinstance(error, UnidentifiedImageError)
-        else (str(error).splitlines() or [type(error).__name__])[0][:200]
-    )
+    if isinstance(error, UnidentifiedImageError): return 'not an image'
+    if isinstance(error, OSError) and error.strerror: return error.strerror.lower()
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 # %% ../../nbs/data/00_sets.ipynb #a685a731
+_FILE_BYTES = 2**28  # of an image file; the largest photograph that may be decoded has fewer, even unpacked
+_SCANS, _WORK = 1000, 2**31 # of a JPEG: scans, and scans times pixels
+
+def image_bytes(file:Path|IO[bytes])->bytes:
+    "The content of an image file, no more than a photograph can have."
+    if isinstance(file, Path):
+        with open(file, 'rb') as opened: return image_bytes(opened)
+    parts, left = [], _FILE_BYTES
+    while left >= 0 and (part := file.read(min(2**20, left+1))): # a read of all asks for the memory at once
+        parts.append(part)
+        left -= len(part)
+    if left < 0: raise ValueError(f'at most {_FILE_BYTES} bytes expected, found more')
+    return b''.join(parts)
+
+def _check_scans(data:bytes, image:Image.Image)->None:
+    "Refuse a JPEG that would take minutes."
+    if image.format not in ('JPEG', 'MPO'): return
+    scans = data.count(b'\xff\xda')
+    if scans > _SCANS or scans*image.width*image.height > _WORK:
+        raise ValueError(f'{scans} scans of {image.width} x {image.height} pixels would take too long')
+
+# %% ../../nbs/data/00_sets.ipynb #a685a733
+_UPRIGHT = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90
+), 2)) # by the number in the EXIF data
+
+def _orientation(image:Image.Image)->int:
+    "The number of the orientation, 1 where there is none or where the EXIF data cannot be read."
+    try: return int(image.getexif().get(0x112, 1))
+    except Exception: return 1 # whatever stands there; viewers show such an image as it is
+
+def as_shown(image:Image.Image)->Image.Image:
+    "An image turned upright, and on white paper where it is transparent."
+    image.load() # TIFF is turned by Pillow itself
+    number = _orientation(image)
+    upright = image.transpose(_UPRIGHT[number]) if number in _UPRIGHT else image
+    if not upright.has_transparency_data: return upright
+    paper = Image.new('RGBA', upright.size, 'white')
+    paper.alpha_composite(upright.convert('RGBA'))
+    return paper.convert('RGB')
+
+# %% ../../nbs/data/00_sets.ipynb #a685a734
 def read_image(
     file:Path|IO[bytes],
     *,
-    channels:int, # 1 grey, 3 RGB
-)->Image.Image:   # mode 'L' or 'RGB'
-    "Decode an image of one of `FORMATS`; refuse one that is suspiciously large."
+    channels:int,      # 1 grey, 3 RGB
+    shown:bool=False,  # as a viewer shows it, see `as_shown`; False: the stored pixels
+)->Image.Image:        # mode 'L' or 'RGB'
+    "Decode an image of one of `FORMATS`; refuse one that is suspiciously large or slow."
+    data = image_bytes(file)
     with warnings.catch_warnings():
         warnings.simplefilter('error', Image.DecompressionBombWarning)
-        with Image.open(file, formats=FORMATS) as image:
+        with Image.open(BytesIO(data), formats=FORMATS) as image:
             if image.mode.startswith(('I', 'F')):
                 raise ValueError(f'8 bits per channel expected, found mode {image.mode}')
-            return image.convert({1: 'L', 3: 'RGB'}[channels])
+            _check_scans(data, image)
+            return (as_shown(image) if shown else image).convert({1: 'L', 3: 'RGB'}[channels])
 
 # %% ../../nbs/data/00_sets.ipynb #bb0bf813
 def _read_files(
