@@ -182,6 +182,7 @@ def work(folder):
             1
         ].tolist()
         found['same'] = processes.everyone(found)
+    found['threads'] = [task.read_text().strip() for task in Path('/proc/self/task').glob('*/comm')]
     first, second = found.pop('same')
     # process 1 has ended
     (folder/'found.json').write_text(json.dumps(found | dict(same=first == second, left=processes.process_count())))
@@ -249,6 +250,12 @@ def test_every_process_has_the_same_results(found): assert found['same']
 
 
 def test_only_the_first_goes_on(found): assert found['left'] == 1
+
+
+@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='this system does not list the threads of a process')
+def test_no_thread_of_the_connection_outlives_it(found):
+    "One that did would end the program with an abort, by chance, while Python shuts down."
+    assert found['threads'] and not [name for name in found['threads'] if 'gloo' in name]
 
 
 def test_a_gallery_in_two_processes(found):

@@ -7,7 +7,7 @@ __all__ = ['process_count', 'process_index', 'leads', 'ProcessLost', 'check_star
            'everyone', 'agreed', 'check_same', 'shares', 'spread', 'traffic']
 
 # %% ../../nbs/runs/02_processes.ipynb #d1e652f7
-import json, os, socket, sys
+import importlib, json, os, socket, sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -97,6 +97,8 @@ def joined(
         return
     cuda = torch.device(device).type == 'cuda'
     if cuda: _own_gpu(device)
+    # its functions keep the group that they find as their default, so they are imported while there is none
+    importlib.import_module('torch.distributed.nn.functional')
     with _talking(): dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(seconds=timeout))
     try:
         yield
