@@ -21,7 +21,7 @@ from ..core import Stopwatch, check_choice, fingerprint, generator, kept_memory,
 from ..data.sets import ImageSet, pair_batches, training_batches
 from .base import Clock, Defense
 from .eat import Parts, ProxyDefense
-from ..models.networks import channels_last, checksum, dtype_of
+from ..models.networks import a_few, channels_last, checksum, dtype_of, settled
 from ..runs.processes import agreed, check_same, leads, process_count, spread
 from ..runs.store import Run, StoreError, load_tensors, save_tensors
 
@@ -267,7 +267,8 @@ def train(
     base = [group['lr'] for group in rule.param_groups]
     parts = proxies.parts(whole, dataset, seed) if proxies else None
     _check_start(model, dataset)
-    with channels_last(model), spread(*(whole.members if proxies else (model,))):
+    trained = whole.members if proxies else (model,)
+    with channels_last(model), spread(*trained), settled(*trained, x=a_few(dataset, model, device=device)):
         done: dict[str, Any] = dict(
             epoch=0, state=defense.init(), log=[], updates=0, image_steps=0, seconds=0.0, parts={}, device=str(device)
         )

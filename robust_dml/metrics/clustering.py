@@ -26,7 +26,7 @@ from ..core import Stopwatch, check_between, check_choice, fingerprint, generato
 from ..data.sets import ImageSet
 from ..triplets.distances import normalise, paired_distance, pairwise_distance
 from .retrieval import first_match_rank, lone_queries, normalised_mutual_information
-from ..models.networks import checksum, dtype_of, embed, embed_all, frozen, streamlined
+from ..models.networks import a_few, checksum, dtype_of, embed, embed_all, frozen, proven
 from ..attacks.loop import Attacked, autograd_gradient, pgd, _better
 from ..neighbors import check_embeddings, faiss_gpus, resolve_backend, _assign, _centroids
 from ..attacks.strong import BALLS, random_start, sides
@@ -610,7 +610,7 @@ _READING = ('modes', 'scopes', 'gate', 'batch_size', 'recluster_rounds') # field
 
 def _prepared(model, dataset, rows, protocol, backend, device, **how)->AttackAll:
     "The set as it is attacked: classes numbered from 0, every image a query of its own row."
-    p, fast = protocol, streamlined(model)
+    p, fast = protocol, proven(model, a_few(dataset, model, device=device)).model
     emb = embed_all(fast, dataset, batch_size=p.batch_size, device=device)[rows.to(device)]
     label = dataset.labels[rows].unique(return_inverse=True)[1].to(device)
     facts = fingerprint(
