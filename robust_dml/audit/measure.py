@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ATTACKS', 'RADII', 'CURVE_QUERIES', 'PARAMETERS', 'Listed', 'list_images', 'sampled', 'Pictures', 'read_images',
-           'normalised', 'read_weights', 'Sealed', 'load_model', 'placed', 'find_channels', 'try_out', 'Task',
-           'lost_first', 'exposed', 'sentence', 'half_point', 'advice', 'curve_figure', 'Audit', 'audit', 'prepared']
+           'normalised', 'notes_of', 'Sealed', 'load_model', 'placed', 'find_channels', 'try_out', 'Task', 'lost_first',
+           'exposed', 'sentence', 'half_point', 'advice', 'curve_figure', 'Audit', 'audit', 'prepared']
 
 # %% ../../nbs/audit/00_measure.ipynb #8a0c997f
 import copy, csv, importlib, io, json, math, os, sys
@@ -16,7 +16,7 @@ from functools import partial
 from html import escape
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,13 @@ from ..data.archives import _some, cache_folder, decoded, missing
 from ..attacks.suite import FIXED, SUITE, Gallery, Queries, picked, run_attack
 from ..metrics.flags import sample_of_classes
 from ..core import Stopwatch, check_between, check_choice, check_known, fingerprint, generator
-from ..core import listed as entries, load_safetensors, need, pick_device, progress, typed
+from ..core import listed as entries, need, pick_device, progress, typed
 from ..data.sets import ImageSet, _class_files
 from ..triplets.distances import paired_distance
 from ..metrics.evaluate import Protocol, _thumbnails, check_size, evaluate, queries_and_gallery, query_rows
 from ..models.networks import EmbeddingNet, _named, _replace, checksum, dtype_of, embed, embed_all, frozen
-from ..models.networks import streamlined
+from ..models.networks import _constants, a_few, proven
+from ..models.weights import Weights, fill, kind_of, load_whole, part, read_checkpoint, unprefixed
 from ..report.pages import clock_text, document, facts_table, fixed_text, html_figure, html_row, in_255
 from ..report.pages import in_pixels, new_figure, opening, png, slug, table_box, theme
 from ..report.tables import ATTACK_WORDS, BENIGN_COLUMNS, strip
@@ -221,37 +222,18 @@ def normalised(
     return EmbeddingNet(model, nn.Identity(), mean=mean, std=std)
 
 # %% ../../nbs/audit/00_measure.ipynb #9e9e489c
-def read_weights(
-    path:str|Path, # .safetensors, or what torch.save(model.state_dict(), path) wrote
-)->dict[str, Tensor]:
-    "Tensors of a weight file, on the CPU; nothing in the file is run."
-    path = Path(path).expanduser()
-    if not path.is_file(): raise FileNotFoundError(f'weights must be a file, found none at {path}; check the path')
-    if path.suffix == '.safetensors': return load_safetensors(path)
-    try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error: # whatever the file holds instead
-        raise ValueError(
-            f'weights must be a safetensors file or a plain state dict, found {path}, which cannot be read without'
-            ' running code in it; save model.state_dict() where you trust it'
-        ) from error
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(
-            f'weights must be a plain state dict of names and tensors, found a {type(state).__name__} of other things'
-            f' in {path}; save model.state_dict() alone'
-        )
-    return state
+_NOTES = '_robust_dml_notes' # attribute of a model that was loaded here
 
-def _fill(net:nn.Module, path:str|Path, head:str='')->None:
-    "Load weights strictly, except those of a classifier `head` that was taken off."
-    own = net.state_dict()
-    state = {k: v for k, v in read_weights(path).items() if k in own or not (head and k.startswith(f'{head}.'))}
-    wrong = sorted(own.keys() ^ state.keys()) + [k for k in own if k in state and own[k].shape != state[k].shape]
-    if wrong:
-        raise ValueError(
-            f'weights must fit the model, found {len(wrong)} missing, unknown or misshaped entries in {path}'
-            f' ({_some(wrong, 3)}); check the name of the model'
-        )
-    net.load_state_dict(state)
+def _noted(model:nn.Module, *notes:str)->nn.Module:
+    "A model with sentences for the page."
+    vars(model)[_NOTES] = (*vars(model).get(_NOTES, ()), *notes)
+    return model
+
+def notes_of(
+    model:nn.Module, # of `load_model`
+)->tuple[str, ...]:
+    "What was found, chosen or left out when a model was loaded."
+    return vars(model).get(_NOTES, ())
 
 # %% ../../nbs/audit/00_measure.ipynb #56633204
 class Sealed(nn.Module):
@@ -266,9 +248,15 @@ class Sealed(nn.Module):
         return self
 
 def _from_file(path:Path, trust:bool)->nn.Module:
-    "TorchScript or an exported program."
+    "TorchScript or an exported program, by the content of the file."
     if not path.is_file():
         raise FileNotFoundError(f'model must be a file that exists, found none at {path}; check the path')
+    kind = kind_of(path)
+    if kind in ('safetensors', 'pickle'):
+        raise ValueError(
+            f'{path.name} must be TorchScript or an exported program, found weights alone or a pickled model; weights'
+            ' alone go with model torchvision:NAME, timm:NAME or module:function, and a pickled model is not opened'
+        )
     if not trust:
         raise ValueError(
             f'{path.name} holds code that may run while it is loaded, found trust not set; set trust=True if you know'
@@ -277,7 +265,7 @@ def _from_file(path:Path, trust:bool)->nn.Module:
     try:
         return Sealed(
             torch.export.load(path).module()
-            if path.suffix == '.pt2'
+            if kind == 'program'
             else torch.jit.load(path, map_location='cpu').eval()
         )
     except Exception as error: # whatever the file holds instead
@@ -286,37 +274,114 @@ def _from_file(path:Path, trust:bool)->nn.Module:
             f' ({str(error).splitlines()[0][:100]}); weights alone go with model torchvision:NAME or module:function'
         ) from error
 
-def _without_head(net:nn.Module, name:str)->str:
-    "Take the classifier off; its name. timm says itself where it is, elsewhere it is the last linear layer."
-    timm:Any = net if hasattr(net, 'reset_classifier') else None
+# %% ../../nbs/audit/00_measure.ipynb #56633211
+class _Bare(NamedTuple):
+    "A network without its classifier."
+    net:nn.Module
+    heads:tuple[str, ...] # where the classifier was; two places in some networks
+    shapes:dict[str, tuple[int, ...]] # of every weight that went with it
+
+def _shapes(net:nn.Module)->dict[str, tuple[int, ...]]:
+    return {k: tuple(v.shape) for k, v in net.state_dict().items()}
+
+def _without_head(net:nn.Module, name:str)->_Bare:
+    "Take the classifier off."
+    whole, timm = _shapes(net), cast(Any, net) if hasattr(net, 'reset_classifier') else None
     if timm:
+        heads = timm.default_cfg.get('classifier', '')
         timm.reset_classifier(0)
-        return str(timm.default_cfg.get('classifier', ''))
-    layers = _named(net, nn.Linear)
-    if not layers:
+    elif layers := _named(net, nn.Linear):
+        heads = layers[-1][0]
+        _replace(net, heads, nn.Identity())
+    else:
         raise ValueError(
             f'{name} must end in a linear layer, found none; write a function that builds the model and pass'
             ' module:function'
         )
-    _replace(net, layers[-1][0], nn.Identity())
-    return layers[-1][0]
+    left = net.state_dict()
+    gone = {k: shape for k, shape in whole.items() if k not in left}
+    return _Bare(net, (heads,) if isinstance(heads, str) else tuple(heads), gone)
 
-def _from_zoo(kind:str, name:str, weights:str, seed:int)->nn.Module:
-    "A classifier of torchvision or timm without its head."
+# %% ../../nbs/audit/00_measure.ipynb #56633212
+def _own_head(bare:_Bare, found:Weights, name:str)->dict[str, Tensor]:
+    "Weights of a last layer that is the user's own; none where it is the shipped classifier, or there is none."
+    left, roots = bare.net.state_dict(), tuple(f'{h.split(".")[0]}.' for h in bare.heads if h)
+    last = {k: v for k, v in found.state.items() if k not in left and (k in bare.shapes or k.startswith(roots))}
+    if all(tuple(v.shape) == bare.shapes.get(k) for k, v in last.items()): return {}
+    heads = [h for h in bare.heads if f'{h}.weight' in last]
+    fits = all(k in bare.shapes and v.shape[1:] == bare.shapes[k][1:] for k, v in last.items())
+    lengths = {len(v) for k, v in last.items() if k.rpartition('.')[0] in heads}
+    if not fits or heads != list(bare.heads) or len(lengths) != 1:
+        raise ValueError(
+            f'weights must end in one linear layer where {name} has its classifier ({", ".join(bare.heads)}), found'
+            f' {", ".join(f"{k} {tuple(v.shape)}" for k, v in list(last.items())[:4])}; write a function that builds'
+            ' the whole model and pass module:function'
+        )
+    return last
+
+def _grow_head(bare:_Bare, last:Mapping[str, Tensor])->int:
+    "Put a linear layer of the user's length where the classifier was; the length."
+    length = len(last[f'{bare.heads[0]}.weight'])
+    if hasattr(bare.net, 'reset_classifier'): cast(Any, bare.net).reset_classifier(length)
+    for head in bare.heads:
+        features = last[f'{head}.weight'].shape[1]
+        _replace(bare.net, head, nn.Linear(features, length, bias=f'{head}.bias' in last))
+    return length
+
+def _fill_bare(bare:_Bare, path:str|Path, name:str)->tuple[str, ...]:
+    "Load a weight file into a network of torchvision or timm, with its last layer where that is the user's own."
+    found = unprefixed(read_checkpoint(path), bare.net.state_dict())
+    last = _own_head(bare, found, name)
+    if last:
+        length, place = _grow_head(bare, last), ' and '.join(bare.heads)
+        note = (
+            f'The last layer {place} of the weights, {length} numbers long, is kept: the classifier of {name} has'
+            f' {bare.shapes[f"{bare.heads[0]}.weight"][0]}. If it is a classifier, take it out of the file, and the'
+            ' features before it are measured.'
+        )
+    left = bare.net.state_dict()
+    spare = [k for k in found.state if k not in left and (k in bare.shapes or k.startswith(_AUXILIARY))]
+    if not last and spare:
+        note = f'The classifier in the weights was left out ({", ".join(spare[:4])}): the features before it are measured.'
+    load_whole(bare.net, found._replace(state=part(found.state, lambda k: k not in spare)))
+    return (*found.notes, *([note] if last or spare else []))
+
+_AUXILIARY = ('aux1.', 'aux2.', 'AuxLogits.') # classifiers of GoogLeNet and Inception that only training uses
+
+# %% ../../nbs/audit/00_measure.ipynb #56633213
+def _created(kind:str, name:str, weights:str)->tuple[nn.Module, bool]:
+    "A network of torchvision or timm as it is shipped, and whether `weights` names pretrained ones that it has now."
     zoo = need('torchvision.models' if kind == 'torchvision' else 'timm', f'the model {kind}:{name}')
-    known = zoo.list_models(**(dict(module=zoo) if kind == 'torchvision' else {}))
-    if name not in known: raise ValueError(f'model must be one that {kind} has ({_some(known, 3)}), found {name!r}')
-    named = weights in (zoo.get_model_weights(name).__members__ if kind == 'torchvision' else ('pretrained',))
+    names = zoo.list_models(**(dict(module=zoo) if kind == 'torchvision' else {}))
+    if name not in names and not (kind == 'timm' and zoo.is_model(name)): # timm's names may end in a tag
+        raise ValueError(f'model must be one that {kind} has ({_some(names, 3)}), found {name!r}')
+    if kind == 'timm': return zoo.create_model(name, pretrained=weights == 'pretrained'), weights == 'pretrained'
+    named, own = weights in zoo.get_model_weights(name).__members__, {}
+    if name in ('googlenet', 'inception_v3'):
+        own = dict(aux_logits=False) # classifiers that only training uses
+        # they standardise once more inside, when their weights go back to torchvision's
+        if not named: own |= dict(init_weights=not weights, transform_input=bool(weights))
+    return zoo.get_model(name, weights=weights if named else None, **own), named
+
+def _constants_of(kind:str, net:nn.Module, name:str, weights:str)->tuple[tuple[float, ...], tuple[float, ...], str]:
+    "Mean and standard deviation that a network expects, and who says so."
+    if kind == 'timm':
+        noted = cast(Any, net).pretrained_cfg
+        return tuple(noted['mean']), tuple(noted['std']), f'as timm notes for {name}'
+    known = need('torchvision.models', f'the model {kind}:{name}').get_model_weights(name).__members__
+    if weights in known and hasattr(ready := known[weights].transforms(), 'mean'):
+        return tuple(ready.mean), tuple(ready.std), f'as torchvision notes for {weights}'
+    return *_constants('resnet18', 3), 'those of ImageNet, which torchvision trains with'
+
+def _from_zoo(kind:str, name:str, weights:str, seed:int)->tuple[nn.Module, tuple]:
+    "A network of torchvision or timm without its classifier, and `_constants_of` it."
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(generator(seed, 'build', name).get_state())
-        net = (
-            zoo.get_model(name, weights=weights if named else None)
-            if kind == 'torchvision'
-            else zoo.create_model(name, pretrained=named)
-        )
-    head = _without_head(net, f'{kind}:{name}')
-    if weights and not named: _fill(net, weights, head)
-    return net
+        net, named = _created(kind, name, weights)
+        constants = _constants_of(kind, net, name, weights)
+        bare = _without_head(net, f'{kind}:{name}')
+        notes = _fill_bare(bare, weights, f'{kind}:{name}') if weights and not named else ()
+    return _noted(bare.net, *notes), constants
 
 # %% ../../nbs/audit/00_measure.ipynb #bb8119ff
 @contextmanager
@@ -340,30 +405,38 @@ def _from_function(module:str, function:str, weights:str)->nn.Module:
     net = maker()
     if not isinstance(net, nn.Module):
         raise TypeError(f'{module}:{function} must return a torch.nn.Module, found {type(net).__name__}')
-    if weights: _fill(net, weights)
-    return net
+    return _noted(net, *(fill(net, weights) if weights else ()))
 
 def load_model(
     model:str,        # see the table
     *,
-    weights:str='',   # a safetensors file or plain state dict; a name for torchvision and timm; empty: none
-    normalise:str='', # 'imagenet' or 'none'; empty: 'imagenet' for torchvision and timm
+    weights:str='',   # a file, see `read_checkpoint`; a name for torchvision and timm; empty: none
+    normalise:str='', # 'imagenet' or 'none'; empty: what torchvision and timm note for the network, else none
     trust:bool=False, # load files that may run code
     seed:int=0,       # of random weights
-)->nn.Module:         # on the CPU, in evaluation mode
+)->nn.Module:         # on the CPU, in evaluation mode; see `notes_of`
     "A model by name."
     kind, colon, name = model.partition(':')
-    zoo = kind in ('torchvision', 'timm')
+    path, zoo = Path(model).expanduser(), kind in ('torchvision', 'timm')
     check_choice('normalise', normalise, ('', 'imagenet', 'none'))
-    if Path(model).suffix in ('.pt', '.pth', '.pt2'):
+    constants: tuple = (*_constants('resnet18', 3), 'those of ImageNet, as asked for') if normalise == 'imagenet' else ()
+    if path.is_file() or not (colon and name) and path.suffix in ('.pt', '.pth', '.pt2'):
         if weights: raise ValueError(f'weights must be empty for {model}, which has its own, found {weights}')
-        net = _from_file(Path(model).expanduser(), trust)
+        net = _from_file(path, trust)
     elif not (colon and name):
         raise ValueError(
             f'model must be a .pt or .pt2 file, torchvision:NAME, timm:NAME or module:function, found {model!r}'
         )
-    else: net = _from_zoo(kind, name, weights, seed) if zoo else _from_function(kind, name, weights)
-    return (normalised(net) if normalise == 'imagenet' or zoo and not normalise else net).eval()
+    elif zoo:
+        net, own = _from_zoo(kind, name, weights, seed)
+        if not normalise: constants = own
+    else: net = _from_function(kind, name, weights)
+    if not constants: return net.eval()
+    mean, std, why = constants
+    note = f'Images are standardised inside with mean {_brief(mean)} and standard deviation {_brief(std)}, {why}.'
+    return _noted(normalised(net, mean=mean, std=std), *notes_of(net), note).eval()
+
+def _brief(values:Sequence[float])->str: return ', '.join(f'{v:.4g}' for v in values)
 
 # %% ../../nbs/audit/00_measure.ipynb #929d7749
 def placed(
@@ -477,6 +550,7 @@ ATTACKS = MappingProxyType({**SUITE, **FIXED, LTM_NEAREST.name: LTM_NEAREST})
 class Task(NamedTuple):
     "What is measured, on what, and where it is kept."
     model:nn.Module
+    fast:nn.Module          # of `models.networks.proven`
     pictures:Pictures
     protocol:Protocol
     attacks:tuple[str, ...] # names in `ATTACKS`
@@ -504,7 +578,7 @@ def _searched(task:Task)->tuple[Queries, Gallery]:
     "All queries and the gallery, embedded once."
     def make():
         emb = embed_all(
-            streamlined(task.model), task.pictures.dataset, batch_size=task.protocol.batch_size, device=task.device,
+            task.fast, task.pictures.dataset, batch_size=task.protocol.batch_size, device=task.device,
             show=task.show
         )
         return dict(sha256=save_tensors(task.run, 'embeddings.safetensors', dict(emb=emb)))
@@ -538,7 +612,7 @@ def _grid_of_steps(steps:int)->list[int]:
 
 def _curves(task:Task, queries:Queries, gallery:Gallery)->dict:
     "Points of the four curves by 'eps' or 'steps' and attack, and the seconds they took."
-    p, watch, lines, fast = task.protocol, Stopwatch(task.device), {}, streamlined(task.model)
+    p, watch, lines, fast = task.protocol, Stopwatch(task.device), {}, task.fast
     some = picked(queries, query_rows(len(queries.id), limit=min(CURVE_QUERIES, p.limit or CURVE_QUERIES), seed=p.seed))
     ways = dict(
         eps=partial(over_eps, eps=[k / 255 for k in RADII], step_ratio=p.step_size / p.eps, steps=p.steps, seed=p.seed),
@@ -1029,8 +1103,10 @@ def audit(
     pictures = read_images(
         listed, size=size, channels=channels, most=gallery, seed=seed, skip_unreadable=skip_unreadable, show=show
     )
-    some = torch.linspace(0, len(pictures.dataset) - 1, min(8, len(pictures.dataset))).long()
-    more, emb, pace = try_out(model, pictures.dataset.batch(some, device, dtype_of(model)))
+    few = a_few(pictures.dataset, model, device=device)
+    more, emb, pace = try_out(model, few)
+    fast = proven(model, few)
+    more += [*notes_of(model), *([fast.note] if fast.note else [])]
     if len(listed.files) > len(pictures.files) + len(pictures.skipped):
         more.append(
             f'A sample of {len(pictures.files):,} from {len(listed.files):,} listed images was used: fewer images are'
@@ -1041,7 +1117,7 @@ def audit(
         format=1, weights=checksum(model), data=pictures.dataset.checksum(), queries=pictures.queries,
         protocol=asdict(protocol), attacks=asked
     )
-    task = Task(model, pictures, protocol, asked, device, open_run(reports_root(out), 'audit', config), show)
+    task = Task(model, fast.model, pictures, protocol, asked, device, open_run(reports_root(out), 'audit', config), show)
     _check_behaviour(task.run, emb)
     if show and not task.run.has('evaluation.json'): _announce(task, pace)
     return _report(
