@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from .audit.hardening import harden
     from .audit.measure import audit
     from .data.archives import load as load_data
-    from .defenses.eat import make as make_defense
+    from .defenses.base import make_defense
     from .defenses.train import train
     from .metrics.evaluate import evaluate
     from .models.networks import build as build_model
 
 _PLACES = dict(
-    load_data='data.archives:load', build_model='models.networks:build', make_defense='defenses.eat:make',
+    load_data='data.archives:load', build_model='models.networks:build', make_defense='defenses.base:make_defense',
     train='defenses.train:train', evaluate='metrics.evaluate:evaluate',
     audit='audit.measure:audit', harden='audit.hardening:harden')
 

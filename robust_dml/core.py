@@ -201,7 +201,7 @@ def check_option(
 )->Any:             # the value; a whole number as a float where the option is one
     "Refuse a value of another type than the option has."
     kinds = _kinds(annotation)
-    if not kinds or type(value) in kinds: return value
+    if not kinds or isinstance(value, tuple(kinds)) and (bool in kinds or type(value) is not bool): return value
     if type(value) is int and float in kinds: return typed(name, value, 0.)
     raise TypeError(f"{name} must be {' or '.join(_SAID[k] for k in _SAID if k in kinds)}, found {value!r}")
 
@@ -224,8 +224,9 @@ def meant(
     names:Iterable[str], # that are
 )->str:
     "The nearest name as a question, if one is near."
-    near = difflib.get_close_matches(name, [n for n in names if not n.startswith('_')], 1, .5)
-    return f"; did you mean {near[0]!r}?" if near else ''
+    small = {n.lower(): n for n in names if not n.startswith('_')}
+    near = difflib.get_close_matches(name.lower(), small, 1, .5)
+    return f'; did you mean {small[near[0]]!r}?' if near else ''
 
 # %% ../nbs/00_core.ipynb #a3ab7643
 class Reference(NamedTuple):
@@ -250,7 +251,7 @@ def source_of(
     value:Any=None,   # a function of it, for a module without a file
 )->str:               # 16 hexadecimal digits
     "Hash of the source of a module."
-    files = _files(module) if getattr(module, '__file__', None) else []
+    files = _files(module) if getattr(module, '__file__', None) and module.__name__ != '__main__' else []
     try: texts = [file.read_bytes() for file in files] or [inspect.getsource(value).encode()]
     except (OSError, TypeError) as error:
         raise ValueError(
@@ -273,6 +274,7 @@ def _fresh(name:str)->ModuleType:
     "A user's module as its file is now."
     importlib.invalidate_caches()
     known = sys.modules.get(name)
+    if name == '__main__' and known: return known
     module = known or importlib.import_module(name)
     if not getattr(module, '__file__', None): return module
     source = source_of(module)
@@ -357,10 +359,13 @@ class Registry(Generic[_Record]):
             self._loaded = False
             raise
 
-    def names(self)->tuple[str, ...]:
-        "All names, sorted."
+    def names(self,
+        module:str='', # 'defenses.base': only what this one added
+    )->tuple[str, ...]:
+        "All names, module by module, in the order in which each adds them."
         self.load()
-        return tuple(sorted(self._records))
+        places = {name: maker.__module__.removeprefix('robust_dml.') for name, (_, maker) in self._records.items()}
+        return tuple(sorted((n for n, place in places.items() if module in ('', place)), key=lambda n: places[n]))
 
     def __contains__(self, name:object)->bool:
         if name not in self._records: self.load()
@@ -377,7 +382,7 @@ class Registry(Generic[_Record]):
         )
 
     def items(self)->list[tuple[str, _Record]]:
-        "Names and records, sorted by name."
+        "Names and records, in the order of the names."
         return [(name, self[name]) for name in self.names()]
 
 # %% ../nbs/00_core.ipynb #3e634e8a

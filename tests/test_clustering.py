@@ -30,7 +30,7 @@ from robust_dml.models.networks import build, embed, embed_all
 from robust_dml.attacks.loop import autograd_gradient
 from robust_dml.runs.store import Run, append_line, read_lines, to_json
 from robust_dml.defenses.train import train
-from robust_dml.defenses.colo_tride import make
+from robust_dml.defenses.base import make_defense as make
 
 BUDGET = dict(eps=24/255, step_size=6/255, steps=6, show=False, backend='torch', kmeans_restarts=2, kmeans_rounds=20)
 

@@ -228,9 +228,9 @@ def test_a_name_is_taken_once(tmp_path):
 def test_an_unknown_name_is_told_which_was_meant():
     shelf = core.Registry('attack')
     for name in ('swap', 'flee'): shelf.add(name, name, _soft)
-    with pytest.raises(ValueError, match="^attack must be one of flee, swap, .* found 'swop'; did you mean 'swap'[?]$"):
+    with pytest.raises(ValueError, match="^attack must be one of swap, flee, .* found 'swop'; did you mean 'swap'[?]$"):
         shelf['swop']
-    assert 'swop' not in shelf and 'swap' in shelf and [*shelf] == ['flee', 'swap']
+    assert 'swop' not in shelf and 'swap' in shelf and [*shelf] == ['swap', 'flee']
 
 
 def test_a_folder_adds_its_modules(tmp_path, monkeypatch):

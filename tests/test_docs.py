@@ -15,7 +15,9 @@ import prepare  # noqa: E402
 from builder import api, catalogues, notebooks, results  # noqa: E402
 
 from robust_dml.attacks import suite, strong
-from robust_dml.defenses import baselines, eat, colo_tride
+from robust_dml.core import DEFENSES
+from robust_dml.defenses import colo_tride
+from robust_dml.defenses.base import make_defense
 from robust_dml.metrics import clustering
 from robust_dml.papers.colo_tride import guide  # noqa: E402
 
@@ -191,8 +193,8 @@ def test_catalogues_are_complete(source):
     for name in (*suite.SUITE, *suite.FIXED, *strong.BEYOND, *clustering.ATTACKS):
         assert f'### {name}\n' in text and f'pictures/attack {name}.png' in text
     text = (source/'defenses.md').read_text(encoding='utf-8')
-    for name in (*colo_tride.DEFENSES, *baselines.BASELINES, 'tuples', *eat.PROXY):
-        assert f'pictures/defense {name}.png' in text and f'make({name!r}' in text
+    for name in (name for name, of in DEFENSES.items() if of.name == name):
+        assert f'pictures/defense {name}.png' in text and f'make_defense({name!r}' in text
 
 
 def test_switches_are_those_of_the_library():
@@ -269,6 +271,6 @@ def test_pictures_show_the_images_of_the_update(name, moves):
     x, label = torch.rand(12, 1, 28, 28, generator=gen), torch.arange(12)//2
     model = pictures.networks.build('small', dim=8, size=28, channels=1, seed=0)
     options = dict(margin=.2) if name == 'natural' else dict(eps=.1, step_size=.05, steps=2, margin=.2, lam=10.)
-    images, = pictures.seen_in_update(eat.make(name, **options), model, x, label)
+    images, = pictures.seen_in_update(make_defense(name, **options), model, x, label)
     apart = (images[:,None] - x).abs().flatten(2).amax(2).amin(1)
     assert int((apart > 1e-4).sum()) == moves and apart.max() <= .1 + 1e-6

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from robust_dml.data import sets
 from robust_dml.defenses import eat as module
 from robust_dml.attacks.suite import SUITE
-from robust_dml.core import generator
-from robust_dml.defenses.base import Clock
-from robust_dml.defenses.eat import PROXY, Batch, Ensemble, Parts, Shared, adp_term, ensemble, everything, gal_term
-from robust_dml.defenses.eat import joined, make, network, pal, pal_sample, peers, sequential_gradient, split
+from robust_dml.core import DEFENSES, generator
+from robust_dml.defenses.base import Clock, make_defense as make
+from robust_dml.defenses.eat import Batch, Ensemble, Parts, Shared, adp_term, ensemble, everything, gal_term
+from robust_dml.defenses.eat import joined, network, pal, pal_sample, peers, sequential_gradient, split
 from robust_dml.defenses.eat import strength, transfer_matrix
 from robust_dml.metrics.evaluate import Protocol, attack_batches, evaluate, mean_outcomes, queries_and_gallery
 from robust_dml.models.networks import checksum, embed, embed_all, frozen
@@ -24,6 +24,8 @@ from robust_dml.attacks.loop import autograd_gradient, pgd
 from robust_dml.metrics.scores import HEADINGS
 from robust_dml.runs.store import Run, to_json
 from robust_dml.defenses.train import train
+
+PROXY = tuple(name for name in DEFENSES.names('defenses.eat') if not DEFENSES[name].fixed)
 
 BALL = dict(eps=.1, step_size=.03, steps=4)
 AT_ONCE = dict(BALL, warm_epochs=0, clean_epochs=0, ramp_epochs=0, clip=1e9)

@@ -15,7 +15,7 @@ from robust_dml.metrics.retrieval import nmi
 from robust_dml.models.networks import build
 from robust_dml.runs.store import Run, StoreError, append_line, read_lines
 from robust_dml.defenses.train import train
-from robust_dml.defenses.colo_tride import make
+from robust_dml.defenses.base import make_defense as make
 
 
 @pytest.fixture(scope='module')

@@ -686,7 +686,7 @@ CODE = (
 def _text(seed):
     rng = Random(seed)
     switch = (
-        f"{rng.choice(sorted(experiments.DEFENSES))}:"
+        f"{rng.choice(sorted(core.DEFENSES))}:"
         f"{rng.choice(('eps', 'lam', 'top', 'profile', 'loss', 'steps', '__class__'))}="
         f"{words(rng, 'tuned', 'official', 'true', 'null', '[]', '{}').replace('9'*5000, '9'*4000)}"
     )

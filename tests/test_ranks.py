@@ -11,18 +11,17 @@ import torch
 import torch.distributed as dist
 
 from robust_dml.data import sets as data
-from robust_dml.defenses import eat, tuples
+from robust_dml.defenses import eat
 from robust_dml.runs import processes
 from robust_dml.attacks.suite import SUITE
 from robust_dml.core import generator
-from robust_dml.defenses.base import Clock, Defense
+from robust_dml.defenses.base import Clock, Defense, make_defense as make
 from robust_dml.metrics.evaluate import evaluate
 from robust_dml.metrics.parallel import knn_together
 from robust_dml.neighbors import knn
 from robust_dml.models.networks import build, embed, streamlined, train_mode
 from robust_dml.runs.store import Run, read_lines
 from robust_dml.defenses.train import train
-from robust_dml.defenses.colo_tride import make
 
 INNER = dict(eps=.1, step_size=.05, steps=2, margin=.2)
 # most gradients are clipped
@@ -31,14 +30,14 @@ DEFENSES = dict(
     natural=lambda: make('natural', margin=0.2, miner='semihard'), hm=lambda: make('hm', ics=0.5, **INNER),
     official=lambda: make('colo_tride', lam=2.0, profile='official', step_schedule='const', **INNER),
     paper=lambda: make('colo_tride', lam=2.0, profile='paper', step_schedule='const', **INNER),
-    free=lambda: tuples.make('free', eps=0.1, step_size=0.05, margin=0.2, repeats=2),
+    free=lambda: make('free', eps=0.1, step_size=0.05, margin=0.2, repeats=2),
     # nine images are moved
-    library=lambda: tuples.make(
+    library=lambda: make(
         'library_loss', loss='MultiSimilarityLoss', eps=0.1, step_size=0.05, steps=2, moved='first', clean_weight=0.5
     ),
-    tuples=lambda: tuples.make('tuples', attack_rate=0.5, **INNER),
-    eat=lambda: eat.make('eat', members=2, split_unit='class', **PROXIES),
-    gal=lambda: eat.make('gal', members=2, **PROXIES),  # with gradients of gradients
+    tuples=lambda: make('tuples', attack_rate=0.5, **INNER),
+    eat=lambda: make('eat', members=2, split_unit='class', **PROXIES),
+    gal=lambda: make('gal', members=2, **PROXIES),  # with gradients of gradients
 )
 OPTIONS = dict(pairs=9, lr=1e-3, seed=0, show=False)    # 18 images: two batches in an epoch
 

@@ -23,7 +23,7 @@ from robust_dml.attacks.strong import APGD, BALLS, BEYOND, GOALS, LTM_NEAREST, R
 from robust_dml.attacks.strong import curve, curve_line, decisive, onto_l2, onto_linf, order, over_eps, over_steps
 from robust_dml.attacks.strong import random_start, run_strong, sides, spqa, three, unit, worst_case
 from robust_dml.defenses.train import train
-from robust_dml.defenses.colo_tride import make
+from robust_dml.defenses.base import make_defense as make
 
 PLAIN = {**SUITE, **FIXED}
 ALL = {**PLAIN, **BEYOND}

@@ -13,7 +13,7 @@ from robust_dml.defenses.base import Defense
 from robust_dml.models.networks import build
 from robust_dml.runs.store import Run, StoreError, load_tensors, save_tensors
 from robust_dml.defenses.train import replay, train
-from robust_dml.defenses.colo_tride import make
+from robust_dml.defenses.base import make_defense as make
 
 OPTIONS = dict(epochs=3, pairs=12, lr=1e-3, seed=0, show=False)  # 36 images: three batches in an epoch
 

@@ -9,13 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from robust_dml.triplets.collapse import collapseness
-from robust_dml.core import generator
-from robust_dml.defenses.base import Clock, Step, clean_embedding, perturb, take, triplet_distances
+from robust_dml.core import DEFENSES, generator
+from robust_dml.defenses.base import Clock, Step, clean_embedding, make_defense as make, perturb, take, triplet_distances
 from robust_dml.triplets.mining import MINERS, gradual_margin
-from robust_dml.defenses.colo_tride import CHOICES, DEFENSES, NAIVE, PAPER, PROFILES, Switches, anp_objective
-from robust_dml.defenses.colo_tride import cap_objective, direction, inner_objective, make, naive, nearest_half
+from robust_dml.defenses.colo_tride import CHOICES, NAIVE, PAPER, PROFILES, Switches, anp_objective
+from robust_dml.defenses.colo_tride import cap_objective, direction, inner_objective, naive, nearest_half
 from robust_dml.defenses.colo_tride import reaction, stop_rule, switches, top_gain, top_loss, top_term, tride
-from robust_dml.defenses.colo_tride import update_loss, valid_options
+from robust_dml.defenses.colo_tride import update_loss
 
 D_AP,D_AN = torch.tensor([.30, .60, .90, .20]),torch.tensor([.50, .55, 1.00, .70])
 INNER = dict(eps=.1, step_size=.03, steps=6, margin=.2, lam=4.)
@@ -326,9 +326,10 @@ def test_wrong_values_are_refused(options):
 
 # ---- the state, all defences by name
 
+METHODS = ('natural', 'act', 'hm', 'colo_tride', *NAIVE)
 NAMES = {
-    name: {k: v for k, v in INNER.items() if k in valid_options(name)} | (dict(ics=0.5) if name == 'hm' else {})
-    for name in DEFENSES
+    name: {k: v for k, v in INNER.items() if k in DEFENSES[name].options} | (dict(ics=0.5) if name == 'hm' else {})
+    for name in METHODS
 }
 
 @pytest.mark.parametrize('name', NAMES)
@@ -384,8 +385,8 @@ def test_collapsed_and_tiny_batches_are_finite(profile, phase):
 
 
 def test_naive_and_presets_cover_the_tables():
-    assert set(NAIVE) == {'naive_cap', 'naive_anp', 'naive_tride', 'naive_sip'} and set(DEFENSES) == {
-        'natural', 'act', 'hm', 'colo_tride', *NAIVE
+    assert set(NAIVE) == {'naive_cap', 'naive_anp', 'naive_tride', 'naive_sip'} == {
+        name for name in DEFENSES.names('defenses.colo_tride') if name.startswith('naive')
     }
     setting_a = tride(eps=32/255, step_size=16/255, steps=4, margin=.2, lam=2., profile='official').options
     assert (

@@ -10,18 +10,18 @@ from torch.nn import functional as F
 from robust_dml.data import sets
 from robust_dml.attacks.suite import Gallery, Queries, members
 from robust_dml.metrics.clustering import ATTACKS
-from robust_dml.core import generator
+from robust_dml.core import DEFENSES, generator
 from robust_dml.data.sets import ImageSet
-from robust_dml.defenses.base import Clock, Defense, clean_embedding
+from robust_dml.defenses.base import Clock, Defense, clean_embedding, make_defense as make
 from robust_dml.triplets.distances import paired_distance
 from robust_dml.study.cost import noise_set
 from robust_dml.triplets.mining import Triplets
 from robust_dml.models.networks import build, embed, embed_all
 from robust_dml.runs.store import Run, to_json
 from robust_dml.defenses.train import train
-from robust_dml.defenses.tuples import GRANULARITIES, LOSSES, ROLES, craft, find, fold_increase, make, mean_cosine, mine
+from robust_dml.defenses.tuples import GRANULARITIES, LOSSES, ROLES, craft, find, fold_increase, mean_cosine, mine
 from robust_dml.defenses.tuples import on_batch, per_image, per_tuple, retrieved, surrogate, tuple_loss, tuple_terms
-from robust_dml.defenses.tuples import tuples, under_attack, valid_options
+from robust_dml.defenses.tuples import tuples, under_attack
 
 BALL = dict(eps=.1, step_size=.04, steps=5)
 INNER = dict(BALL, margin=.2)
@@ -434,7 +434,7 @@ def test_options():
     assert (
         d.name == 'tuples'
         and make(d.name, **json.loads(json.dumps(d.options))).options == d.options
-        and set(d.options) == set(valid_options('tuples'))
+        and set(d.options) == set(DEFENSES['tuples'].options)
     )
     for wrong, said in (
         (dict(role='a'), "role must be one of 'anc', 'pos', 'neg'"),

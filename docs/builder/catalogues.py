@@ -10,11 +10,10 @@ from pathlib import Path
 from builder.api import PACKAGE, comments, escaped
 from builder.notebooks import address, folder_of, library, links, section
 from robust_dml.attacks import suite, strong
-from robust_dml.defenses import baselines, eat, colo_tride as tride
+from robust_dml.core import DEFENSES
+from robust_dml.defenses import colo_tride as tride
 from robust_dml.metrics import clustering
-from robust_dml.study import experiments
 from robust_dml.papers.colo_tride import guide
-from robust_dml.defenses.tuples import tuples
 
 
 def linked(
@@ -212,18 +211,23 @@ def _defense_section(name:str, made, label:str, pictures:Pictures)->str:
     own = tride.NAIVE.get(name, {})
     text = escaped(f.__doc__) + (f' `{name}` sets {", ".join(f"`{k}={v!r}`" for k, v in own.items())}.' if own else '')
     picture = pictures(f'defense {name}', lambda: defense_picture(name), f'Where {label} takes the images of a batch')
-    options = ', '.join(f'`{o}`' for o in eat.valid_options(name))
+    options = ', '.join(f'`{o}`' for o in DEFENSES[name].options)
     return f'### {label}\n\n' + beside(
-        picture, text, f'{linked(code)}, explained in {cell_link(code)}. By name: `make({name!r}, ...)`.',
+        picture, text, f'{linked(code)}, explained in {cell_link(code)}. By name: `make_defense({name!r}, ...)`.',
         f'<details><summary>Options</summary>\n\n{options}\n\n</details>'
     )
 
 
+def _methods(modules:tuple[str, ...])->list[str]:
+    "Defenses that some modules add, without their variants."
+    names = [name for module in modules for name in DEFENSES.names(module)]
+    return [name for name in names if DEFENSES[name].name == name]
+
+
 def defenses_page(pictures:Pictures)->str:
     "Every defence with its picture."
-    labels = {row.defense: row.label for row in experiments.DEFENSES.values() if not row.options} | dict(
-        tuples='Robust tuples', library_loss='Losses of pytorch-metric-learning', free='Free adversarial training',
-        eat='EAT (our reconstruction)'
+    labels = {name: of.label for name, of in DEFENSES.items()} | dict(
+        library_loss='Losses of pytorch-metric-learning', free='Free adversarial training'
     )
     groups = (
         (
@@ -233,16 +237,16 @@ def defenses_page(pictures:Pictures)->str:
                 ' [defenses/01_colo_tride](nbs/defenses/01_colo_tride.ipynb). For the two that take turns, orange is'
                 ' the first batch (CAP) and black the second (ANP).'
             ),
-            tride.DEFENSES,
+            ('defenses.base', 'defenses.colo_tride'),
         ),
         (
             'Baselines',
             'More ways to train against attacks, in [defenses/02_baselines](nbs/defenses/02_baselines.ipynb).',
-            baselines.BASELINES
+            ('defenses.baselines',)
         ),
         (
             'Robust tuples', 'One element of each tuple moves, in [defenses/03_tuples](nbs/defenses/03_tuples.ipynb).',
-            dict(tuples=tuples)
+            ('defenses.tuples',)
         ),
         (
             'Proxies and ensembles',
@@ -250,7 +254,7 @@ def defenses_page(pictures:Pictures)->str:
                 'EAT (our reconstruction) and what stands beside it, in [defenses/04_eat](nbs/defenses/04_eat.ipynb).'
                 ' The picture is that of the first member; crosses are mixtures of two images.'
             ),
-            eat.PROXY,
+            ('defenses.eat',),
         ),
     )
     parts = [
@@ -265,7 +269,7 @@ def defenses_page(pictures:Pictures)->str:
     for title, intro, some in groups:
         parts += [
             f'## {title}', intro,
-            *(_defense_section(name, made, labels.get(name, name), pictures) for name, made in some.items())
+            *(_defense_section(name, DEFENSES[name].constructor, labels[name], pictures) for name in _methods(some))
         ]
     return '\n\n'.join(parts) + '\n'
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from robust_dml.attacks import blackbox
 from robust_dml.data import sets
-from robust_dml.defenses import eat, train, colo_tride
+from robust_dml.defenses import eat, train
 from robust_dml.models import networks
 from robust_dml.attacks.suite import SUITE, Attack, Gallery, Queries, members, run_attack
-from robust_dml.core import generator
-from robust_dml.defenses.base import Clock
+from robust_dml.core import DEFENSES, generator
+from robust_dml.defenses.base import Clock, make_defense
 from robust_dml.triplets.distances import normalise
 from robust_dml.models.networks import embed
 from robust_dml.report.tables import png, theme
@@ -109,7 +109,7 @@ def _learned(seed:int, epochs:int=20)->nn.Module:
     "A small network after a little training without attack, so that classes have a place."
     model = networks.build('small', dim=16, size=28, channels=1, seed=seed)
     train.train(
-        model, _glyphs().train, colo_tride.make('natural', margin=0.2), epochs=epochs, pairs=12, lr=1e-3, show=False
+        model, _glyphs().train, make_defense('natural', margin=0.2), epochs=epochs, pairs=12, lr=1e-3, show=False
     )
     return model
 
@@ -161,14 +161,14 @@ def _arrows(ax, spots, before, images, x, colour)->None:
 
 
 def defense_picture(
-    name:str, # key of `defenses.eat.make`
+    name:str, # of a defense
 )->bytes:     # PNG
     "Where a defence takes the images of one batch before it learns from them."
     options = dict(eps=EPS, step_size=EPS/4, steps=8, lam=10., ics=.5, profile='official', top=.5)
-    if name not in eat.PROXY: options |= dict(margin=1. if name == 'topweighted' else .2)
+    if not eat.has_proxies(name): options |= dict(margin=1. if name == 'topweighted' else .2)
     if name == 'library_loss': options |= dict(loss='ContrastiveLoss')
-    asked = {k: v for k, v in options.items() if k in eat.valid_options(name) and (k, name) != ('lam', 'pal_alp')}
-    defense = eat.make(name, **asked)
+    asked = {k: v for k, v in options.items() if k in DEFENSES[name].options and (k, name) != ('lam', 'pal_alp')}
+    defense = make_defense(name, **asked)
     model, rows = _network(defense), torch.arange(12)//2*8 + torch.arange(12)%2
     x, label = _glyphs().train.batch(rows), _glyphs().train.labels[rows]
     batches = seen_in_update(defense, model, x, label, steps=dict(colo_tride=2, naive_tride=2, free=4).get(name, 1))

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'ROLES', 'GRANULARITIES', 'mine', 'tuple_terms', 'tuple_loss', 'surrogate', 'Aim', 'per_tuple', 'per_image',
-           'on_batch', 'craft', 'mean_cosine', 'tuple_log', 'tuples', 'valid_options', 'make', 'find', 'retrieved',
-           'under_attack', 'Fold', 'fold_increase']
+           'on_batch', 'craft', 'mean_cosine', 'tuple_log', 'tuples', 'find', 'retrieved', 'under_attack', 'Fold',
+           'fold_increase']
 
 # %% ../../nbs/defenses/03_tuples.ipynb #7935eb79
-import inspect, math, warnings
+import math, warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -16,12 +16,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import baselines
 from ..attacks.suite import Attack, Gallery, Queries
 from ..core import check_between, check_choice
 from ..data.sets import ImageSet
 from .base import OFFSET, Defense, Step, check_inner, clean_embedding, embed_together, take
-from .base import training_log, triplet_distances
+from .base import registered, training_log, triplet_distances, variant
 from ..triplets.distances import paired_distance, pairwise_distance, triplet_loss
 from ..metrics.retrieval import retrieval
 from ..triplets.mining import Triplets, _draw
@@ -213,6 +212,7 @@ def _step(
     )
 
 # %% ../../nbs/defenses/03_tuples.ipynb #79ea8029
+@registered('Robust tuples', source='Panum et al. 2021, arXiv 2102.07265')
 def tuples(
     *,
     eps:float,            # radius in [0, 1]; the paper's code: 0.01
@@ -242,23 +242,16 @@ def tuples(
     )
     return Defense('tuples', options, dict, partial(_step, **options))
 
-# %% ../../nbs/defenses/03_tuples.ipynb #8e2a9940
-def valid_options(
-    name:str,       # 'tuples' or a key of `defenses.baselines.make`
-)->tuple[str, ...]: # names that `make` accepts
-    "Options of a defence."
-    return tuple(inspect.signature(tuples).parameters) if name == 'tuples' else baselines.valid_options(name)
-
-def make(
-    name:str,  # 'tuples' or a key of `defenses.baselines.make`
-    **options, # keywords of that defence
-)->Defense:
-    "A defence by name; `make(d.name, **d.options)` gives `d` again."
-    if name != 'tuples': return baselines.make(name, **options)
-    valid = valid_options(name)
-    if unknown := sorted(set(options) - set(valid)):
-        raise TypeError(f'{name} has no option {", ".join(unknown)}; it has {", ".join(valid)}')
-    return tuples(**options)
+variant(
+    'natural_triplet', 'Natural (tuples, triplet)', 'tuples', loss='triplet', attack_rate=0.0,
+    looks={'': ('#3f3f74', 'p')}
+)
+variant('tuples_triplet', 'Robust tuples, triplet', 'tuples', loss='triplet', looks={'': ('#0072b2', 'p')})
+variant(
+    'natural_contrastive', 'Natural (tuples, contrastive)', 'tuples', loss='contrastive', attack_rate=0.0,
+    looks={'': ('#8a8ab0', 'p')}
+)
+variant('tuples_contrastive', 'Robust tuples, contrastive', 'tuples', loss='contrastive', looks={'': ('#009e73', 'p')})
 
 # %% ../../nbs/defenses/03_tuples.ipynb #53b58b3a
 def find(

@@ -19,7 +19,7 @@ from typing import Any, TYPE_CHECKING
 
 from ..metrics.clustering import ClusterProtocol, class_rows, clustered, references
 from ..core import kept_memory, need
-from ..defenses.eat import PROXY, eat
+from ..defenses.eat import eat, has_proxies
 from ..study.experiments import Cell, Plan, alone, cells, check_weights, evaluation_config, parameters
 from ..study.experiments import plan, results, table_row, train_cell, trained_as
 from ..report.pages import defence_name, fixed_text, html_row, join_words, mean_spread, opening
@@ -174,7 +174,7 @@ def leaders(
     "Who leads among the defences made for retrieval, and who among those made for clustering."
     def kind(proxies):
         return means(
-            [r for r in _sound(records) if not _natural(r) and (table_row(r['defense']).defense in PROXY) == proxies]
+            [r for r in _sound(records) if not _natural(r) and has_proxies(table_row(r['defense']).defense) == proxies]
         )
     kinds = {'Made for retrieval': kind(False), 'Made for clustering': kind(True)}
     return need('pandas', 'a table').DataFrame(

@@ -31,7 +31,9 @@ from ..study.compare import seed_interval
 from ..core import fingerprint, generator, kept_memory, listed, need, progress
 from ..data.sets import ImageSet
 from ..triplets.distances import normalise
-from ..defenses.eat import PROXY, Ensemble, make, network, sequential_gradient, transfer_matrix
+from ..defenses.base import make_defense
+from ..defenses.lines import entry_of
+from ..defenses.eat import Ensemble, has_proxies, network, sequential_gradient, transfer_matrix
 from ..study.experiments import PAPER_224, Cell, Plan, Setting, alone, check_weights, defense, overrides
 from ..study.experiments import parameters, plan, recipe, table_row, train_cell, trained_as, with_budget
 from ..study.experiments import _shareable
@@ -167,13 +169,13 @@ def cell_of(
     row = table_row(entry)
     more:dict[str, Any] = {}
     # the source's 5 and 5 or 10, halved
-    if row.defense in PROXY and plan.preset == 'paper' and plan.recipe.weights:
+    if has_proxies(row.defense) and plan.preset == 'paper' and plan.recipe.weights:
         more = dict(warm_epochs=3, decay_every=2.5 if plan.dataset == 'cub' else 5)
     if row.defense == 'eat' and plan.data.train.labels.bincount().min() < row.options.get('members', 3):
         more['absent'] = 'negative'
     switches = '+'.join(f'{key}={value}' for key,value in more.items())
     return Cell(
-        plan.recipe.settings[0], f"{entry}{'+' if ':' in entry else ':'}{switches}" if more else entry,
+        plan.recipe.settings[0], entry_of(entry, switches),
         plan.recipe.profiles[0] if entry == 'colo_tride' else '', label, seed
     )
 
@@ -209,7 +211,7 @@ def growth(
 def _carry_out(task):
     "Two updates, or one step against a batch."
     t, chosen, images = (
-        task, make(task['defense'], **task['options']),
+        task, make_defense(task['defense'], **task['options']),
         noise_set(task['images'], max(2, task['images'] // 10), tuple(task['shape']))
     )
     model = network(

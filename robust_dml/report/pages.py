@@ -18,7 +18,7 @@ from typing import Any, TYPE_CHECKING
 import numpy as np
 import PIL.Image
 
-from ..core import need
+from ..core import DEFENSES, need
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
@@ -81,53 +81,6 @@ def slug(text:str)->str:
     return re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-') or 'x'
 
 # %% ../../nbs/report/00_pages.ipynb #fe9836d7
-_LOOKS = {  # colour and marker
-    'natural': ('#7a7a7a', 'o'),
-    'act': ('#0072b2', 's'),
-    'hm': ('#009e73', '^'),
-    'colo_tride': ('#d55e00', 'D'),
-    'colo_tride paper': ('#cc79a7', 'P'),
-    'colo_cap': ('#b45f06', 'v'),
-    'colo_anp': ('#0b5394', '<'),
-    'colo_cap paper': ('#f6b26b', 'v'),
-    'colo_anp paper': ('#6fa8dc', '<'),
-    'colo_steps paper': ('#8c564b', 'h'),
-    'colo_tride paper_steps': ('#8c564b', 'd'),
-    'colo_early paper': ('#741b47', 'p'),
-    'assist_part paper': ('#38761d', '^'),
-    'assist_full paper': ('#93c47d', 'd'),
-    'colo_tride paper_range': ('#c90076', '>'),
-    'colo_cap paper_range': ('#bf9000', 'v'),
-    'colo_anp paper_range': ('#134f5c', '<'),
-    'range_early paper_range': ('#351c75', 'p'),
-    'range_part paper_range': ('#274e13', '^'),
-    'range_full paper_range': ('#6aa84f', 'd'),
-    'est': ('#1b9e77', 'o'),
-    'ses': ('#7570b3', 's'),
-    'minmax': ('#5e4fa2', 'X'),
-    'free': ('#66a61e', 'v'),
-    'multi_similarity': ('#e7298a', '<'),
-    'naive_cap': ('#e69f00', 'v'),
-    'naive_anp': ('#56b4e9', '<'),
-    'naive_tride': ('#a6761d', '>'),
-    'naive_sip': ('#6a3d9a', 'X'),
-    'natural_triplet': ('#3f3f74', 'p'),
-    'natural_contrastive': ('#8a8ab0', 'p'),
-    'tuples_triplet': ('#0072b2', 'p'),
-    'tuples_contrastive': ('#009e73', 'p'),
-    'pal_natural': ('#5c4033', '*'),
-    'pal_at': ('#0072b2', '*'),
-    'pal_mixup': ('#e69f00', '*'),
-    'pal_mixup_at': ('#d55e00', '*'),
-    'pal_trades': ('#cc79a7', '*'),
-    'pal_alp': ('#009e73', '*'),
-    'ensemble_at': ('#0072b2', 'h'),
-    'joint_at': ('#009e73', 'h'),
-    'adp': ('#cc79a7', 'h'),
-    'gal': ('#e69f00', 'h'),
-    'dverge': ('#56b4e9', 'h'),
-    'eat': ('#d55e00', 'h'),
-}
 _SHAPES = {
     'o': '●', 's': '■', '^': '▲', 'D': '◆', 'P': '✚', 'v': '▼', '<': '◀', '>': '▶', 'X': '✖', '*': '★', 'p': '⬟',
     'd': '♦', 'h': '⬢', '8': '●'
@@ -141,7 +94,8 @@ def look(record:Mapping[str,Any])->tuple[str,str]: # colour and marker
     "The colour and marker of a defence, the same in every figure and table."
     name = record['defense']
     if ':' in name or record.get('profile') == 'tuned': return _CYCLE[record.get('place', 0) % len(_CYCLE)]
-    return _LOOKS.get(f"{name} {record.get('profile', '')}", _LOOKS.get(name, ('#000000', '*')))
+    looks = DEFENSES[name].looks if name in DEFENSES else {}
+    return looks.get(record.get('profile', ''), looks.get('', ('#000000', '*')))
 
 @contextmanager
 def theme()->Iterator[None]:

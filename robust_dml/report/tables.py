@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..core import check_choice, need
+from ..core import DEFENSES, check_choice, need
 from .pages import clock_text, defence_legend, defence_name, document, facts_table, fixed_text
 from .pages import html_figure, html_row, in_255, in_pixels, join_words, look, mean_spread, new_figure
 from .pages import number_cell, opening, png_file, png, slug, spread_text, table_box, theme
@@ -270,16 +270,14 @@ def to_markdown(table:'DataFrame', experiment:str)->str:
     return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines)
 
 # %% ../../nbs/report/01_tables.ipynb #79494a48
-_PRINTED = {
-    'N/A': 'natural', 'ACT': 'act', 'HM': 'hm', 'Ours': 'colo_tride', 'COLO-CAP': 'colo_cap', 'COLO-ANP': 'colo_anp',
-    'COLO-TRIDE': 'colo_tride', 'w/o': 'natural', '“assist”-part': 'assist_part', '“assist”-full': 'assist_full',
-    'Ours w/o early disabling': 'colo_early', 'Ours (“assist”+“attack”)': 'colo_steps'
-}
+def _printed()->dict[str, str]:
+    "The paper's names of rows, and ours."
+    return {text: name for name, of in DEFENSES.items() for text in of.printed}
 
 # Setting, Defense, Metric, Printed (text), Ours, Difference (ours - printed)
 def compare(results:Mapping[str,Any])->'DataFrame':
     "The paper's numbers for this data set, ours, and the difference."
-    table, lines = _table(results, results['experiment']), []
+    table, lines, ours_of = _table(results, results['experiment']), [], _printed()
     defenses, number = {key: records[0]['defense'] for key, records in _rows(results).items()}, results[
         'experiment'
     ].removeprefix('table')
@@ -287,7 +285,7 @@ def compare(results:Mapping[str,Any])->'DataFrame':
     for row in table.to_dict('records'):
         for cell in cells:
             metric = {'ARS': 'Averaged ARS'}.get(cell['metric'], cell['metric'])
-            if _PRINTED.get(cell['defense']) != defenses[row['Setting'], row['Defense']] or metric not in row: continue
+            if ours_of.get(cell['defense']) != defenses[row['Setting'], row['Defense']] or metric not in row: continue
             ours, text = row[metric], str(cell['value'])
             printed = float(text) if re.fullmatch(r'-?\d+(\.\d+)?', text) else math.nan
             lines.append(

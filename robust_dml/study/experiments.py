@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from ..data.archives import is_archive, load
 from ..core import check_choice, check_known, kept_memory, listed, pick_device, typed
 from ..data.sets import QueryGallery, Split
-from ..defenses.base import Defense
-from ..defenses.eat import PROXY, ProxyDefense, make, network
-from ..defenses.lines import DEFENSES, SCALED, TABLE_DEFENSES, TUNABLE, Row, Setting
-from ..defenses.lines import defense_of, resolve, table_lines, table_row, tuned, versions
+from ..defenses.base import Defense, make_defense
+from ..defenses.eat import ProxyDefense, network
+from ..defenses.lines import TABLE_DEFENSES, Setting
+from ..defenses.lines import defense_of, table_lines, table_row, versions
 from ..metrics.evaluate import Protocol, evaluate, examples
 from ..runs.jobs import executor, run_jobs, stoppable
 from ..models.networks import MODELS, checksum
@@ -515,7 +515,7 @@ def cells(plan:Plan)->Iterator[Cell]:
 
 def natural(recipe:Recipe)->Defense:
     "Natural training, also the warm-up of settings that have one."
-    return make('natural', margin=recipe.margin, miner=recipe.natural_miner)
+    return make_defense('natural', margin=recipe.margin, miner=recipe.natural_miner)
 
 def defense(
     cell:Cell,
@@ -541,6 +541,7 @@ def training_config(
     r = plan.recipe
     usual = dict(optimizer='adam', schedule='const', head_lr=0.)
     further = {name: getattr(r, name) for name,value in usual.items() if getattr(r, name) != value}
+    if defense.code: further['code'] = defense.code # the source of a user's own
     if r.head_lr == r.lr: further.pop('head_lr', None)
     return further | dict(
         format=1, data=plan.card['checksum'], size=r.size, crop=r.crop, channels=r.channels, model=r.model,

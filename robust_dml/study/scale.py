@@ -35,7 +35,7 @@ from ..report.pages import facts_table, html_figure, html_row, new_figure, openi
 from ..neighbors import knn
 from ..runs.store import provenance
 from ..report.tables import publish
-from ..defenses.colo_tride import make
+from ..defenses.base import make_defense
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -349,7 +349,7 @@ def timed_rounds(
     model, x = build(network, dim=128, size=size, channels=channels, seed=0), torch.rand(
         images, channels, size, size, generator=generator(0, 'scale images')
     )
-    defense, label = make('act', eps=8 / 255, step_size=1 / 255, steps=steps, margin=0.2), torch.arange(
+    defense, label = make_defense('act', eps=8 / 255, step_size=1 / 255, steps=steps, margin=0.2), torch.arange(
         images // 2
     ).repeat_interleave(2)
     def update():

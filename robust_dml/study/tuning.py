@@ -20,10 +20,11 @@ from typing import Any, TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..core import check_between, check_choice, fingerprint, generator, kept_memory, listed, typed
+from ..core import DEFENSES, check_between, check_choice, fingerprint, generator, kept_memory, listed, typed
 from ..data.sets import ImageSet, Split
-from .experiments import DEFENSES, SCALED, Cell, Plan, Setting, check_split, defense, describe
-from .experiments import parameters, plan, record, resolve, tuned, _shareable
+from ..defenses.lines import SCALED, Setting, entry_of, resolve, tuned
+from .experiments import Cell, Plan, check_split, defense, describe
+from .experiments import parameters, plan, record, _shareable
 from ..runs.jobs import only_inline
 from ..report.pages import defence_legend, defence_name, facts_table, html_figure, html_row, look
 from ..report.pages import new_figure, opening, png, table_box, theme
@@ -81,21 +82,17 @@ def holdout(
 
 # %% ../../nbs/study/01_tuning.ipynb #43853e68
 # images moved per triplet and inner step, by method
-IMAGES = dict(act=2., hm=3., colo_tride=1.5, naive_tride=1.5, naive_sip=3.)
-_SCHEDULES = dict(profile=('official', 'paper'), lam=(1., 2., 5., 10.), step_schedule=('const', 'linear0', 'linear1'))
-_OWN = dict[str, dict[str, tuple]](
-    act=dict(miner=('random', 'semihard', 'softhard')),
-    hm=dict(ics=(0.0, 0.5, 1.0), source=('softhard', 'semihard'), pseudo=('gLGA', 'g_2', 'g_1/2')),
-    colo_tride=_SCHEDULES | dict(collapse_eval=('per_step', 'once_clean')),
-    **dict.fromkeys(('naive_tride', 'naive_sip'), _SCHEDULES | dict(miner_margin=('const', 'linear', 'gradual')))
-)
+IMAGES = {
+    name: statistics.fmean(map(len, of.moves))
+    for name, of in DEFENSES.items() if of.space is not None and of.name == name and not of.fixed
+}
 
 def longest(
     method:str,      # key of `IMAGES`
     setting:Setting,
 )->float:            # factor of the method's default steps
     "The longest inner loop within the budget: as many image steps as HM makes by default."
-    own = setting.steps if method in ('act', 'hm') else setting.colo_steps
+    own = getattr(setting, DEFENSES[method].takes.get('steps', 'steps'))
     return IMAGES['hm']*setting.steps/(IMAGES[method]*own)
 
 def space(
@@ -109,7 +106,7 @@ def space(
             eps=(0.5, 0.75, 1.0), step_size=(0.25, 0.5, 1.0), steps=tuple(sorted({most / 2, 1.0, most})),
             margin=(0.5, 1.0, 2.0)
         )
-        | _OWN[method]
+        | dict(DEFENSES[method].space)
     )
 
 # %% ../../nbs/study/01_tuning.ipynb #608341d7
@@ -131,13 +128,12 @@ def cell_of(
     seed:int,
 )->Cell:
     "The cell that trains and evaluates a candidate in the plan's first setting."
-    profile = '' if method in ('act', 'hm') else candidate.get('profile', plan.recipe.profiles[0])
+    profile = candidate.get('profile', plan.recipe.profiles[0]) if DEFENSES[method].profiles else ''
     plain = Cell(plan.recipe.settings[0], method, profile, DEFENSES[method].label, seed)
     given = resolve(candidate, defense(plain, plan.recipe).options)
     entry = '+'.join(f'{k}={v if isinstance(v, str) else json.dumps(v)}' for k,v in given.items())
-    return (
-        replace(plain, defense=f'{method}:{entry}', label=f'{plain.label} ({words(candidate)})') if candidate else plain
-    )
+    if not candidate: return plain
+    return replace(plain, defense=entry_of(method, entry), label=f'{plain.label} ({words(candidate)})')
 
 # %% ../../nbs/study/01_tuning.ipynb #44bdb1fa
 def candidates(

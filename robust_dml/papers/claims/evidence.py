@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from ...triplets.collapse import embedding_state
 from ..colo_tride.errata import RANK, RECALL
-from ...study.experiments import DEFENSES
+from ...core import DEFENSES
 from ...report.tables import logged_value, number_at
 from ...metrics.scores import HEADINGS
 from ...runs.store import Run, read_results
