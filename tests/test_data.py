@@ -339,10 +339,11 @@ def test_formats_colours_and_ignored_files(folder):
     write(folder/'class0'/'e.bmp', (0, 0, 255), 'RGB'); write(folder/'class0'/'f.webp', (5, 5, 5), 'RGB', lossless=True)
     for name in ('notes.txt', '.hidden.png', 'labels.csv', 'Thumbs.db'): (folder/'class0'/name).write_text('no image')
     (folder/'.git').mkdir(); (folder/'readme.md').write_text('x'); (folder/'class0'/'deeper.png').mkdir()
-    x = data.image_folder(folder, size=8).train.images[:6]
+    with pytest.warns(UserWarning, match='3 files or folders are not read as images and left out: class0/deeper.png, '):
+        x = data.image_folder(folder, size=8).train.images[:6]
     assert (x[1, :, 4, 4].float()-torch.tensor([200., 10, 10])).abs().max() <= 3 # JPEG
     assert (
-        x[3, :, 0, 0].tolist() == [9, 9, 9]
+        x[3, :, 0, 0].tolist() == [178, 178, 178]             # on white paper
         and x[4, :, 0, 0].tolist() == [0, 0, 255]
         and x[5, :, 0, 0].tolist() == [5, 5, 5]
     )
@@ -415,7 +416,7 @@ def test_folder_errors(tmp_path, folder):
     with pytest.raises(ValueError, match=r'crop must lie in \[1, 8\], found 9'):
         data.image_folder(folder, size=8, crop=9)
     (folder/'empty').mkdir()
-    with pytest.raises(ValueError, match='must hold an image .* found none in .*empty'):
+    with pytest.raises(ValueError, match='must hold an image, found none in .*empty; remove or fill it'):
         data.image_folder(folder, size=8)
 
 
@@ -660,7 +661,147 @@ def test_classes_on_both_sides_give_a_warning(tmp_path):
 
 def test_training_and_validation_alone_are_refused_with_advice(tmp_path):
     folder = side_folders(tmp_path/'set', train='ab', val='cd')
-    with pytest.raises(ValueError, match='found train and val; rename or add the folder of classes to test on'):
+    with pytest.raises(ValueError, match='found train and val; rename val to test if its classes are to be tested on'):
+        data.load(str(folder), size=8, channels=1)
+
+
+# what people have
+
+def oriented(path, number, mode='RGB'):
+    "A file whose rows are stored as orientation `number` says; a viewer shows the same picture for each."
+    shown = np.zeros((12, 16, 3), np.uint8)
+    shown[:6], shown[:, :4, 1] = 200, 90
+    back = (None, None, 0, 3, 1, 5, 2, 6, 4)[number] # how an upright picture becomes the stored one
+    image = Image.fromarray(shown)
+    if back is not None: image = image.transpose(Image.Transpose(back))
+    exif = Image.Exif()
+    exif[0x112] = number
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.convert(mode).save(path, exif=exif)
+
+
+@pytest.mark.parametrize('suffix', ('png', 'tif', 'webp'))
+@pytest.mark.parametrize('number', range(1, 9))
+def test_images_are_read_as_a_viewer_shows_them(tmp_path, suffix, number):
+    oriented(tmp_path/f'x.{suffix}', 1), oriented(tmp_path/f'y.{suffix}', number)
+    upright, turned = (np.asarray(data.read_image(tmp_path/f'{n}.{suffix}', channels=3, shown=True)) for n in 'xy')
+    assert upright.shape == turned.shape and np.abs(upright.astype(int) - turned).mean() < 9
+
+
+@pytest.mark.parametrize('mode, value', [
+    ('RGBA', (0, 0, 0, 0)), ('LA', (0, 0)), ('P', 0), ('RGB', (3, 4, 5)), ('L', 7), ('1', 0)
+])
+def test_what_is_transparent_is_white(tmp_path, mode, value):
+    "In every way that a PNG can say so; the stored pixels are dark."
+    key = dict(transparency=value) if mode in ('P', 'RGB', 'L', '1') else {}
+    image = Image.new(mode, (8, 8), value)
+    if mode == 'P': image.putpalette([0, 0, 0] + [9, 9, 9]*255)
+    image.save(tmp_path/'x.png', **key)
+    shown = np.asarray(data.read_image(tmp_path/'x.png', channels=3, shown=True))
+    assert (shown == 255).all() and np.asarray(data.read_image(tmp_path/'x.png', channels=3)).max() < 20
+
+
+def test_damaged_exif_data_do_no_harm(tmp_path):
+    Image.new('L', (8, 6), 50).save(tmp_path/'x.png', exif=b'Exif\0\0' + b'\xff'*30)
+    assert data.read_image(tmp_path/'x.png', channels=1, shown=True).size == (8, 6)
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_at_once(tmp_path):
+    Image.new('RGB', (2000, 2000), (120, 130, 140)).save(file := io.BytesIO(), 'JPEG', progressive=True, quality=5)
+    whole = file.getvalue()
+    last = whole[whole.rfind(b'\xff\xda'):-2]
+    (tmp_path/'x.jpg').write_bytes(whole[:-2] + 3000*last + whole[-2:])
+    began = time.monotonic()
+    with pytest.raises(ValueError, match='scans of 2000 x 2000 pixels would take too long'):
+        data.read_image(tmp_path/'x.jpg', channels=3)
+    assert time.monotonic()-began < 2
+    (tmp_path/'y.jpg').write_bytes(whole)
+    assert data.read_image(tmp_path/'y.jpg', channels=3).size == (2000, 2000)
+
+
+def test_a_file_of_gigabytes_is_no_image(tmp_path):
+    with open(tmp_path/'x.jpg', 'wb') as file: file.truncate(2**33)
+    with pytest.raises(ValueError, match='at most 268435456 bytes expected'):
+        data.read_image(tmp_path/'x.jpg', channels=3)
+
+
+@pytest.mark.parametrize('name, kind', [
+    ('x', 'PNG'), ('x.jfif', 'JPEG'), ('x.jpe', 'JPEG'), ('x.dib', 'BMP'), ('x.apng', 'PNG'), ('x.photo', 'WEBP'),
+    ('x.JPG.1', 'JPEG'), ('x.txt', 'GIF'), ('IMG 7', 'TIFF')
+])
+def test_the_content_says_what_an_image_is(folder, name, kind):
+    write(folder/'class1'/name, 66, format=kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        split = data.image_folder(folder, size=8, channels=1)
+    assert len(split.train) == 4 and 66 in split.train.images[:, 0, 4, 4].tolist()
+
+
+def test_what_is_no_image_is_counted_and_named(folder):
+    write(folder/'beside.png'), write(folder/'class1'/'deeper'/'0.png'), write(folder/'class1'/'.hidden.png')
+    (folder/'class1'/'raw.heic').write_bytes(b'\0\0\0\x18ftypheic')
+    (folder/'class1'/'notes').write_text('no image')
+    (folder/'class1'/'gone').symlink_to(folder/'nowhere')
+    (folder/'class1'/'circle').symlink_to(folder/'class1'/'circle')
+    with pytest.warns(UserWarning, match='7 files or folders are not read as images and left out: beside') as said:
+        assert len(data.image_folder(folder, size=8).train) == 3
+    assert 'class1/.hidden.png, class1/circle, class1/deeper, class1/gone, ...' in str(said[0].message)
+
+
+def test_a_broken_link_to_an_image_is_no_silence(folder):
+    (folder/'class1'/'9.jpg').symlink_to(folder/'nowhere.jpg')
+    with pytest.raises(ValueError, match='found 1 that are not: class1/9.jpg .no such file or directory.'):
+        data.image_folder(folder, size=8)
+    assert data.image_folder(folder, size=8, skip_unreadable=True).skipped == ('class1/9.jpg',)
+
+
+def test_what_systems_put_everywhere_is_no_class(folder):
+    for name in ('lost+found', '@eaDir', '#recycle', '$RECYCLE.BIN', 'System Volume Information', '__MACOSX', '.git'):
+        (folder/name).mkdir()
+    (folder/'class1'/'@eaDir').mkdir()
+    (folder/'class1'/'Thumbs.db').write_bytes(b'x')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        split = data.image_folder(folder, size=8)
+    assert split.train.classes + split.test.classes == tuple(f'class{k}' for k in range(4))
+
+
+def test_a_class_whose_name_begins_with_two_strokes_is_a_class(folder):
+    write(folder/'__class'/'0.png')
+    assert '__class' in data.image_folder(folder, size=8).train.classes
+
+
+def test_empty_classes_and_deeper_folders_get_advice(folder, tmp_path):
+    (folder/'empty').mkdir(), (folder/'void').mkdir()
+    with pytest.raises(ValueError, match=r'found none in 2 of them .empty, void.; remove or fill it'):
+        data.image_folder(folder, size=8)
+    for side in ('train', 'val'):
+        for name in 'ab': write(tmp_path/'split'/side/name/'0.png')
+    with pytest.raises(ValueError, match='val holds folders: give .*split/val if they are the classes'):
+        data.image_folder(tmp_path/'split', size=8)
+
+
+def test_a_folder_that_cannot_be_read_is_one_sentence(folder, monkeypatch):
+    real = data.os.scandir
+    def scandir(path):
+        if str(path).endswith('class2'): raise PermissionError(13, 'Permission denied')
+        return real(path)
+    monkeypatch.setattr(data.os, 'scandir', scandir)
+    with pytest.raises(ValueError, match='class2 must be a folder that can be read, found: Permission denied'):
+        data.image_folder(folder, size=8)
+
+
+def test_class_names_that_look_alike_are_told_apart_and_said(folder):
+    for name in ('class1 ', 'Class1', 'caf\u00e9', 'cafe\u0301'): write(folder/name/'0.png')
+    with pytest.warns(UserWarning, match='3 classes differ from another only in case, blanks or the form of a letter'):
+        split = data.image_folder(folder, size=8)
+    assert len(split.train.classes + split.test.classes) == 8
+
+
+def test_a_query_that_is_linked_into_the_gallery_is_refused(tmp_path):
+    folder = side_folders(tmp_path/'set', train='ab', query='cd', gallery='cd')
+    (folder/'gallery'/'c'/'link.png').symlink_to(folder/'query'/'c'/'0.png')
+    with pytest.raises(ValueError, match='must hold different files, found 1 in both: query/c/0.png; a query would'):
         data.load(str(folder), size=8, channels=1)
 
 

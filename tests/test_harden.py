@@ -1,5 +1,6 @@
 "Hardening: nothing of what judges is trained on, a killed run goes on, the weights fit the model that they came from."
 import csv
+import os
 import json
 
 import pytest
@@ -96,3 +97,15 @@ def test_bad_input(letters, tmp_path, change, message):
 
 def test_unknown_parameters_are_named():
     with pytest.raises(ValueError, match='unknown parameter epoch; the valid ones are model'): prepared(dict(epoch=3))
+
+
+def test_names_that_differ_by_a_blank_or_are_not_utf_8_stay_what_they_are(letters, tmp_path):
+    "Classes `x` and `x `, and a file whose name is bytes in another encoding."
+    for k, folder in enumerate(sorted(letters.iterdir())):
+        place = os.path.join(os.fsencode(tmp_path), b'set', (b'a', b'b', b'c', b'd', b'x', b'x ', b' x', b'\xe9')[k])
+        os.makedirs(place)
+        for file in folder.iterdir():
+            with open(os.path.join(place, b'\xe4' + os.fsencode(file.name)), 'wb') as out: out.write(file.read_bytes())
+    found = harden(net(), tmp_path/'set', out=tmp_path/'out', **SETTINGS)
+    assert found.before.results['data']['classes'] == found.after.results['data']['classes'] == 4
+    assert found.page.is_file() and found.page.parent.name.startswith('harden-set-')

@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..data.archives import _some
+from ..data.sets import _some, same_file
 from .measure import PARAMETERS as AUDIT_PARAMETERS, Audit, Listed, audit, find_channels
-from .measure import list_images, placed, prepared as ready, read_images
+from .measure import list_images, placed, prepared as ready, read_images, rows_of
 from .cards import model_card, of_hardening
 from ..core import check_between, kept_memory
 from ..defenses.base import Defense
 from ..defenses.lines import Setting, defense_of, table_row, versions
 from ..models.networks import EmbeddingNet, checksum
-from ..report.pages import document, facts_table, fixed_text, html_figure, html_row, opening, png, slug
+from ..report.pages import document, facts_table, fixed_text, html_figure, html_row, opening, png, report_name
 from ..report.pages import table_box
 from ..report.tables import STATE_COLUMNS, TABLE1_COLUMNS, Column, curves
 from ..runs.store import Run, open_run, provenance, reports_root, save_tensors, write_atomic, write_results
@@ -39,11 +39,12 @@ def divided(
     whole = list_images(images)
     if train_images:
         own = list_images(train_images)
-        twice = {(own.base/f).resolve() for f in own.files} & {(whole.base/f).resolve() for f in whole.files}
+        known = {same_file(whole.base/f) for f in whole.files}
+        twice = [f for f in own.files if same_file(own.base/f) in known]
         if twice:
             raise ValueError(
                 f'train_images must hold other files than images, found {len(twice)} in both'
-                f' ({_some(sorted(p.name for p in twice), 3)}); leave train_images empty to cut one folder in two'
+                f' ({_some(twice, 3)}); leave train_images empty to cut one folder in two'
             )
         return own._replace(queries=0), whole
     names = sorted(set(whole.labels))
@@ -53,13 +54,8 @@ def divided(
             ' classes, or a folder of their own in train_images'
         )
     first = set(names[:len(names)//2])
-    def part(wanted):
-        rows = [k for k,label in enumerate(whole.labels) if (label in first) == wanted]
-        return Listed(
-            whole.base, tuple(whole.files[k] for k in rows), tuple(whole.labels[k] for k in rows),
-            0 if wanted else sum(k < whole.queries for k in rows)
-        )
-    return part(True), part(False)
+    def part(wanted): return rows_of(whole, [k for k, label in enumerate(whole.labels) if (label in first) == wanted])
+    return part(True)._replace(queries=0), part(False)
 
 # %% ../../nbs/audit/02_hardening.ipynb #66b42646
 def write_list(
@@ -74,7 +70,8 @@ def write_list(
         for k, (f, label) in enumerate(zip(listed.files, listed.labels))
     ]
     csv.writer(file, lineterminator='\n').writerows([('path', 'label', *(['split'] if listed.queries else [])), *rows])
-    write_atomic(path, file.getvalue().encode())
+    # names of files that are not UTF-8 are written as they are
+    write_atomic(path, file.getvalue().encode(errors='surrogateescape'))
     return path
 
 # %% ../../nbs/audit/02_hardening.ipynb #c5309955
@@ -236,16 +233,17 @@ def harden(
         format=1, start=checksum(model), data=pictures.checksum(), defense=chosen.name, options=chosen.options,
         epochs=epochs, pairs=pairs, lr=lr, weight_decay=weight_decay, seed=seed
     )
-    run, stem = open_run(reports_root(out), 'harden', config), Path(images).resolve().stem
+    run, place = open_run(reports_root(out), 'harden', config), os.path.abspath(Path(images).expanduser())
     common |= dict(eps=eps, out=out, device=device, **audited)
-    held = write_list(run.folder/f'{stem}.csv', judged)
-    before = audit(model, held, name=name, **common)
+    judged = judged._replace(source=f'{place} held out')
+    write_list(run.folder/'held_out.csv', judged) # for the reader; the audits take the names as they are
+    before = audit(model, judged, name=name, **common)
     done = train(
         net, pictures, chosen, epochs=epochs, pairs=pairs, lr=lr, weight_decay=weight_decay, seed=seed, device=device,
         run=run, show=show, desc=f'harden by {defense}'
     )
-    after = audit(net, held, name=f'{name} {defense}', **common)
-    folder = reports_root(out)/f'harden-{slug(stem)}-{slug(name)}-{slug(defense)}'
+    after = audit(net, judged, name=f'{name} {defense}', **common)
+    folder = reports_root(out)/report_name('harden', Path(place).name, name, defense, key=place)
     sha = save_tensors(Run(folder), 'hardened.safetensors', dict(portable(net).state_dict()))
     results = dict(
         name=name, sentence=verdict(before, after), defense=dict(name=defense, options=chosen.options),

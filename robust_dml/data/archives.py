@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SETS', 'FORMAT', 'PARAMETERS', 'Archive', 'instructions', 'locate', 'state', 'installed', 'find', 'Listing',
-           'listing', 'differences', 'decode', 'user_cache', 'cache_folder', 'missing', 'decoded', 'read', 'is_archive',
-           'load', 'check', 'describe', 'parameters']
+           'read_text', 'listing', 'differences', 'decode', 'user_cache', 'cache_folder', 'missing', 'decoded', 'read',
+           'is_archive', 'load', 'check', 'describe', 'parameters']
 
 # %% ../../nbs/data/01_archives.ipynb #96e29e69
-import atexit, functools, gzip, hashlib, json, math, os, secrets, shutil, stat, struct, tempfile, time, warnings
+import atexit, codecs, functools, gzip, hashlib, json, math, os, secrets, shutil, stat, struct, tempfile, time, warnings
 import zipfile, zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..core import check_between, check_choice, fingerprint, progress
-from .sets import _why, ImageSet, QueryGallery, Split, image_bytes, load as load_data, read_image
+from .sets import _some, _why, ImageSet, QueryGallery, Split, image_bytes, load as load_data, read_image
 
 # %% ../../nbs/data/01_archives.ipynb #45ee1002
 @dataclass(frozen=True)
@@ -218,11 +218,6 @@ class Listing:
     pixels:np.ndarray|None=None
 
 # %% ../../nbs/data/01_archives.ipynb #80f31431
-def _some(values:Any, most:int=5)->str:
-    "The first few of some values, in words."
-    values = list(values)
-    return ', '.join(str(value)[:200] for value in values[:most])+(', ...' if len(values) > most else '')
-
 _MOST = 2**26 # bytes of a list, unpacked; the largest published one, the digits of MNIST, has 47 million
 
 def _content(path:Path)->bytes:
@@ -234,7 +229,29 @@ def _content(path:Path)->bytes:
         )
     return data
 
-def _lines(path:Path)->list[str]: return _content(path).decode('utf-8', errors='replace').splitlines()
+# marks at the beginning of a text; that of UTF-32 begins with one of UTF-16
+_MARKS = ((codecs.BOM_UTF8, 'utf-8'), (codecs.BOM_UTF32_LE, 'utf-32-le'), (codecs.BOM_UTF32_BE, 'utf-32-be'),
+          (codecs.BOM_UTF16_LE, 'utf-16-le'), (codecs.BOM_UTF16_BE, 'utf-16-be'))
+
+def read_text(path:Path)->str:
+    "A text file in UTF-8, or in what the mark at its beginning says. Nothing is guessed and nothing replaced."
+    data = _content(path)
+    mark, code = next(((m, c) for m, c in _MARKS if data.startswith(m)), (b'', 'utf-8'))
+    try: text = data[len(mark):].decode(code)
+    except UnicodeDecodeError as error:
+        line = data[:len(mark)+error.start].count(b'\n')+1
+        raise ValueError(
+            f'{path} must be a text in UTF-8, or begin with a byte order mark, found a byte in line {line} that is'
+            ' neither; save it as UTF-8 (in a spreadsheet: CSV UTF-8)'
+        ) from None
+    if '\0' in text:
+        raise ValueError(f'{path} must be a text in UTF-8, found the character NUL; save it as UTF-8')
+    return text
+
+def _lines(path:Path)->list[str]:
+    "The lines of a text. Other characters that Python would end a line at may stand in a name."
+    lines = read_text(path).replace('\r\n', '\n').replace('\r', '\n').split('\n')
+    return lines if lines[-1] else lines[:-1]
 
 def _rows(
     path:Path,           # a list file
@@ -587,7 +604,7 @@ def decode(
 def _attempt(
     path:str,
     **how,          # for `decode`
-)->tuple[np.ndarray|str, str]: # a decoded image, or why there is none; SHA-256 of its bytes, '' where they cannot be read
+)->tuple[np.ndarray|str, str]: # a decoded image, or why there is none; SHA-256 of its bytes, '' where unreadable
     "Read a file once, for its hash and for its pixels."
     sha = ''
     try:

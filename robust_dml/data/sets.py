@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['FONTS', 'BLOCKS', 'SUFFIXES', 'FORMATS', 'ARCHIVES', 'centre_crop', 'random_crop', 'to_device', 'ImageSet', 'Split',
            'load_fonts', 'bitmap', 'difference', 'characters', 'glyphs', 'image_bytes', 'as_shown', 'read_image',
-           'omniglot', 'image_folder', 'QueryGallery', 'sides', 'split_folder', 'load', 'partners', 'pair_batches',
+           'omniglot', 'looks_like_image', 'class_files', 'class_folders', 'Labelled', 'labelled', 'left_out', 'alike',
+           'image_folder', 'QueryGallery', 'sides', 'split_folder', 'same_file', 'load', 'partners', 'pair_batches',
            'prefetch', 'training_batches']
 
 # %% ../../nbs/data/00_sets.ipynb #1b966c8c
-import hashlib, math, os, stat, unicodedata, warnings, zipfile
+import hashlib, math, os, unicodedata, warnings, zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,7 +18,7 @@ from io import BytesIO
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -336,6 +337,13 @@ SUFFIXES = (
 # what Pillow may decode
 FORMATS = ('AVIF', 'BMP', 'GIF', 'JPEG', 'JPEG2000', 'PCX', 'PNG', 'PPM', 'TGA', 'TIFF', 'WEBP')
 
+def _some(values:Any, most:int=5)->str:
+    "The first few of some values, in words; what a terminal would not print is escaped."
+    values = list(values)
+    texts = [str(value)[:200] for value in values[:most]]
+    shown = [''.join(c if c.isprintable() else repr(c)[1:-1] for c in text) for text in texts]
+    return ', '.join(shown)+(', ...' if len(values) > most else '')
+
 def _why(error:Exception)->str: # a decoder may fail in any way
     "Why an image cannot be read, in a few words."
     if isinstance(error, UnidentifiedImageError): return 'not an image'
@@ -453,10 +461,10 @@ def _split(name:str,
     train, test = _first(train, 'train_classes', train_classes), _first(test, 'test_classes', test_classes)
     pixels, broken = _read_files([file for _, file in train+test], read, shape)
     if broken and not skip_unreadable:
-        some = ', '.join(f'{file} ({why})' for file, why in list(broken.items())[:5])
+        some = _some(f'{file} ({why})' for file, why in broken.items())
         raise ValueError(
-            f'all {len(pixels)} images of {name} must be readable, found {len(broken)} that are not: {some}'
-            f'{", ..." if len(broken) > 5 else ""}; repair or remove them, or set skip_unreadable=True'
+            f'all {len(pixels)} images of {name} must be readable, found {len(broken)} that are not: {some}; repair or'
+            ' remove them, or set skip_unreadable=True'
         )
     n = len(train)
     return Split(name, _side(train, pixels[:n], broken, crop), _side(test, pixels[n:], broken, crop), tuple(broken))
@@ -542,20 +550,103 @@ def omniglot(
         )
 
 # %% ../../nbs/data/00_sets.ipynb #1d5dc893
-def _class_files(folder:Path)->list[str]: # 'class/file', sorted
-    "The image files of one class; other files and hidden ones are ignored."
-    files = sorted(
-        f.name for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith('.') and f.is_file()
-    )
-    if not files:
-        raise ValueError(
-            f'each class folder must hold an image ({" ".join(SUFFIXES)}), found none in {folder}; remove or fill it'
-        )
-    return [f'{folder.name}/{file}' for file in files]
+# folders and files that systems and file servers put everywhere
+_OTHERS = (
+    'lost+found', '@eadir', '#recycle', '$recycle.bin', 'system volume information', '__macosx', '__pycache__',
+    'thumbs.db', 'desktop.ini'
+)
+_BY_CONTENT = tuple(name for name in FORMATS if name not in ('PCX', 'TGA')) # these two have no mark of their own
 
+def looks_like_image(path:str|Path)->bool:
+    "Whether the first bytes of a file are those of an image that can be decoded; it is not decoded."
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try:
+            with Image.open(path, formats=_BY_CONTENT): return True
+        except Image.DecompressionBombError: return True
+        except Exception: return False # whatever the file holds instead
+
+def _entries(folder:str|Path)->list[os.DirEntry]: # sorted by name
+    "What lies in a folder, but for what systems put everywhere."
+    try:
+        with os.scandir(folder) as found: entries = [e for e in found if e.name.lower() not in _OTHERS]
+    except OSError as error:
+        raise ValueError(
+            f'{folder} must be a folder that can be read, found: {error.strerror or error}; change its permissions or'
+            ' remove it'
+        ) from error
+    return sorted(entries, key=lambda e: e.name)
+
+def _is(kind:str, entry:os.DirEntry)->bool: # kind: 'dir' or 'file'; links are followed
+    "What an entry is; a link in a circle is nothing."
+    try: return entry.is_dir() if kind == 'dir' else entry.is_file()
+    except OSError: return False
+
+def _role(entry:os.DirEntry)->str:
+    "What an entry of a class folder is: 'image', 'left' (out, and named) or ''."
+    file, hidden = _is('file', entry), entry.name.startswith('.')
+    if hidden: return 'left' if file and looks_like_image(entry.path) else ''
+    if _is('dir', entry): return 'left'
+    if Path(entry.name).suffix.lower() not in SUFFIXES:
+        return 'image' if file and looks_like_image(entry.path) else 'left'
+    broken_link = entry.is_symlink() and not os.path.exists(entry.path)
+    return 'image' if file or broken_link else 'left'
+
+def class_files(folder:Path)->tuple[list[str], list[str]]: # images and what is left out, 'class/file', sorted
+    "What is in one class folder."
+    names:dict[str, list[str]] = {'image': [], 'left': [], '': []}
+    for entry in _entries(folder): names[_role(entry)].append(f'{folder.name}/{entry.name}')
+    return names['image'], names['left']
+
+def class_folders(root:Path)->list[str]: # sorted
+    "Names of the class folders in a folder."
+    return [e.name for e in _entries(root) if not e.name.startswith('.') and _is('dir', e)]
+
+# %% ../../nbs/data/00_sets.ipynb #1d5dc894
+class Labelled(NamedTuple):
+    "What a folder of class folders holds."
+    items:list[tuple[str, str]] # (class, file relative to the folder), sorted
+    left:list[str]              # what is left out, relative to the folder
+
+def labelled(root:Path)->Labelled:
+    "The images of a folder of class folders; ValueError where a class has none."
+    found = {name: class_files(root/name) for name in class_folders(root)}
+    empty = [name for name, (files, _) in found.items() if not files]
+    if empty: raise ValueError(_no_image_in(root, empty))
+    beside = [e.name for e in _entries(root) if Path(e.name).suffix.lower() in SUFFIXES and not _is('dir', e)]
+    items = [(name, file) for name, (files, _) in found.items() for file in files]
+    return Labelled(items, beside + [file for _, left in found.values() for file in left])
+
+def _no_image_in(root:Path, empty:list[str])->str:
+    "The sentence on class folders without an image."
+    where = str(root/empty[0]) if len(empty) == 1 else f'{len(empty)} of them ({_some(empty)})'
+    deeper = [name for name in empty if class_folders(root/name)]
+    best = sorted(deeper, key=lambda name: name.lower() not in ('test', 'val', 'valid', 'validation', 'gallery'))
+    advice = f'{best[0]} holds folders: give {root/best[0]} if they are the classes' if best else 'remove or fill it'
+    return f'each class folder in {root} must hold an image, found none in {where}; {advice}'
+
+def left_out(left:list[str])->str:
+    "A sentence on what is not read; empty where that is nothing."
+    return f'{len(left)} files or folders are not read as images and left out: {_some(left)}' if left else ''
+
+def alike(names:Iterable[str])->str:
+    "A sentence on class names that a reader would take for one; empty where there are none."
+    first, twins = {}, []
+    for name in dict.fromkeys(names):
+        twin = first.setdefault(unicodedata.normalize('NFKC', name).casefold().strip(), name)
+        if twin != name: twins.append(f'{twin!r} and {name!r}')
+    if not twins: return ''
+    return f'{len(twins)} classes differ from another only in case, blanks or the form of a letter: {_some(twins)}'
+
+def _tell(root:Path, left:list[str], names:Iterable[str])->None:
+    "Warn of what is left out and of names that look alike."
+    for text in filter(None, (left_out(left), alike(names))): warnings.warn(f'in {root} {text}', stacklevel=3)
+
+# %% ../../nbs/data/00_sets.ipynb #1d5dc895
 def _pixels(folder:Path, size:int, channels:int, file:str)->np.ndarray: # (C, S, S) uint8
-    "One image file, resized."
-    image = np.asarray(read_image(folder/file, channels=channels).resize((size, size), Image.Resampling.BILINEAR))
+    "One image file as a viewer shows it, resized."
+    whole = read_image(folder/file, channels=channels, shown=True)
+    image = np.asarray(whole.resize((size, size), Image.Resampling.BILINEAR))
     return image.reshape(size, size, channels).transpose(2, 0, 1)
 
 # %% ../../nbs/data/00_sets.ipynb #9dd61496
@@ -574,13 +665,12 @@ def image_folder(
     folder = Path(root)
     if not os.path.isdir(folder):
         raise FileNotFoundError(f'a folder of class folders is needed, found nothing of that kind at {folder}')
-    classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith(('.', '__')))
+    classes = class_folders(folder)
     if len(classes) < 2:
         raise ValueError(f'{folder} must hold one folder per class, at least two, found {len(classes)}')
-    train, test = (
-        [(name, file) for name in side for file in _class_files(folder / name)]
-        for side in (classes[: len(classes) // 2], classes[len(classes) // 2 :])
-    )
+    found, first = labelled(folder), set(classes[:len(classes)//2])
+    _tell(folder, found.left, classes)
+    train, test = ([item for item in found.items if (item[0] in first) == side] for side in (True, False))
     read = partial(_pixels, folder, size, channels)
     return _split(
         folder.resolve().name, train, test, read, (channels, size, size), crop=crop, skip_unreadable=skip_unreadable,
@@ -607,17 +697,23 @@ def sides(
     folder:Path,
 )->tuple[str, ...]: # names of its sub-folders: train and test, or train, query and gallery; empty: class folders
     "How a folder is split, if it is."
-    found = {d.name.lower(): d for d in folder.iterdir() if d.is_dir() and not d.name.startswith(('.', '__'))}
-    if 'train' not in found or not any(d.is_dir() for d in found['train'].iterdir()): return () # a class called train
+    found = {name.lower(): folder/name for name in class_folders(folder)}
+    if 'train' not in found or not class_folders(found['train']): return () # a class called train
     for form in (('train', 'query', 'gallery'), ('train', 'test')):
         if found.keys() >= {*form}: return tuple(found[name].name for name in form)
     others = sorted(found.keys() - {'train'})
     if set(others) <= {'val', 'valid', 'validation', 'dev', 'query', 'gallery'}:
         raise ValueError(
             f'{folder} must hold train and test, or train, query and gallery, found train and'
-            f' {", ".join(others) or "nothing else"}; rename or add the folder of classes to test on'
+            f' {", ".join(others) or "nothing else"}; {_test_side(others)}'
         )
     return ()
+
+def _test_side(others:list[str])->str:
+    "What to do where there are classes to train on and none to test on."
+    spare = [name for name in others if name.startswith(('val', 'dev'))]
+    if not spare: return 'add test, with the folders of other classes to test on'
+    return f'rename {spare[0]} to test if its classes are to be tested on, or add a folder test'
 
 # %% ../../nbs/data/00_sets.ipynb #7c1e0a04
 def split_folder(
@@ -633,7 +729,9 @@ def split_folder(
     folder, names = Path(root), sides(Path(root))
     if not names:
         raise ValueError(f'{folder} must hold train and test, or train, query and gallery, found none of these forms')
-    items = [_side_files(folder, name) for name in names]
+    found = [_side_files(folder, name) for name in names]
+    items = [side.items for side in found]
+    if len(names) == 3: _check_apart(folder, names, items)
     known, asked = ({label for label, _ in side} for side in items[:2])
     held = {label for label, _ in items[-1]}
     if len(names) == 3 and not asked & held:
@@ -642,6 +740,7 @@ def split_folder(
     sizes = ', '.join(f'{name} ({len(side)} images)' for name, side in zip(names, items))
     print(f'{folder} is read as split already: {sizes}')
     _say_overlap(folder, names, known & (asked | held), asked - held)
+    _tell(folder, sum((side.left for side in found), []), sorted(known | asked | held))
     read, shape = partial(_pixels, folder, size, channels), (channels, size, size)
     split = _split(
         folder.resolve().name, items[0], sum(items[1:], []), read, shape, crop=crop, skip_unreadable=skip_unreadable,
@@ -652,10 +751,24 @@ def split_folder(
     queries = [file for label, file in items[1] if label in kept and file not in split.skipped]
     return QueryGallery(split.name, split.train, split.test, split.skipped, queries=len(queries))
 
-def _side_files(folder:Path, side:str)->list[tuple[str, str]]: # (class, file relative to the folder), sorted
+def _side_files(folder:Path, side:str)->Labelled: # files relative to the folder
     "The images of one side."
-    classes = sorted(d for d in (folder/side).iterdir() if d.is_dir() and not d.name.startswith(('.', '__')))
-    return [(d.name, f'{side}/{file}') for d in classes for file in _class_files(d)]
+    found = labelled(folder/side)
+    return Labelled([(name, f'{side}/{file}') for name, file in found.items], [f'{side}/{f}' for f in found.left])
+
+def same_file(path:str|Path)->Any:
+    "What two names of one file have in common: links, also hard ones, lead to the same."
+    try: found = os.stat(path)
+    except (OSError, ValueError): return os.path.normpath(path)
+    return found.st_dev, found.st_ino
+
+def _check_apart(folder:Path, names:tuple[str, ...], items:list[list[tuple[str, str]]])->None:
+    "Refuse queries that lie in the gallery by a link: each would find itself."
+    shelf = {same_file(folder/file) for _, file in items[2]}
+    both = [file for _, file in items[1] if same_file(folder/file) in shelf]
+    if both:
+        raise ValueError(f'{names[1]} and {names[2]} in {folder} must hold different files, found {len(both)} in both:'
+                         f' {_some(both)}; a query would find itself, remove it from one side')
 
 def _say_overlap(folder:Path, names:tuple[str, ...], shared:set[str], alone:set[str])->None:
     "Warn about classes that are trained and tested on, and about queries that can find nothing."
