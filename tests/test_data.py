@@ -420,7 +420,7 @@ def test_folder_errors(tmp_path, folder):
         data.image_folder(folder, size=8)
 
 
-@pytest.mark.parametrize('name', ['cub', 'Glyphs', ''])
+@pytest.mark.parametrize('name', ['cubs', 'Glyphs', ''])
 def test_unknown_data_set_lists_the_valid_ones(name):
     with pytest.raises(
         ValueError, match="dataset must be 'glyphs', 'omniglot' or the path of a folder of class folders, found"

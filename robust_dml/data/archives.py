@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['SETS', 'FORMAT', 'PARAMETERS', 'Archive', 'instructions', 'locate', 'state', 'installed', 'find', 'Listing',
-           'read_text', 'listing', 'differences', 'decode', 'user_cache', 'cache_folder', 'missing', 'decoded', 'read',
-           'is_archive', 'load', 'check', 'describe', 'parameters']
+           'lists_of', 'read_text', 'listing', 'differences', 'decode', 'user_cache', 'cache_folder', 'missing',
+           'decoded', 'read', 'is_archive', 'load', 'check', 'describe', 'parameters']
 
 # %% ../../nbs/data/01_archives.ipynb #96e29e69
 import atexit, codecs, functools, gzip, hashlib, json, math, os, secrets, shutil, stat, struct, tempfile, time, warnings
 import zipfile, zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -24,8 +25,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core import check_between, check_choice, fingerprint, progress
-from .sets import _some, _why, ImageSet, QueryGallery, Split, image_bytes, load as load_data, read_image
+from ..core import DATASETS, check_between, check_choice, fingerprint, progress
+from .sets import _some, _why, ImageSet, QueryGallery, Source, Split, image_bytes, load as load_data, read_image
 
 # %% ../../nbs/data/01_archives.ipynb #45ee1002
 @dataclass(frozen=True)
@@ -217,6 +218,29 @@ class Listing:
     # (N, 28, 28) uint8 in the order of the sides, for sets that are one array
     pixels:np.ndarray|None=None
 
+# %% ../../nbs/data/01_archives.ipynb #a62de669
+_LISTS:dict[str, Callable[[Path], Listing]] = {} # readers of the list files of `SETS`
+
+def _read_named(
+    root:str|Path|None=None, *, name:str, size:int|None=None, channels:int|None=None, train_classes:int|None=None,
+    test_classes:int|None=None, skip_unreadable:bool=False
+)->Split:
+    "A set by its name, from where its files are."
+    return read(
+        name, root or '.', size=size, channels=channels, train_classes=train_classes, test_classes=test_classes,
+        skip_unreadable=skip_unreadable
+    )
+
+def lists_of(
+    name:str, # key of `SETS`
+)->Callable:  # a decorator that leaves the function as it is
+    "Say which function reads the list files of a set, and give the set a record in the registry."
+    def keep(function):
+        _LISTS[name] = function
+        DATASETS.add(name, Source(partial(_read_named, name=name), drawn=SETS[name].size < 32, files=True), function)
+        return function
+    return keep
+
 # %% ../../nbs/data/01_archives.ipynb #80f31431
 _MOST = 2**26 # bytes of a list, unpacked; the largest published one, the digits of MNIST, has 47 million
 
@@ -290,6 +314,7 @@ def _halves(items:list[tuple[int, str]], last:int)->dict[str, list[tuple[int, st
     return dict(train=[item for item in items if item[0] <= last], test=[item for item in items if item[0] > last])
 
 # %% ../../nbs/data/01_archives.ipynb #5791ff3b
+@lists_of('cub')
 def _cub(folder:Path)->Listing:
     "The lists of CUB-200-2011, in the order of the image numbers."
     lists = tuple(folder/file for file in SETS['cub'].layout[:3])
@@ -372,6 +397,7 @@ def _mat(path:Path)->dict[str, Any]:
         ) from err
     return found
 
+@lists_of('cars')
 def _cars(folder:Path)->Listing:
     "The list of Cars-196, sorted by path."
     path = folder/'cars_annos.mat'
@@ -402,6 +428,7 @@ def _cars(folder:Path)->Listing:
     )
 
 # %% ../../nbs/data/01_archives.ipynb #662f3e93
+@lists_of('sop')
 def _sop(folder:Path)->Listing:
     "The lists of Stanford Online Products, in their own order."
     lists = dict(train=folder/'Ebay_train.txt', test=folder/'Ebay_test.txt')
@@ -414,6 +441,7 @@ def _sop(folder:Path)->Listing:
     )
 
 # %% ../../nbs/data/01_archives.ipynb #eb408a84
+@lists_of('inshop')
 def _inshop(folder:Path)->Listing:
     "The list of In-Shop Clothes Retrieval, in its own order."
     path = next((folder/mark for mark in SETS['inshop'].marks if (folder/mark).is_file()))
@@ -433,6 +461,7 @@ def _inshop(folder:Path)->Listing:
     return Listing((path,), sides)
 
 # %% ../../nbs/data/01_archives.ipynb #5e2b7701
+@lists_of('grocery')
 def _grocery(folder:Path)->Listing:
     """The lists of GroceryStoreDataset, or one in In-Shop's form: the first 40 products train; of the others the test
     images ask."""
@@ -523,10 +552,11 @@ _FASHION = dict(
         ('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')
     )
 )
-_LISTS = dict(
-    cub=_cub, cars=_cars, sop=_sop, inshop=_inshop, grocery=_grocery, mnist=lambda folder: _ten(folder, {}),
-    fashion=lambda folder: _ten(folder, _FASHION)
-)
+@lists_of('mnist')
+def _mnist(folder:Path)->Listing: return _ten(folder, {})
+
+@lists_of('fashion')
+def _fashion(folder:Path)->Listing: return _ten(folder, _FASHION)
 
 def listing(
     name:str,    # one of `SETS`

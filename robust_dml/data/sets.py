@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['FONTS', 'BLOCKS', 'SUFFIXES', 'FORMATS', 'ARCHIVES', 'centre_crop', 'random_crop', 'to_device', 'ImageSet', 'Split',
-           'load_fonts', 'bitmap', 'difference', 'characters', 'glyphs', 'image_bytes', 'as_shown', 'read_image',
-           'omniglot', 'looks_like_image', 'class_files', 'class_folders', 'Labelled', 'labelled', 'left_out', 'alike',
-           'image_folder', 'QueryGallery', 'sides', 'split_folder', 'same_file', 'load', 'partners', 'pair_batches',
-           'prefetch', 'training_batches']
+           'Source', 'registered_set', 'load_fonts', 'bitmap', 'difference', 'characters', 'glyphs', 'image_bytes',
+           'as_shown', 'read_image', 'omniglot', 'looks_like_image', 'class_files', 'class_folders', 'Labelled',
+           'labelled', 'left_out', 'alike', 'image_folder', 'QueryGallery', 'sides', 'split_folder', 'same_file',
+           'taken', 'first_classes', 'own_set', 'load', 'partners', 'pair_batches', 'prefetch', 'training_batches']
 
 # %% ../../nbs/data/00_sets.ipynb #1b966c8c
-import hashlib, math, os, unicodedata, warnings, zipfile
+import hashlib, inspect, math, os, unicodedata, warnings, zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,7 +25,8 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, UnidentifiedImageError
 from torch import Tensor
 
-from ..core import check_between, check_choice, fingerprint, generator, need
+from ..core import DATASETS, check_between, check_choice, fingerprint, generator, is_reference, meant
+from ..core import need, refer
 
 # %% ../../nbs/data/00_sets.ipynb #44f61c15
 def centre_crop(
@@ -141,6 +142,25 @@ class Split:
             name=self.name, train=self.train.summary(), test=self.test.summary(), checksum=checksum,
             skipped=list(self.skipped)
         )
+
+# %% ../../nbs/data/00_sets.ipynb #672b8966
+@dataclass(frozen=True)
+class Source:
+    "What is known of a data set: its record in the registry."
+    read:Callable[..., Split] # takes any of root, size, channels, crop, train_classes, test_classes, skip_unreadable
+    drawn:bool=False          # small drawings, for which recipes have a size of their own; else photographs
+    files:bool=False          # distributed as files: a folder of class folders of the same name comes first
+
+def registered_set(
+    *,
+    name:str='', # '': that of the function
+    drawn:bool=False,
+)->Callable:     # a decorator that leaves the function as it is
+    "Give a reader a record in the registry."
+    def keep(read):
+        DATASETS.add(name or read.__name__, Source(read, drawn), read)
+        return read
+    return keep
 
 # %% ../../nbs/data/00_sets.ipynb #646912dc
 FONTS = (
@@ -303,6 +323,7 @@ def _draw_set(
     )
 
 # %% ../../nbs/data/00_sets.ipynb #8c07a126
+@registered_set(drawn=True)
 def glyphs(
     *,
     size:int=28,           # side of the images in pixels
@@ -528,14 +549,20 @@ def _drawing(archive:zipfile.ZipFile, member:str)->Image.Image: # mode 'L'
     with archive.open(member) as file: return read_image(file, channels=1)
 
 # %% ../../nbs/data/00_sets.ipynb #614880be
+@registered_set(drawn=True)
 def omniglot(
-    root:str|Path,              # folder of the archives
+    root:str|Path|None,         # folder of the archives
     *,
     size:int=28, channels:int=1, # side in pixels; 1, or 3 equal ones
     skip_unreadable:bool=False, # leave damaged images out and list them
     train_classes:int|None=None, test_classes:int|None=None, # keep at most the first so many classes
 )->Split:
     "Handwritten characters from the official archives, white on black; training and test alphabets are disjoint."
+    if root is None:
+        raise ValueError(
+            'omniglot needs root, the folder that holds images_background.zip and images_evaluation.zip (or the two'
+            ' small ones) of github.com/brendenlake/omniglot, found None'
+        )
     check_between('size', size, 8, 512), check_choice('channels', channels, (1, 3))
     name, *paths = _archives(Path(root))
     with _zip(paths[0]) as first, _zip(paths[1]) as second:
@@ -781,9 +808,50 @@ def _say_overlap(folder:Path, names:tuple[str, ...], shared:set[str], alone:set[
         warnings.warn(f'{folder} has queries of {len(alone)} classes that are not in its gallery ({min(alone)}, ...):'
                       ' R@1 and mAP leave them out')
 
+# %% ../../nbs/data/00_sets.ipynb #fedc2d08
+def taken(
+    read:Callable[..., Any],
+    given:dict[str, Any],    # keywords
+)->Any:
+    "What a function returns, given those of the keywords that it takes."
+    parameters = inspect.signature(read).parameters
+    everything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return read(**{key: value for key, value in given.items() if everything or key in parameters})
+
+def first_classes(
+    images:ImageSet,
+    count:int,      # of classes
+)->tuple[ImageSet, Tensor]: # and the rows that are kept
+    "The images of the first so many classes."
+    rows = (images.labels < count).nonzero().flatten()
+    return replace(images, images=images.images[rows], labels=images.labels[rows], classes=images.classes[:count]), rows
+
+def own_set(
+    name:str,             # `module:function`
+    given:dict[str, Any], # size, channels, limits, ...
+)->Split:
+    "A data set that a user's function returns."
+    found = refer(name)
+    split = taken(found.value, given)
+    if not isinstance(split, Split):
+        raise TypeError(f'{name} must return a Split, found {type(split).__name__}; see nbs/data/02_add_a_data_set.ipynb')
+    asked, shape = (given['channels'], given['size'], given['size']), tuple(split.train.images.shape[1:])
+    if shape != asked:
+        raise ValueError(
+            f'{name} must return images of {" x ".join(map(str, asked))}, found {" x ".join(map(str, shape))}; let it'
+            ' take size and channels'
+        )
+    for side, key in (('train', 'train_classes'), ('test', 'test_classes')):
+        if key not in given: continue
+        part, rows = first_classes(getattr(split, side), given[key])
+        changes:dict[str, Any] = {side: part}
+        if side == 'test' and hasattr(split, 'queries'): changes['queries'] = int((rows < split.queries).sum())
+        split = replace(split, **changes)
+    return split
+
 # %% ../../nbs/data/00_sets.ipynb #8f05a25a
 def load(
-    dataset:str,               # 'glyphs', 'omniglot' or the path of a folder of class folders
+    dataset:str,               # a name of the registry, the path of a folder of class folders, or `module:function`
     *,
     root:str|Path|None=None,   # folder of the archives, or what a relative path starts from
     size:int=28,               # side of the stored images
@@ -794,23 +862,23 @@ def load(
     skip_unreadable:bool=False, # for folders
 )->Split:
     "A data set by its key or path."
-    limits = {k: v for k, v in (('train_classes', train_classes), ('test_classes', test_classes)) if v is not None}
-    if dataset == 'glyphs': split = glyphs(size=size, channels=channels, seed=seed, **limits)
-    elif dataset == 'omniglot':
-        if root is None:
-            raise ValueError(
-                'omniglot needs root, the folder that holds images_background.zip and images_evaluation.zip (or the two'
-                ' small ones) of github.com/brendenlake/omniglot, found None'
-            )
-        split = omniglot(root, size=size, channels=channels, skip_unreadable=skip_unreadable, **limits)
-    elif dataset and os.path.isdir(Path(root or '.')/dataset):
-        folder = Path(root or '.')/dataset
+    limits:dict[str, Any] = {}
+    for key, value in (('train_classes', train_classes), ('test_classes', test_classes)):
+        if value is not None: limits[key] = value
+    given = dict(limits, root=root, size=size, channels=channels, seed=seed, skip_unreadable=skip_unreadable)
+    folder = Path(root or '.')/dataset
+    there = bool(dataset) and os.path.isdir(folder)
+    known = DATASETS[dataset] if dataset in DATASETS else None
+    if known and not (known.files and there): split = taken(known.read, given)
+    elif there:
         split = (split_folder if sides(folder) else image_folder)(
             folder, size=size, channels=channels, crop=crop, skip_unreadable=skip_unreadable, **limits
         )
+    elif is_reference(dataset): split = own_set(dataset, given)
     else:
         raise ValueError(
             f"dataset must be 'glyphs', 'omniglot' or the path of a folder of class folders, found {dataset!r}"
+            f'{meant(dataset, DATASETS)}'
         )
     return (
         split

@@ -6,10 +6,10 @@
 __all__ = ['PAPER_28', 'PAPER_224', 'A', 'B', 'QUICK', 'SMALL', 'MEDIUM', 'SMOKE', 'P', 'PHOTOS', 'PRESETS', 'BUILT_IN',
            'PARAMETERS', 'EXPERIMENTS', 'Recipe', 'recipe', 'overrides', 'describe', 'parameters', 'seed_list',
            'Experiment', 'lines_of', 'Plan', 'plan', 'with_backbone', 'with_budget', 'replan', 'folder_name',
-           'check_split', 'query_count', 'announce', 'Cell', 'cells', 'natural', 'defense', 'training_config',
-           'training_options', 'weights_name', 'train_cell', 'alone', 'trained_as', 'evaluation_config',
-           'evaluate_cell', 'missing_cells', 'compute_cell', 'compute_elsewhere', 'record', 'check_weights',
-           'published', 'results', 'example_images', 'example_tensors']
+           'data_name', 'check_split', 'query_count', 'announce', 'Cell', 'cells', 'natural', 'defense',
+           'training_config', 'training_options', 'weights_name', 'train_cell', 'alone', 'trained_as',
+           'evaluation_config', 'evaluate_cell', 'missing_cells', 'compute_cell', 'compute_elsewhere', 'record',
+           'check_weights', 'published', 'results', 'example_images', 'example_tensors']
 
 # %% ../../nbs/study/00_experiments.ipynb #5c452ee8
 import hashlib, json, math, os
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.archives import is_archive, load
-from ..core import check_choice, check_known, kept_memory, listed, pick_device, typed
+from ..core import DATASETS, check_choice, check_known, is_reference, kept_memory, listed, pick_device, typed
 from ..data.sets import QueryGallery, Split
 from ..defenses.base import Defense, make_defense
 from ..defenses.eat import ProxyDefense, network
@@ -111,13 +111,17 @@ PRESETS = ('smoke', 'quick', 'small', 'medium', 'photos', 'photos96', 'paper')
 BUILT_IN = ('glyphs', 'omniglot') # and the keys of `data.archives.SETS`; every other name is a folder
 
 # %% ../../nbs/study/00_experiments.ipynb #6c7ee12f
+def _drawn(name:str)->bool:
+    "Whether a data set is one of small drawings."
+    return name in DATASETS and DATASETS[name].drawn
+
 def recipe(
     preset:str,  # one of PRESETS
     dataset:str, # 'glyphs', 'omniglot', a key of `data.archives.SETS` or the name of a folder
 )->Recipe:
     "The recipe of a preset for a data set."
     check_choice('preset', preset, PRESETS)
-    drawn = dataset in (*BUILT_IN, 'mnist', 'fashion')
+    drawn = _drawn(dataset)
     if preset == 'paper':
         lam, ics = {'cars': (9.5, .5), 'sop': (2., .05)}.get(dataset, (10., .5))
         return replace(PAPER_28 if drawn else PAPER_224, lam=lam, ics=ics)
@@ -358,7 +362,7 @@ def plan(
     p = parameters
     executor(p['executor']) # refuses what it does not know, before anything is read
     source, root = _place(p)
-    name = source if source in BUILT_IN or is_archive(source, root) else folder_name(Path(root)/source)
+    name = data_name(source, root)
     r = _recipe(experiment, p, name)
     data = _data(p, r)
     check_split(data)
@@ -443,7 +447,17 @@ def replan(plan:Plan, experiment:str)->Plan:
 def folder_name(path:Path)->str:
     "Name of a data set in a folder: lower case, and never that of a built-in one."
     name = path.resolve().name.lower() or 'root'
-    return f'{name}-folder' if name in (*BUILT_IN, 'mnist', 'fashion') else name
+    return f'{name}-folder' if _drawn(name) else name
+
+def data_name(
+    source:str, # parameter `dataset`
+    root:str,   # folder of its files
+)->str:
+    "What a report calls a data set; a user's own is called like its function."
+    if source in BUILT_IN or is_archive(source, root): return source
+    if not is_reference(source) or (Path(root)/source).is_dir(): return folder_name(Path(root)/source)
+    name = source.partition(':')[2]
+    return f'{name}-own' if name in DATASETS else name
 
 def check_split(data:Split)->None:
     "Refuse, before anything is trained, data on which a table cannot be computed."
