@@ -7,11 +7,15 @@ INPUTS := settings.ini setup.py pyproject.toml constraints.txt
 export MPLBACKEND := agg
 export PYTHONUNBUFFERED := 1
 
-RUNS := data table1 table2 table3 table4 figure3 figure4 switches paper_switches hard_triplets lambda early_disabling limits timing fairness baselines reference locality stress compare tuples eat all_defenses audit harden errata appendix_a claims tune all cost scale explore
-.PHONY: help venv demo $(RUNS) reports ledger bench bench-full test types faults sync hooks lab browser-test clean
+# Run notebooks by their names; every other name is that of a study, which run_ablation runs.
+RUNS := $(filter-out ablation,$(patsubst nbs/run_%.ipynb,%,$(wildcard nbs/run_*.ipynb)))
+STUDIES := $(shell sed -n "s/.*study = 'lambda' *\# \(.*\)\\\\n\",/\1/p" nbs/run_ablation.ipynb)
+STUDY ?= lambda
+.PHONY: help venv demo $(RUNS) ablation reports ledger bench bench-full test types faults sync hooks lab browser-test clean
 help:
 	@echo "make demo  train, attack, score and report on the embedded images"
 	@echo "make table1 P='-p dataset omniglot -p root path/to/archives'   a table with parameters; also $(filter-out table1 cost data,$(RUNS))"
+	@echo "make lambda P='-p dataset omniglot'   a study by its name: $(STUDIES)"
 	@echo "make cost P='-p dataset cub -p preset paper'   time and memory that a table will take here"
 	@echo "make table3 N=2   the same by torchrun in two processes, which share every training and evaluation"
 	@echo "make test  sync check, type check, notebook tests, pytest; make types  the type check alone"
@@ -52,8 +56,18 @@ demo: venv
 	echo "the table is $$same the committed one in reports/table1-glyphs-quick"; \
 	echo "the work took $$((SECONDS-began)) s; open reports/demo/table1-glyphs-quick/index.html"
 
+define run
+@mkdir -p build; set -o pipefail; $(if $(N),$(BIN)/torchrun --standalone --nproc_per_node $(N) --no-python sh -c '$(PAPERMILL) nbs/run_$@.ipynb build/$@.$$RANK.ipynb "$$@"' sh $(1) $(P),$(PAPERMILL) nbs/run_$@.ipynb build/$@.ipynb $(1) $(P)) 2>&1 | cat
+endef
+
 $(RUNS): venv
-	@mkdir -p build; set -o pipefail; $(if $(N),$(BIN)/torchrun --standalone --nproc_per_node $(N) --no-python sh -c '$(PAPERMILL) nbs/run_$@.ipynb build/$@.$$RANK.ipynb "$$@"' sh $(P),$(PAPERMILL) nbs/run_$@.ipynb build/$@.ipynb $(P)) 2>&1 | cat
+	$(call run)
+
+ablation: venv
+	$(call run,-p study $(STUDY))
+
+.DEFAULT:
+	@$(MAKE) --no-print-directory ablation STUDY='$@'
 
 # No training: pages from the results beside them.
 reports: venv

@@ -37,10 +37,12 @@ def test_unfit_data_is_refused_or_met_before_anything_is_trained(tmp_path):
     for c, count in enumerate((2, 4, 4, 4, 4, 1)):
         (tmp_path/'cut'/f'class{c}').mkdir(parents=True)
         for i in range(count): Image.new('RGB', (32, 32), (40*c, 20*i, 90)).save(tmp_path/'cut'/f'class{c}'/f'{i}.png')
-    asked = dict(preset='smoke', dataset=str(tmp_path/'cut'), out=str(tmp_path/'out'))
-    with pytest.raises(ValueError, match='every class needs 2 images for centre accuracy'): all_defenses.prepare(asked)
+    asked = experiments.parameters(dict(preset='smoke', dataset=str(tmp_path/'cut'), out=str(tmp_path/'out')))
+    with pytest.raises(ValueError, match='every class needs 2 images for centre accuracy'):
+        experiments.plan('all_defenses', asked)
     Image.new('RGB', (32, 32), (200, 20, 90)).save(tmp_path/'cut'/'class5'/'1.png')
-    assert 'eat:absent=negative' in all_defenses.prepare(asked).defenses and not (tmp_path/'out').exists()
+    lines = experiments.plan('all_defenses', asked).defenses
+    assert 'eat:absent=negative' in lines and not (tmp_path/'out').exists()
 
 
 def test_the_page_names_every_defence(asked, found):

@@ -15,13 +15,13 @@ from robust_dml.study import compare
 from robust_dml.data.archives import QueryGallery
 from robust_dml.triplets.collapse import is_collapsed
 from robust_dml.study.compare import KEYS, METRICS, answers, attack_again, check_same, comparison, differences, holm
-from robust_dml.study.compare import kept, pairs, per_query, plane, prepare, query_interval, retained_robustness
+from robust_dml.study.compare import kept, pairs, per_query, plane, query_interval, retained_robustness
 from robust_dml.study.compare import seed_interval, stored, suite_line, swap_test, words, write_compare
 from robust_dml.core import generator
 from robust_dml.data.sets import glyphs
 from robust_dml.defenses.base import act, natural
 from robust_dml.metrics.evaluate import evaluate
-from robust_dml.study.experiments import cells
+from robust_dml.study.experiments import by_name, cells
 from robust_dml.models.networks import build
 from robust_dml.metrics.scores import ARS_HEADINGS, HEADINGS, ars, ers
 from robust_dml.runs.store import Run, StoreError, read_lines, to_json
@@ -416,9 +416,9 @@ def test_own_score_orders_what_ers_and_ars_do_not():
 @pytest.fixture(scope='module')
 def smoke(tmp_path_factory):
     "Two models, compared in the smallest size."
-    plan = prepare(
-        dict(preset='smoke', defenses='natural,act', limit=30, seeds='0,1', out=str(tmp_path_factory.mktemp('compare')))
-    )
+    out = str(tmp_path_factory.mktemp('compare'))
+    asked = dict(study='compare', preset='smoke', defenses='natural,act', limit=30, seeds='0,1', out=out)
+    plan = by_name(asked)[1]
     return plan, comparison(plan, show=False)
 
 
@@ -502,8 +502,8 @@ def test_stores_that_do_not_fit_are_refused(smoke, tmp_path):
 
 def test_one_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match='needs two models at least, found ACT'):
-        prepare(dict(preset='smoke', defenses='act', out=str(tmp_path)))
-    with pytest.raises(ValueError, match='unknown parameter datset'): prepare(dict(datset='glyphs'))
+        by_name(dict(study='compare', preset='smoke', defenses='act', out=str(tmp_path)))
+    with pytest.raises(ValueError, match='unknown parameter datset'): by_name(dict(study='compare', datset='glyphs'))
 
 
 def test_page(smoke, tmp_path):

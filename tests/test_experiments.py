@@ -13,18 +13,15 @@ import pytest
 import test_archives
 import test_run_notebooks
 
-from robust_dml.papers import everything
-from robust_dml.study import experiments, cost, questions as studies
-from robust_dml.report import tables
+from robust_dml.papers import gallery
+from robust_dml.study import cost, experiments, fairness
 from robust_dml.runs.store import finished_runs, read_results
 from robust_dml.defenses.colo_tride import OFFICIAL, PAPER
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = [
-    name
-    for name in experiments.EXPERIMENTS
-    if name not in ('cost', 'reference', 'locality', 'stress', 'all_defenses', 'explore')
-]
+STUDIES = experiments.STUDIES
+PLAIN = [name for name, study in STUDIES.items() if study.defenses and not study.write]
+TABLES = [*PLAIN, 'timing', 'fairness']
 
 
 @cache
@@ -33,10 +30,10 @@ def smoke(): return experiments.plan('table1', experiments.parameters(dict(prese
 
 def planned(name, out, defenses='', profiles=('official', 'paper')):
     "A plan on data that is drawn once."
-    wanted, base = experiments.EXPERIMENTS[name], smoke()
+    wanted, base = STUDIES[name], smoke()
     recipe = replace(
         base.recipe,
-        **dict(settings=wanted.settings or base.recipe.settings, limit=16, profiles=profiles) | wanted.changes
+        **dict(settings=wanted.settings or base.recipe.settings, limit=16, profiles=profiles) | {**wanted.changes}
     )
     return replace(
         base, experiment=name, defenses=experiments.table_lines(defenses) or wanted.defenses, recipe=recipe,
@@ -51,12 +48,12 @@ def out(tmp_path_factory): return tmp_path_factory.mktemp('reports')
 @pytest.mark.parametrize('name', TABLES)
 def test_report(name, out):
     plan = planned(name, out)
-    path, said = studies.run_one(plan, show=False)
-    page = path.read_text()
+    found = STUDIES[name].run(plan, show=False)
+    page, said = STUDIES[name].page(plan.folder, found).read_text(), STUDIES[name].says(found)
     labels = [cell.label for cell in experiments.cells(plan)]
     assert len(labels) == len(set(labels))*len(plan.recipe.seeds) and said
-    assert escape(experiments.EXPERIMENTS[name].title) in page and all(escape(label) in page for label in labels)
-    files = {'index.html', 'results.json'} | ({'table.csv', 'table.md', 'figures'} if name in tables.COLUMNS else set())
+    assert escape(STUDIES[name].title) in page and all(escape(label) in page for label in labels)
+    files = {'index.html', 'results.json'} | ({'table.csv', 'table.md', 'figures'} if name in PLAIN else set())
     assert {f.name for f in plan.folder.iterdir()} == files
 
 
@@ -69,8 +66,8 @@ def test_the_store_answers_a_second_time(out):
 
 
 def test_fairness_counts_disagreement():
-    def record(**cells): return dict(eval=dict(ers_cells={h: cells.get(h, 1.) for h in studies.HEADINGS}))
-    found = studies.agreement([record(**{'TMA': a, 'LTM': b, 'GTT': None}) for a,b in ((1., 9.), (2., 5.), (3., 7.))])
+    def record(**cells): return dict(eval=dict(ers_cells={h: cells.get(h, 1.) for h in fairness.HEADINGS}))
+    found = fairness.agreement([record(**{'TMA': a, 'LTM': b, 'GTT': None}) for a,b in ((1., 9.), (2., 5.), (3., 7.))])
     assert found['TMA']['LTM'] == pytest.approx(-.5) and found['TMA']['TMA'] == pytest.approx(1.)
     assert math.isnan(found['GTT']['TMA']) and math.isnan(found['CA+']['TMA'])
 
@@ -147,15 +144,13 @@ def test_both_readings_of_the_paper_stand_in_the_larger_tables():
     for name in ('table1', 'table2', 'table3', 'table4', 'figure3', 'figure4', 'switches'):
         asked = experiments.parameters(dict(preset='small'))
         plan = replace(
-            smoke(), defenses=experiments.lines_of(name, 'small'), recipe=experiments._recipe(name, asked, 'glyphs')
+            smoke(), defenses=STUDIES[name].lines('small'), recipe=experiments._recipe(name, asked, 'glyphs')
         )
         labels = {cell.label for cell in experiments.cells(plan)}
         assert any('(paper_range)' in label for label in labels) and any('(paper)' in label for label in labels), name
         assert name == 'switches' or 'COLO-TRIDE (paper, C per step)' in labels, name
     assert experiments.recipe('paper', 'cub').profiles == ('official', 'paper_steps')
-    assert 'colo_steps' not in experiments.lines_of('table1', 'quick') and 'hm' in experiments.lines_of(
-        'figure4', 'quick'
-    )
+    assert 'colo_steps' not in STUDIES['table1'].lines('quick') and 'hm' in STUDIES['figure4'].lines('quick')
 
 
 def test_a_miniature_cub_through_everything(tmp_path):
@@ -164,9 +159,9 @@ def test_a_miniature_cub_through_everything(tmp_path):
     pytest.importorskip('pytorch_metric_learning', reason='the proxy loss of EAT comes from pytorch-metric-learning')
     test_archives.cub(tmp_path, classes=(1, 2, 3, 4, 5, 101, 102, 103), per_class=4)
     asked = experiments.parameters(dict(dataset='cub', root=str(tmp_path), preset='smoke', out=str(tmp_path/'out')))
-    with warnings.catch_warnings(record=True): page = everything.run_all(asked, show=False)
+    with warnings.catch_warnings(record=True): page = gallery.run_all(asked, show=False)
     links = re.findall(r'href="([^"]+)"', page.read_text())
-    assert len(links) == len(everything.NAMES) and all((page.parent/link).is_file() for link in links)
+    assert len(links) == len(gallery.in_one_run()) and all((page.parent/link).is_file() for link in links)
     assert 'Beside the paper' in (page.parent.parent/'table1-cub-smoke'/'index.html').read_text()
 
 
@@ -194,12 +189,12 @@ def test_a_gallery_of_its_own_through_table1(shop, tmp_path, capsys):
     plan = shop_plan(shop, tmp_path)
     experiments.announce(plan)
     assert 'queries and gallery apart: 10 queries, 6 gallery images\n' in capsys.readouterr().out
-    page, _ = studies.run_one(plan, show=False)
+    page = experiments.write_table(plan.folder, experiments.results(plan, show=False))
     results = json.loads((plan.folder/'results.json').read_text())
     assert 'queries and gallery apart: 10 queries, 6 gallery images' in page.read_text()
     for r in results['records']:
         assert (r['eval']['queries'], r['eval']['excluded'], r['eval']['before']['GTT']) == (10, 4, 100)
-    shown = experiments.example_images(plan, results)['A Natural']
+    shown = experiments.example_tensors(plan.reports, results)['A Natural']
     assert (
         len(shown) == 7
         and set(shown['label_before'].unique().tolist()) <= {0, 1, 2}

@@ -24,9 +24,8 @@ pytest.importorskip('submitit', reason='jobs need submitit')
 TABLE = '''
 import sys
 from robust_dml.study import experiments
-from robust_dml.report import tables
 plan = experiments.plan('table1', experiments.parameters(dict(preset='smoke', defenses='natural,act', limit=16, out=sys.argv[1], executor=sys.argv[2])))
-tables.write_report(plan.folder, results := experiments.results(plan, show=False), experiments.example_images(plan, results))
+experiments.write_table(plan.folder, experiments.results(plan, show=False))
 '''
 
 

@@ -123,7 +123,6 @@ def test_a_record_without_the_sound_form_is_named():
     with pytest.raises(ValueError, match="found no 'GTM fixed'; evaluate it again"): resistances(lacking)
 
 
-@pytest.mark.skipif('locality' not in experiments.EXPERIMENTS, reason='no such experiment')
 def test_the_whole_sweep(tmp_path):
     "Two weights in the smallest size: trained, attacked, drawn; the second time nothing is computed."
     asked = experiments.parameters(
@@ -132,7 +131,7 @@ def test_the_whole_sweep(tmp_path):
     plan = experiments.plan('locality', asked)
     found = experiments.results(plan, show=False)
     assert [p.top for p in points(found['records'])] == [0.0, 1.0] and len(
-        experiments.EXPERIMENTS['locality'].defenses
+        experiments.STUDIES['locality'].defenses
     ) == 5
     assert found['records'][0]['eval']['after'] != found['records'][1]['eval']['after']
     assert write_locality(plan.folder, found) == tmp_path/'locality-glyphs-smoke'/'index.html'

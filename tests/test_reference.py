@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from robust_dml.study import experiments, questions
+from robust_dml.study import experiments, reference
 from robust_dml.papers import gallery
 from robust_dml.metrics.scores import HEADINGS, reference_table
 from robust_dml.runs.store import read_results
@@ -35,7 +35,7 @@ def record(defense, seed, shift=0., collapsed=False, **after):
 
 
 def results(records, limit=2000, overrides=('seeds: 0, 1, 2 (paper: 0)', 'limit: 2000 (paper: 0)')):
-    "What `study.questions.reference` gives for these records."
+    "What `study.reference.reference` gives for these records."
     seeds = {label: [r['seed'] for r in records if r['label'] == label] for label, _, _ in ROWS}
     rows = [dict(label=label, defense=defense, profile=profile, seeds=seeds[label]) for label, defense, profile in ROWS]
     return dict(
@@ -51,7 +51,7 @@ def three(defense, *shifts, **after):
 
 
 def test_all_within_the_spread():
-    said = questions.reference_words(results(three('natural', -1., 0., 1.)))
+    said = reference.reference_words(results(three('natural', -1., 0., 1.)))
     assert said[0] == 'Natural: 14 of 14 printed numbers lie within two standard deviations of our three seeds.'
     assert (
         said[1] == 'Natural: no printed number lies beyond.'
@@ -60,7 +60,7 @@ def test_all_within_the_spread():
 
 
 def test_what_lies_beyond_is_listed_with_its_difference():
-    said = questions.reference_words(results(three('natural', 4., 5., 6., LTM=1.5, TMA=.987)))
+    said = reference.reference_words(results(three('natural', 4., 5., 6., LTM=1.5, TMA=.987)))
     assert said[0].startswith('Natural: 8 of 14') and 'R@1 92.6 (printed 87.6, +5.0)' in said[1]
     assert (
         'LTM 1.5 (printed 0.0, +1.5)' in said[1]
@@ -70,7 +70,7 @@ def test_what_lies_beyond_is_listed_with_its_difference():
 
 
 def test_several_rows_are_summed():
-    said = questions.reference_words(results(three('natural', 4., 5., 6.) + three('act', -1., 0., 1.)))
+    said = reference.reference_words(results(three('natural', 4., 5., 6.) + three('act', -1., 0., 1.)))
     assert (
         said[0]
         == '24 of 28 printed numbers lie within two standard deviations of our seeds: Natural 10 of 14 and ACT 14'
@@ -83,37 +83,37 @@ def test_several_rows_are_summed():
     (three('hm', 0., 1., 2.), ()),                                               # nothing is printed for HM
     (three('natural', 0., 1., 2.), ('epochs: 1 (paper: 8)',))])                  # another protocol
 def test_nothing_is_claimed(records, overrides):
-    said = ' '.join(questions.reference_words(results(records, overrides=overrides)))
+    said = ' '.join(reference.reference_words(results(records, overrides=overrides)))
     assert 'nothing is claimed' in said and 'within two standard deviations' not in said
-    assert not any(row.judged for row in questions.reference_rows(results(records, overrides=overrides)))
+    assert not any(row.judged for row in reference.reference_rows(results(records, overrides=overrides)))
 
 
 def test_binomial_interval():
     "Wilson's interval by hand: (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²))/(1 + z²/n)."
-    assert questions.binomial_interval(50., 100) == pytest.approx((40.383, 59.617), abs=.001)
-    assert questions.binomial_interval(12., 2000) == pytest.approx((10.648, 13.498), abs=.002)
-    low, high = questions.binomial_interval(100., 10)
+    assert reference.binomial_interval(50., 100) == pytest.approx((40.383, 59.617), abs=.001)
+    assert reference.binomial_interval(12., 2000) == pytest.approx((10.648, 13.498), abs=.002)
+    low, high = reference.binomial_interval(100., 10)
     assert high == pytest.approx(100.) and low == pytest.approx(72.246, abs=.001)
     for share, trials in ((101., 10), (-1., 10), (50., 0)):
-        with pytest.raises(ValueError, match='share of 0 to 100'): questions.binomial_interval(share, trials)
+        with pytest.raises(ValueError, match='share of 0 to 100'): reference.binomial_interval(share, trials)
 
 
 def test_commands_name_what_lacks():
     found = results(three('natural', 0., 1.))
-    commands = {row['label']: questions.reference_command(found, row) for row in found['rows']}
+    commands = {row['label']: reference.reference_command(found, row) for row in found['rows']}
     assert commands['Natural'] == "make reference P='-p defenses natural -p seeds 2 -p limit 2000'"
     assert (
         commands['COLO-TRIDE (paper_range)']
         == "make reference P='-p defenses colo_tride -p profile paper_range -p seeds 0,1,2 -p limit 2000'"
     )
     assert (
-        questions.reference_command(results([], limit=0), found['rows'][4])
+        reference.reference_command(results([], limit=0), found['rows'][4])
         == "make reference P='-p defenses hm -p seeds 0,1,2'"
     )
 
 
 def test_page(tmp_path):
-    page = questions.write_reference(
+    page = reference.write_reference(
         tmp_path, results(three('natural', 4.0, 5.0, 6.0) + [record('hm', 0, collapsed=True)])
     ).read_text(encoding='utf-8')
     assert '<Beside>' not in page and '&lt;Beside&gt;' in page and page.count('<img') == 1
@@ -131,20 +131,20 @@ def test_page(tmp_path):
 def test_page_of_all_queries_has_no_interval(tmp_path):
     whole = results(three('natural', 0., 1., 2.), limit=0)
     for r in whole['records']: r['eval']['queries'] = 10000
-    page = questions.write_reference(tmp_path, whole).read_text(encoding='utf-8')
+    page = reference.write_reference(tmp_path, whole).read_text(encoding='utf-8')
     assert 'All 10,000 test images are attacked' in page and ' to 14.1' not in page and page.count('>all 10,000<') == 14
 
 
 def test_page_is_written_again(tmp_path):
     folder = tmp_path/'reference-fashion-paper'
-    first = questions.write_reference(folder, results([record('natural', 0, LTM=None)])).read_text(encoding='utf-8')
+    first = reference.write_reference(folder, results([record('natural', 0, LTM=None)])).read_text(encoding='utf-8')
     assert gallery.rewrite(folder).read_text(encoding='utf-8') == first and '0/0' in first
 
 
 @pytest.mark.parametrize('dataset, preset', [('glyphs', 'paper'), ('fashion', 'quick')])
 def test_other_data_and_presets_are_refused(dataset, preset, tmp_path):
     plan = replace(smallest(tmp_path), dataset=dataset, preset=preset)
-    with pytest.raises(ValueError, match=f'found {dataset} and {preset}'): questions.reference(plan, show=False)
+    with pytest.raises(ValueError, match=f'found {dataset} and {preset}'): reference.reference(plan, show=False)
     assert not (tmp_path/'store').exists()
 
 
@@ -157,10 +157,10 @@ def smallest(out, **other):
 def test_finished_cells_of_the_same_protocol_are_gathered(tmp_path):
     """Seeds 0 and 5 with 16 queries, and seed 0 with 8: a page shows the seeds of its own number of queries, and
     computes nothing twice."""
-    questions.reference(smallest(tmp_path, seeds='5'), show=False)
-    other = questions.reference(smallest(tmp_path, limit=8), show=False)
+    reference.reference(smallest(tmp_path, seeds='5'), show=False)
+    other = reference.reference(smallest(tmp_path, limit=8), show=False)
     assert [(r['seed'], r['eval']['queries']) for r in other['records']] == [(0, 8)]
-    found = questions.reference(smallest(tmp_path), show=False)
+    found = reference.reference(smallest(tmp_path), show=False)
     assert [(r['label'], r['seed'], r['eval']['queries']) for r in found['records']] == [
         ('Natural', 0, 16), ('Natural', 5, 16)
     ]
@@ -169,10 +169,10 @@ def test_finished_cells_of_the_same_protocol_are_gathered(tmp_path):
     assert [row['label'] for row in found['rows']] == [
         'Natural', 'ACT', 'EST', *(f'COLO-TRIDE ({p})' for p in profiles), 'HM'
     ]
-    page = questions.write_reference(tmp_path/'page', found).read_text(encoding='utf-8')
+    page = reference.write_reference(tmp_path/'page', found).read_text(encoding='utf-8')
     assert 'nothing is claimed' in page and 'epochs: 2 (paper: 8)' in page
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('store/*/*')}
-    assert questions.reference(smallest(tmp_path), show=False)['records'] == found['records']
+    assert reference.reference(smallest(tmp_path), show=False)['records'] == found['records']
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob('store/*/*')}
 
 
@@ -180,7 +180,7 @@ def test_finished_cells_of_the_same_protocol_are_gathered(tmp_path):
 def test_committed_page_claims_what_its_seeds_allow(tmp_path):
     "Made from the committed results alone; a head line with a count needs three seeds of a printed row."
     found = read_results(REPORTS/'reference-fashion-paper')
-    page = questions.write_reference(tmp_path, found).read_text(encoding='utf-8')
+    page = reference.write_reference(tmp_path, found).read_text(encoding='utf-8')
     seeds = {row['defense']: len(row['seeds']) for row in found['rows'] if row['defense'] in reference_table()}
     enough = max(seeds.values()) >= 3
     assert (
@@ -188,4 +188,4 @@ def test_committed_page_claims_what_its_seeds_allow(tmp_path):
         and ('nothing is claimed' in page) == (not enough)
         and ('of 14 printed numbers' in page) == enough
     )
-    assert not questions.changed_protocol(found) and found['data']['test']['images'] == 10000
+    assert not reference.changed_protocol(found) and found['data']['test']['images'] == 10000

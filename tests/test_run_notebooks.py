@@ -21,10 +21,9 @@ ENV = os.environ | {'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg'}
 SCRIPT = '''
 import sys
 from robust_dml.study import experiments
-from robust_dml.report import tables as report
 plan = experiments.plan('table1', experiments.parameters(dict(preset='smoke', defenses='natural,hm', out=sys.argv[1])))
 results = experiments.results(plan, show=False)
-print(report.write_report(plan.folder, results, experiments.example_images(plan, results)))
+print(experiments.write_table(plan.folder, results))
 '''
 
 

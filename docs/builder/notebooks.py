@@ -72,6 +72,14 @@ def runs()->list[Path]:
     return sorted(NBS.glob('run_*.ipynb'))
 
 
+def run_notebook(
+    experiment:str, # of a report
+)->Path:
+    "The notebook that wrote a report: one of its own, or that of all ablations."
+    own = NBS/f'run_{experiment}.ipynb'
+    return own if own.is_file() else NBS/'run_ablation.ipynb'
+
+
 def heading(
     path:Path, # notebook
 )->tuple[str, str]: # title, one sentence of purpose ('' for none)
@@ -187,13 +195,13 @@ def _above(path:Path, reports:dict[str, str])->str:
             f'*Module [`robust_dml.{module}`]({up}api/{module}.md). Cells with a bar on the left are the module; the'
             f' others check it. Run it: `make lab`, then `{address(path)}.ipynb`.*'
         )
-    mine = [name for name, experiment in reports.items() if path.stem == f'run_{experiment}']
+    mine = [name for name, experiment in reports.items() if path == run_notebook(experiment)]
     found = ', '.join(f'<a href="../reports/{name}/index.html">{name}</a>' for name in mine)
     if path.stem.startswith('run_'):
         return (
-            f'*Committed reports of this experiment: {found}.*'
+            f'*Committed reports of this notebook: {found}.*'
             if found
-            else '*No report of this experiment is committed yet: run it.*'
+            else '*No report of this notebook is committed yet: run it.*'
         )
     return f'*Run it: `make lab`, then `{path.name}`.*'
 

@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 from builder.api import escaped
-from builder.notebooks import NBS, ROOT, heading
+from builder.notebooks import ROOT, heading, run_notebook
 from robust_dml.papers import gallery
 from robust_dml.runs.store import read_results
+from robust_dml.study.experiments import STUDIES
 
 REPORTS = ROOT/'reports'
 
@@ -61,10 +62,9 @@ def reports_page()->str:
     ]
     written = experiments()
     for experiment in dict.fromkeys(written.values()):
-        parts.append(
-            f'## {escaped(heading(NBS/f"run_{experiment}.ipynb")[0])}\n\nWritten by'
-            f' [run_{experiment}](nbs/run_{experiment}.ipynb).'
-        )
+        notebook = run_notebook(experiment)
+        title = STUDIES[experiment].title if notebook.stem == 'run_ablation' else heading(notebook)[0]
+        parts.append(f'## {escaped(title)}\n\nWritten by [{notebook.stem}](nbs/{notebook.name}).')
         for report in (name for name, mine in written.items() if mine == experiment):
             figures = sorted((REPORTS/report/'figures').glob('*.png'))
             image = (

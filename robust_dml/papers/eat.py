@@ -6,10 +6,10 @@
 __all__ = ['LINES', 'MAIN', 'CURVED', 'PICTURED', 'MINIMUM', 'JUDGED', 'ADAPTED', 'BUDGETS', 'STEPS', 'LIMITS', 'PAPER_A',
            'MEASURES', 'TABLES', 'LEAST_SEEDS', 'CLAIMS', 'Line', 'Budget', 'prepare', 'announce', 'plan_of', 'cell_of',
            'task_of', 'growth', 'memory', 'measured_apart', 'protocol', 'points', 'gradient_of', 'part_of',
-           'ten_classes', 'measure', 'from_outside', 'record', 'results', 'pictures', 'stored_pictures', 'switch',
-           'beside', 'borrowed', 'Table', 'table', 'to_csv', 'along', 'both_curves', 'curve_table', 'matrices',
-           'flattened', 'class_map', 'Claim', 'paired', 'verdict', 'judged', 'claim_table', 'claim_text', 'compared',
-           'headline', 'words', 'write_eat']
+           'ten_classes', 'measure', 'from_outside', 'record', 'results', 'pictures', 'switch', 'beside', 'borrowed',
+           'Table', 'table', 'to_csv', 'along', 'both_curves', 'curve_table', 'matrices', 'flattened', 'class_map',
+           'Claim', 'paired', 'verdict', 'judged', 'claim_table', 'claim_text', 'compared', 'headline', 'words',
+           'write_eat']
 
 # %% ../../nbs/papers/01_eat.ipynb #cacd2d0f
 import csv, io, json, math, subprocess, sys, tempfile, warnings
@@ -35,8 +35,8 @@ from ..defenses.base import make_defense
 from ..defenses.lines import entry_of
 from ..defenses.eat import Ensemble, has_proxies, network, sequential_gradient, transfer_matrix
 from ..study.experiments import PAPER_224, Cell, Plan, Setting, alone, check_weights, defense, overrides
-from ..study.experiments import parameters, plan, recipe, table_row, train_cell, trained_as, with_budget
-from ..study.experiments import _shareable
+from ..study.experiments import Study, outline, parameters, plan, recipe, register, table_row, train_cell
+from ..study.experiments import trained_as, with_budget
 from ..study.cost import noise_set, _peak
 from ..runs.jobs import only_inline
 from ..models.networks import checksum, embed, streamlined
@@ -47,7 +47,7 @@ from ..report.tables import curves, provenance_part, publish, setup_part
 from ..runs.store import Run, append_line, described, load_tensors, open_run, read_lines, save_tensors
 from ..runs.store import write_atomic
 from ..defenses.train import train
-from .tuples import by_line, _html, _setting
+from .tuples import budgets, by_line, _html, _setting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -149,6 +149,18 @@ def announce(plan:Plan)->None:
         f' {f"whole classes, at most {r.limit}" if r.limit else "all"} test images: {", ".join(ATTACKS)},'
         f' {r.eval_steps} steps of {r.eval_step_size:.2g}'
     )
+
+# %% ../../nbs/papers/01_eat.ipynb #0d8a8838
+def _report(folder:Path, results:Mapping[str, Any])->Path:
+    return write_eat(folder, results, pictures(Path(folder).parent, results))
+
+def _compute(plan, show): return results(plan, show=show) # defined below
+
+register(Study(
+    'eat', 'Ensemble adversarial training', prepare=prepare,
+    compute=_compute, write=_report, words=lambda results: words(results['records']),
+    frame=lambda results: table(results['records'], 'A1')
+))
 
 # %% ../../nbs/papers/01_eat.ipynb #62cb65e9
 def plan_of(
@@ -465,15 +477,8 @@ def results(
         attacks=', '.join(ATTACKS), step_size=r.eval_step_size, steps=r.eval_steps,
         restarts=BUDGETS[plan.preset].restarts, limit=r.limit
     )
-    return dict(
-        experiment='eat', title=f'Ensemble adversarial training, {plan.dataset}', dataset=plan.dataset,
-        preset=plan.preset, parameters=_shareable(plan.parameters), overrides=overrides(r, paper), data=plan.card,
-        device=plan.device,
-        settings={
-            s.name: {k: v for k, v in asdict(s).items() if k in ('name', 'eps', 'step_size', 'steps')}
-            for s in r.settings
-        },
-        attack=attack,
+    return outline(plan) | dict(
+        overrides=overrides(r, paper), data=plan.card, settings=budgets(r), attack=attack,
         records=[
             dict(record(plan, line, seed, show=show), memory=peaks.get(line, {}))
             for line in plan.defenses
@@ -482,17 +487,10 @@ def results(
     )
 
 def pictures(
-    plan:Plan,
-    results:Mapping[str,Any], # of `results`
-)->dict[str,dict[str,Tensor]]: # of `ten_classes`, by line, for the first seed that has them
-    "Embeddings for A9, from the store."
-    return stored_pictures(plan.reports, results)
-
-def stored_pictures(
     reports:Path,              # folder of the reports and their store
     results:Mapping[str,Any],  # of `results`
-)->dict[str,dict[str,Tensor]]: # as `pictures`
-    "The same for results that were read from a file."
+)->dict[str,dict[str,Tensor]]: # of `ten_classes`, by line, for the first seed that has them
+    "Embeddings for A9, from the store."
     found = {}
     for r in results['records']:
         run, digest = Run(Path(reports)/'store'/r['eval']['address']), r['eval']['examples']

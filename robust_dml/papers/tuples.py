@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LINES', 'PAPER_B', 'BUDGETS', 'CURVED', 'TABLES', 'Line', 'Budget', 'budget', 'prepare', 'announce', 'defence',
-           'Probe', 'probes', 'fit', 'measure', 'record', 'results', 'outcome', 'Table', 'by_line', 'pooled', 'fold_of',
-           'table', 'along', 'curve', 'both_curves', 'curve_table', 'words', 'write_tuples']
+           'Probe', 'probes', 'fit', 'measure', 'record', 'budgets', 'results', 'outcome', 'Table', 'by_line', 'pooled',
+           'fold_of', 'table', 'along', 'curve', 'both_curves', 'curve_table', 'words', 'write_tuples']
 
 # %% ../../nbs/papers/00_tuples.ipynb #0d63c56d
 import json, math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
@@ -24,8 +24,9 @@ from ..core import generator, kept_memory, listed, need, progress
 from ..defenses.base import Defense
 from ..metrics.evaluate import picked, queries_and_gallery, query_rows
 from ..study.experiments import PAPER_224, Plan, Recipe, Setting, alone, check_weights, overrides
-from ..study.experiments import parameters, plan, query_count, training_config, training_options
-from ..study.experiments import with_budget, _shareable
+from ..study.experiments import Study, outline, parameters, plan, query_count, register
+from ..study.experiments import training_config, training_options
+from ..study.experiments import with_budget
 from ..runs.jobs import only_inline
 from ..models.networks import build, checksum, embed_all, streamlined
 from ..report.pages import defence_name, html_figure, html_row, look, mean_spread, new_figure, number_cell
@@ -117,6 +118,15 @@ def defence(
     "The defence of a line."
     s = plan.recipe.settings[0]
     return tuples(eps=s.eps, step_size=s.step_size, steps=s.steps, margin=plan.recipe.margin, **LINES[line].options)
+
+# %% ../../nbs/papers/00_tuples.ipynb #a1a32300
+def _compute(plan, show): return results(plan, show=show) # defined below
+
+register(Study(
+    'tuples', 'Robust optimisation of tuples', prepare=prepare,
+    compute=_compute, write=lambda folder, results: write_tuples(folder, results),
+    words=lambda results: words(results['records']), frame=lambda results: table(results['records'], 'B1')
+))
 
 # %% ../../nbs/papers/00_tuples.ipynb #72436188
 CURVED = ('natural_triplet', 'tuples_triplet', 'natural_contrastive', 'tuples_contrastive') # the lines of B1 and B4
@@ -219,6 +229,11 @@ def record(plan:Plan, line:str, seed:int, *, show:bool=True)->dict:
         eval=described(done, 'clean', 'probes', 'indicators', 'collapsed')
     )
 
+def budgets(recipe:Recipe)->dict[str, dict[str, Any]]: # setting to its numbers, without those of COLO-TRIDE
+    "The settings of a page."
+    names = ('name', 'eps', 'step_size', 'steps')
+    return {s.name: {name: getattr(s, name) for name in names} for s in recipe.settings}
+
 @kept_memory()
 def results(
     plan:Plan, # of `prepare`
@@ -234,15 +249,8 @@ def results(
         searches='selfshift, nnpos, gap', FGSM='one step of ε',
         PGD=f'{r.settings[0].steps} steps of 2 ε/steps from a random start, best iterate', limit=r.limit
     )
-    return dict(
-        experiment='tuples', title=f'Robust optimisation of tuples, {plan.dataset}', dataset=plan.dataset,
-        preset=plan.preset, parameters=_shareable(plan.parameters), overrides=overrides(r, paper), data=plan.card,
-        device=plan.device,
-        settings={
-            s.name: {k: v for k, v in asdict(s).items() if k in ('name', 'eps', 'step_size', 'steps')}
-            for s in r.settings
-        },
-        attack=attack,
+    return outline(plan) | dict(
+        overrides=overrides(r, paper), data=plan.card, settings=budgets(r), attack=attack,
         records=[record(plan, line, seed, show=show) for line in plan.defenses for seed in r.seeds],
     )
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEYS', 'METRICS', 'READINGS', 'per_query', 'scored', 'Answers', 'answers', 'check_same', 'query_interval',
            'swap_test', 'differences', 'pairs', 'suite_line', 'plane', 'retained_robustness', 'kept', 'stored',
-           'attack_again', 'prepare', 'own_lines', 'by_setting', 'comparison', 'words', 'frame', 'write_compare']
+           'attack_again', 'check_pairs', 'own_lines', 'by_setting', 'comparison', 'words', 'frame', 'write_compare']
 
 # %% ../../nbs/study/03_compare.ipynb #9254759f
 import itertools, math, statistics
@@ -21,7 +21,8 @@ from torch import Tensor
 from ..attacks.suite import FIXED, suite
 from ..core import generator, kept_memory, need
 from ..metrics.evaluate import Protocol, attack_batches, queries_and_gallery, resampled
-from .experiments import Cell, Plan, cells, parameters, plan, query_count, results, train_cell
+from .experiments import TABLE_DEFENSES, Cell, Plan, Study, cells, query_count, register, results
+from .experiments import train_cell
 from ..models.networks import checksum, embed_all, streamlined
 from ..report.pages import defence_name, html_figure, html_row, join_words, look, mean_spread, new_figure
 from ..report.pages import opening, png, table_box, theme
@@ -342,15 +343,11 @@ def attack_again(
     )
 
 # %% ../../nbs/study/03_compare.ipynb #f92554c2
-def prepare(
-    namespace:dict, # globals() of a run notebook, or a dict of parameters
-)->Plan:
-    "Check the parameters and resolve them; ValueError names what is unknown."
-    asked = replace(plan('table1', parameters(namespace)), experiment='compare')
-    labels = {cell.label for cell in cells(asked)}
-    if len(labels) < 2:
-        raise ValueError(f'a comparison needs two models at least, found {", ".join(labels)}; name more defences')
-    return asked
+def check_pairs(plan:Plan)->Plan:
+    "The plan; refuses one with a single model."
+    labels = {cell.label for cell in cells(plan)}
+    if len(labels) > 1: return plan
+    raise ValueError(f'a comparison needs two models at least, found {", ".join(labels)}; name more defences')
 
 def own_lines(
     models:Mapping[str,Sequence[Mapping[str,Any]]], # label to the records of its trainings, of one setting
@@ -392,13 +389,13 @@ def by_setting(records:Sequence[Mapping[str,Any]])->dict[str,dict[str,list]]:
 
 @kept_memory()
 def comparison(
-    plan:Plan,      # of `prepare`
+    plan:Plan,      # of the study 'compare'
     *,
     show:bool=True, # progress bars
     draws:int=9999, # of the permutation test, at least; larger tables get more
 )->dict:            # JSON-able, for `write_compare`
     "Train and evaluate what the store does not hold, and compare all models of each setting."
-    found = results(replace(plan, experiment='table1'), show=show)
+    found = results(plan, show=show)
     for cell,record in zip(cells(plan), found['records']): attack_again(plan, cell, record, show=show)
     parts = []
     for setting,models in by_setting(found['records']).items():
@@ -413,7 +410,7 @@ def comparison(
                 own=own_lines(models)
             )
         )
-    return dict(found, experiment='compare', title=f'Models compared in pairs, {plan.dataset}', comparisons=parts)
+    return dict(found, comparisons=parts)
 
 # %% ../../nbs/study/03_compare.ipynb #b71f5c9d
 def _points(value:float, digits:int=1, sign:str='')->str:
@@ -633,3 +630,14 @@ def write_compare(
         + ''.join(_section(part, models[part['setting']]) for part in results['comparisons'])
         + f'<h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}',
     )
+
+# %% ../../nbs/study/03_compare.ipynb #905fc22d
+register(Study(
+    'compare', 'Models compared in pairs', TABLE_DEFENSES, more=('colo_steps',), check=check_pairs, compute=comparison,
+    write=write_compare, words=lambda results: [words(part) for part in results['comparisons']],
+    frame=lambda results: frame(results['comparisons']).round(3), undefined=('comparisons',),
+    about='Which differences between the rows of Table 1 are larger than the noise of queries and trainings, and how'
+    ' many queries survive all attacks at once? The models are those of Table 1, shared through the store. Outcomes of'
+    " single queries are not kept in git and are made again where they lack. At the end stands a score of this project's"
+    ' own, which a collapse does not raise.'
+))

@@ -34,13 +34,13 @@ from torch.utils.flop_counter import flop_registry
 from ..attacks.suite import FIXED, SUITE, Gallery
 from ..triplets.collapse import indicators
 from ..core import DEFENSES, Stopwatch, generator, kept_memory, listed, need, pick_device, progress
-from ..data.sets import ImageSet, Split, training_batches
+from ..data.sets import ImageSet, QueryGallery, Split, training_batches
 from ..defenses.base import Clock, Defense, make_defense, method
 from ..triplets.distances import normalise
 from ..metrics.evaluate import Protocol, attack_batches, check_size, evaluate, intervals
 from .experiments import BUILT_IN, Cell, Plan, Recipe, _shareable, _trainings, cells, defense, describe
 from .experiments import evaluation_config, folder_name, natural, plan, recipe, seed_list, table_lines
-from .experiments import table_row, with_backbone, with_budget, TABLE_DEFENSES
+from .experiments import Study, outline, register, table_row, with_backbone, with_budget, TABLE_DEFENSES
 from ..metrics.retrieval import retrieval
 from ..models.networks import build, embed, embed_all, frozen, streamlined
 from ..attacks.loop import autograd_gradient
@@ -572,6 +572,24 @@ def cases(plan:Plan)->dict[str, tuple[Workload, Plan]]:
         r = _as_asked(recipe(plan.preset, name), plan.parameters)
         found.setdefault(name, (paper_workload(name, r), replace(plan, dataset=name, recipe=r)))
     return found
+
+# %% ../../nbs/study/08_cost.ipynb #23e6d6b9
+def _one_set(plan:Plan)->Plan:
+    "The plan; refuses one whose queries and gallery are apart."
+    if not isinstance(plan.data, QueryGallery): return plan
+    raise ValueError(
+        f'cost needs test images that are queries and gallery at once, found {plan.data.name} with a gallery of its'
+        ' own; run its table without a forecast'
+    )
+
+def _compute(plan, show): return cost_results(plan, show=show) # defined below
+
+register(Study(
+    'cost', 'What the tables cost', TABLE_DEFENSES, check=_one_set, prepare=cost_plan,
+    compute=_compute,
+    write=lambda folder, results: write_cost_report(folder, results), words=lambda results: [summary(results)],
+    undefined=('rows', 'rates', 'rehearsed', 'recorded', 'memory_check'), in_all='no'
+))
 
 # %% ../../nbs/study/08_cost.ipynb #190d36bc
 def _protocol(plan:Plan)->dict: return evaluation_config(plan, next(cells(plan)), '')['protocol']
@@ -1386,8 +1404,10 @@ def write_cost_report(
     folder:Path,                # for example reports/cost-cub-paper
     results:Mapping[str, Any],  # of `cost_results`
 )->Path:                        # index.html
-    "Write index.html, cost.csv and results.json, each completely or not at all."
-    folder = Path(folder)
+    """Write index.html, cost.csv and results.json, each completely or not at all; the data set that was asked for first,
+    the others in the order of the paper."""
+    folder, order = Path(folder), dict.fromkeys((results['dataset'], *PAPER_SETS, *results['rows']))
+    results = dict(results, rows={name: results['rows'][name] for name in order if name in results['rows']})
     write_atomic(
         folder / 'cost.csv', frame(results).to_csv(index=False, lineterminator='\n', float_format='%.6g').encode()
     )

@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['PAPER_28', 'PAPER_224', 'A', 'B', 'QUICK', 'SMALL', 'MEDIUM', 'SMOKE', 'P', 'PHOTOS', 'PRESETS', 'BUILT_IN',
-           'PARAMETERS', 'EXPERIMENTS', 'Recipe', 'recipe', 'overrides', 'describe', 'parameters', 'seed_list',
-           'Experiment', 'lines_of', 'Plan', 'plan', 'with_backbone', 'with_budget', 'replan', 'folder_name',
+           'PARAMETERS', 'STUDIES', 'Recipe', 'recipe', 'overrides', 'describe', 'parameters', 'seed_list', 'Study',
+           'register', 'study_of', 'by_name', 'Plan', 'plan', 'with_backbone', 'with_budget', 'replan', 'folder_name',
            'data_name', 'check_split', 'query_count', 'announce', 'Cell', 'cells', 'natural', 'defense',
            'training_config', 'training_options', 'weights_name', 'train_cell', 'alone', 'trained_as',
            'evaluation_config', 'evaluate_cell', 'missing_cells', 'compute_cell', 'compute_elsewhere', 'record',
-           'check_weights', 'published', 'results', 'example_images', 'example_tensors']
+           'check_weights', 'published', 'results', 'outline', 'example_tensors', 'write_table']
 
 # %% ../../nbs/study/00_experiments.ipynb #5c452ee8
-import hashlib, json, math, os
-from collections.abc import Iterable, Iterator, Mapping
+import difflib, hashlib, json, math, os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ from ..runs.store import Run, StoreError, described, find_run, load_tensors, loc
 from ..runs.store import save_tensors, sweep
 from ..defenses.train import OPTIMIZERS, SCHEDULES, load_trained, train
 from ..defenses.colo_tride import OFFICIAL, PAPER, PROFILES
+from ..report import tables
 
 # %% ../../nbs/study/00_experiments.ipynb #bef671c3
 @dataclass(frozen=True)
@@ -204,23 +205,119 @@ def seed_list(text:str)->tuple[int,...]:
         ) from None
 
 # %% ../../nbs/study/00_experiments.ipynb #812b3146
-class Experiment(NamedTuple):
-    "What a run notebook shows."
+@dataclass(frozen=True)
+class Study:
+    "A table, a figure or an ablation."
+    name:str                       # of its reports, and what `study` is set to in run_ablation
     title:str
-    defenses:tuple[str,...]
+    defenses:tuple[str,...]=()     # its lines
     settings:tuple[Setting,...]=() # in all presets but paper; empty: the preset's
-    changes:dict={}                # of the recipe, in all presets but paper
+    changes:Mapping[str,Any]=field(default_factory=dict) # of the recipe, in all presets but paper
     quick:int=0                    # attacked queries in `quick`, where all of them would take too long; 0: all
     more:tuple[str,...]=()         # lines that `small` and `medium` add
+    layout:tables.Layout=tables.Layout() # of the table
+    examples:bool=False            # the page shows queries under attack
+    about:str=''                   # what is asked
+    note:str=''                    # how to read what comes out
+    check:Callable|None=None       # a plan -> the plan to run; refuses what cannot be computed
+    prepare:Callable|None=None     # parameters -> plan, where the lines are not those of the tables; None: `plan`
+    compute:Callable|None=None     # (plan, show=) -> results, JSON-able; None: `results`
+    write:Callable|None=None       # (folder, results) -> index.html; None: `write_table`
+    words:Callable|None=None       # results -> sentences; None: those of a table
+    frame:Callable|None=None       # results -> what a notebook shows beside the sentences
+    undefined:tuple[str,...]=()    # keys of the results below which null is an undefined number
+    folder:str='{name}-{dataset}-{preset}'
+    in_all:Literal['yes','last','no']='yes' # `run_all` runs it; 'last': it reads the reports of the others
+    again:bool=True                # its page can be written again from its results
 
-def lines_of(
-    experiment:str, # key of `EXPERIMENTS`
-    preset:str,     # one of `PRESETS`
-)->tuple[str,...]:
-    "An experiment's own lines in a preset."
-    wanted = EXPERIMENTS[experiment]
-    return wanted.defenses + (wanted.more if preset in ('small', 'medium') else ())
+    def lines(self, preset:str)->tuple[str,...]:
+        "Its own lines in a preset."
+        return self.defenses + (self.more if preset in ('small', 'medium') else ())
 
+    def plan(self, parameters:dict)->Any:
+        "What to run, checked."
+        return self.prepare(parameters) if self.prepare else plan(self.name, parameters)
+
+    def run(self, plan:Any, *, show:bool=True)->dict:
+        "Train, attack and measure what the store does not hold."
+        return (self.compute or results)(plan, show=show)
+
+    def page(self, folder:Path, results:Mapping[str,Any])->Path:
+        "Write the report; index.html."
+        return (self.write or write_table)(folder, results)
+
+    def says(self, results:Mapping[str,Any])->list[str]:
+        "What the results say."
+        return (self.words or tables.summary)(results)
+
+    def show(self, results:Mapping[str,Any])->Any:
+        "Print what the results say, and return what a notebook displays."
+        if not self.words: return tables.show(results)
+        print(*self.says(results), sep='\n')
+        return self.frame(results) if self.frame else None
+
+STUDIES:dict[str, Study] = {}
+
+def register(study:Study)->Study:
+    "Make a study known by its name."
+    if study.name in STUDIES and STUDIES[study.name].title != study.title:
+        raise ValueError(
+            f'study {study.name!r} must have a name of its own, found "{STUDIES[study.name].title}" under it; choose'
+            ' another name'
+        )
+    STUDIES[study.name] = study
+    tables.LAYOUTS[study.name] = study.layout
+    return study
+
+def study_of(name:str)->Study:
+    "A study by its name."
+    if name in STUDIES: return STUDIES[name]
+    near = difflib.get_close_matches(name, STUDIES, n=1, cutoff=0.)
+    raise ValueError(f"study must be one of {', '.join(STUDIES)}, found {name!r}; did you mean {near[0]!r}?")
+
+def by_name(
+    namespace:Mapping[str,Any], # globals() of run_ablation: `study` and the parameters of a table
+)->tuple[Study, Any]:           # the study and its plan
+    "What run_ablation is asked for."
+    study = study_of(typed('study', namespace['study'], ''))
+    if study.prepare or not study.defenses:
+        raise ValueError(
+            f'study must be one that differs from a table in its lines only, found {study.name!r}, which has a notebook'
+            f' of its own; run nbs/run_{study.name}.ipynb or make {study.name}'
+        )
+    return study, study.plan(parameters({k: v for k, v in namespace.items() if k != 'study'}))
+
+# %% ../../nbs/study/00_experiments.ipynb #8f2e67a2
+register(Study(
+    'table1', 'Table 1: image retrieval under ten attacks', TABLE_DEFENSES, more=('colo_steps',), examples=True,
+    layout=tables.LAYOUTS['table1']
+))
+register(Study(
+    'table2', 'Table 2: resistance to eight attacks', TABLE_DEFENSES, more=('colo_steps',), examples=True,
+    layout=tables.LAYOUTS['table2']
+))
+register(Study(
+    'table3', 'Table 3: one perturbation at a time, with and without COLO',
+    ('naive_sip', 'naive_cap', 'naive_anp', 'naive_tride', 'colo_cap', 'colo_anp', 'colo_tride'), (B,),
+    more=('colo_steps',), layout=tables.Layout('table3', about_assisting=True)
+))
+register(Study(
+    'table4', 'Table 4: assist and attack',
+    ('natural', 'assist_part', 'assist_full', 'colo_early', 'colo_steps', 'colo_tride'), (B,),
+    more=('range_part', 'range_full', 'range_early'), layout=tables.Layout(about_assisting=True)
+))
+register(Study(
+    'figure3', 'Figure 3: distances, separability, hardness and collapseness over training',
+    ('natural', 'naive_sip', 'colo_cap', 'colo_anp', 'colo_tride'), (B,), more=('colo_steps',),
+    layout=tables.Layout(panels='figure3')
+))
+register(Study(
+    'figure4', 'Figure 4: shift of the embeddings and hardness reached',
+    ('hm', 'naive_sip', 'naive_cap', 'naive_anp', 'colo_cap', 'colo_anp'), (B,), more=('colo_steps',),
+    layout=tables.Layout(panels='figure4')
+))
+
+# %% ../../nbs/study/00_experiments.ipynb #a0d8ee50
 _SWITCHED = [
     f'colo_tride:profile=official+{key}={json.dumps(value).strip(chr(34))}'
     for key, value in PAPER.items()
@@ -240,106 +337,80 @@ _FURTHER = [
 ]
 _RANGE = 'colo_tride:profile=paper_range'
 _RANGES = (_RANGE, *(f'{_RANGE}+{pair}' for pair in ('miner_margin=linear', 'miner_margin=const', 'lam=5', 'lam=10')))
-EXPERIMENTS = dict(
-    table1=Experiment('Table 1: image retrieval under ten attacks', TABLE_DEFENSES, more=('colo_steps',)),
-    table2=Experiment('Table 2: resistance to eight attacks', TABLE_DEFENSES, more=('colo_steps',)),
-    table3=Experiment(
-        'Table 3: one perturbation at a time, with and without COLO',
-        ('naive_sip', 'naive_cap', 'naive_anp', 'naive_tride', 'colo_cap', 'colo_anp', 'colo_tride'), (B,),
-        more=('colo_steps',)
+register(Study(
+    'switches', "The official code, one switch at a time turned to the paper's text", ('colo_tride', *_SWITCHED), (B,),
+    quick=1000, more=_RANGES[1:], layout=tables.Layout(about_assisting=True),
+    about='The official profile of COLO-TRIDE, and the same with one switch at a time turned to what the paper says.',
+    note="Each line differs from the first by one switch; the paper's text turns all of them. Differences within the"
+    ' spread of the seeds say nothing.'
+))
+register(Study(
+    'paper_switches',
+    "The paper's text, one switch at a time turned to the official code, and values that neither uses",
+    ('colo_tride:profile=paper', *_SWITCHED_BACK, *_FURTHER), (B,), quick=1000,
+    layout=tables.Layout(about_assisting=True),
+    about="The paper's text of COLO-TRIDE, the same with one switch at a time turned to what the official code does,"
+    ' and values that neither of them uses.',
+    note='Each line differs from the first by one switch. Lines that end in the same weights are named: a switch that'
+    ' acts only when C ≥ 0 cannot act where C of the watched triplets never gets there. Differences within the spread'
+    ' of the seeds say nothing.'
+))
+register(Study(
+    'hard_triplets', 'Share and hardness of hard triplets: the naive adversary on triplets of four miners',
+    tuple(f'naive_sip:miner={m}' for m in ('random', 'semihard', 'softhard', 'hardest')), (B,),
+    about='The naive adversary on triplets of four miners, from hardly any hard triplets to nothing but hard ones: does'
+    ' the collapse come faster and deeper?',
+    note='A triplet is hard when its positive is farther than its negative. The training log holds their share and'
+    ' their mean hardness, epoch by epoch, before the perturbation; `make claims` holds both against the distances.'
+))
+register(Study(
+    'lambda', 'The attention factor λ of the collapseness',
+    tuple(f'colo_tride:profile=official+lam={lam}' for lam in (0, 1, 2, 5, 10, 20)), (B,),
+    about='COLO-TRIDE by the official code with collapseness that looks evenly (λ = 0, the plain hardness) or ever more'
+    ' at few triplets (λ = 20).',
+    note='The paper uses 10 on CUB, 9.5 on CARS and 2 on SOP.'
+))
+register(Study(
+    'early_disabling', 'The share of epochs without assist',
+    tuple(
+        f'colo_tride:profile=paper+collapse_eval=per_step+assist_start_frac={share}'
+        for share in (0, 0.25, 0.5, 0.75, 1)
     ),
-    table4=Experiment(
-        'Table 4: assist and attack',
-        ('natural', 'assist_part', 'assist_full', 'colo_early', 'colo_steps', 'colo_tride'), (B,),
-        more=('range_part', 'range_full', 'range_early')
+    (B,), layout=tables.Layout(about_assisting=True),
+    about='The share of the epochs in which assist is disabled, from none to all.',
+    note="The number is missing from the paper's text as we have it; a third is this project's default. C is measured"
+    ' at every inner step, where it can turn positive.'
+))
+register(Study(
+    'baselines', 'Further baselines',
+    (
+        'natural', 'est', 'ses', 'minmax', 'free', 'multi_similarity', 'act', 'hm', 'hm:source=random',
+        'hm:source=semihard', 'hm:pseudo=0', 'hm:pseudo=g_B', 'hm:pseudo=g_2', 'hm:pseudo=g_1/2'
     ),
-    figure3=Experiment(
-        'Figure 3: distances, separability, hardness and collapseness over training',
-        ('natural', 'naive_sip', 'colo_cap', 'colo_anp', 'colo_tride'), (B,), more=('colo_steps',)
+    (A,), quick=1000,
+    about='The defences that the paper compares with only in part: EST, SES, min-max, free adversarial training, robust'
+    ' training with the multi-similarity loss, and HM with other miners and pseudo-hardness.',
+    note='Min-max is HM towards a destination out of reach, and collapses in the literature.'
+))
+register(Study(
+    'limits', 'Where COLO-TRIDE does not hold: schedules and inner steps',
+    (
+        'hm', 'hm:steps=8', 'naive_tride', 'naive_tride:step_schedule=linear0+miner_margin=gradual',
+        'colo_tride:profile=official', 'colo_tride:profile=official+step_schedule=const+miner_margin=const',
+        'colo_tride:profile=official+steps=8', 'colo_tride:profile=official+anp_main=attack'
     ),
-    figure4=Experiment(
-        'Figure 4: shift of the embeddings and hardness reached',
-        ('hm', 'naive_sip', 'naive_cap', 'naive_anp', 'colo_cap', 'colo_anp'), (B,), more=('colo_steps',)
-    ),
-    switches=Experiment(
-        'The official code, one switch at a time turned to the paper\'s text', ('colo_tride', *_SWITCHED), (B,),
-        quick=1000, more=_RANGES[1:]
-    ),
-    paper_switches=Experiment(
-        'The paper\'s text, one switch at a time turned to the official code, and values that neither uses',
-        ('colo_tride:profile=paper', *_SWITCHED_BACK, *_FURTHER), (B,), quick=1000
-    ),
-    hard_triplets=Experiment(
-        'Share and hardness of hard triplets: the naive adversary on triplets of four miners',
-        tuple(f'naive_sip:miner={m}' for m in ('random', 'semihard', 'softhard', 'hardest')), (B,)
-    ),
-    **{
-        'lambda': Experiment(
-            'The attention factor λ of the collapseness',
-            tuple(f'colo_tride:profile=official+lam={lam}' for lam in (0, 1, 2, 5, 10, 20)), (B,)
-        )
-    },
-    early_disabling=Experiment(
-        'The share of epochs without assist',
-        tuple(
-            f'colo_tride:profile=paper+collapse_eval=per_step+assist_start_frac={share}'
-            for share in (0, 0.25, 0.5, 0.75, 1)
-        ),
-        (B,),
-    ),
-    timing=Experiment(
-        'HM with 32 inner steps against COLO-TRIDE with 16',
-        ('hm', *(f'colo_tride:profile={name}+step_schedule=linear1' for name in ('official', 'paper'))),
-        changes=dict(
-            settings=(replace(A, name='T', step_size=4 / 255, steps=32, colo_steps=16),), seeds=(0, 1, 2, 3, 4),
-            epochs=2
-        ),
-    ),
-    fairness=Experiment('Are the scores fair?', (*TABLE_DEFENSES, 'colo_tride:profile=official+weighting=uniform')),
-    baselines=Experiment(
-        'Further baselines',
-        (
-            'natural', 'est', 'ses', 'minmax', 'free', 'multi_similarity', 'act', 'hm', 'hm:source=random',
-            'hm:source=semihard', 'hm:pseudo=0', 'hm:pseudo=g_B', 'hm:pseudo=g_2', 'hm:pseudo=g_1/2'
-        ),
-        (A,),
-        quick=1000,
-    ),
-    locality=Experiment(
-        'Local against global resistance, over the weight of the nearest negative',
-        tuple(f'topweighted:top={w}' for w in (0, 0.25, 0.5, 0.75, 1)),
-        (replace(A, name='L', warm_epochs=B.warm_epochs),)
-    ),
-    limits=Experiment(
-        'Where COLO-TRIDE does not hold: schedules and inner steps',
-        (
-            'hm', 'hm:steps=8', 'naive_tride', 'naive_tride:step_schedule=linear0+miner_margin=gradual',
-            'colo_tride:profile=official', 'colo_tride:profile=official+step_schedule=const+miner_margin=const',
-            'colo_tride:profile=official+steps=8', 'colo_tride:profile=official+anp_main=attack'
-        ),
-        (B,),
-    ),
-    stress=Experiment('Stress: stronger, blind and borrowed attacks', TABLE_DEFENSES),
-    explore=Experiment('Explorer: one search under attack', ('natural', 'hm', 'colo_tride:profile=official')),
-    all_defenses=Experiment(
-        'Every defence of the three papers side by side',
-        (
-            'natural', 'est', 'ses', 'act', 'minmax', 'hm', 'colo_tride', 'natural_triplet', 'natural_contrastive',
-            'tuples_triplet', 'tuples_contrastive', 'pal_natural', 'pal_at', 'pal_mixup', 'pal_mixup_at', 'pal_trades',
-            'pal_alp', 'ensemble_at', 'joint_at', 'adp', 'gal', 'dverge', 'eat'
-        ),
-    ),
-    reference=Experiment(
-        "Beside the numbers that the reference code's authors print", ('natural', 'act', 'est', 'colo_tride', 'hm')
-    ),
-    cost=Experiment('What the tables cost', TABLE_DEFENSES),
-)
+    (B,),
+    about='COLO-TRIDE, HM and the naive adversary with and without the two schedules, with 4 and with 8 inner steps.',
+    note='A pair of lines differs by one component: COLO on top of the schedules, the schedules without COLO and under'
+    ' it, twice the inner steps. Setting B, where a naive adversary collapses: ε = 48/255, from a naturally trained'
+    ' model. `make claims` puts the differences and their noise into sentences.'
+))
 
 # %% ../../nbs/study/00_experiments.ipynb #3b17c2d9
 @dataclass(frozen=True)
 class Plan:
     "A table's recipe for one data set, and where to compute it."
-    experiment:str # key of `EXPERIMENTS`; names the report
+    experiment:str # name of a study, and of its reports
     preset:str
     recipe:Recipe
     defenses:tuple[str,...]
@@ -352,10 +423,13 @@ class Plan:
     reports:Path
 
     @property
-    def folder(self)->Path: return self.reports/f'{self.experiment}-{self.dataset}-{self.preset}'
+    def folder(self)->Path:
+        "Where the report of the study goes."
+        pattern = study_of(self.experiment).folder
+        return self.reports/pattern.format(name=self.experiment, dataset=self.dataset, preset=self.preset)
 
 def plan(
-    experiment:str,  # key of `EXPERIMENTS`
+    experiment:str,  # name of a study
     parameters:dict, # of `parameters`
 )->Plan:
     "Resolve the parameters of a run: recipe, data, device and folder."
@@ -366,15 +440,12 @@ def plan(
     r = _recipe(experiment, p, name)
     data = _data(p, r)
     check_split(data)
-    if experiment == 'cost' and isinstance(data, QueryGallery):
-        raise ValueError(
-            f'cost needs test images that are queries and gallery at once, found {data.name} with a gallery of its own;'
-            ' run its table without a forecast'
-        )
-    return Plan(
-        experiment, p['preset'], r, table_lines(p['defenses']) or lines_of(experiment, p['preset']), p, name, data,
-        data.card(), pick_device(p['device']), resolve_backend(p['backend']), reports_root(p['out'])
+    study = study_of(experiment)
+    asked = Plan(
+        experiment, p['preset'], r, table_lines(p['defenses']) or study.lines(p['preset']), p, name, data, data.card(),
+        pick_device(p['device']), resolve_backend(p['backend']), reports_root(p['out'])
     )
+    return study.check(asked) if study.check else asked
 
 def _place(p:dict)->tuple[str, str]:
     "The data set and the folder of its files."
@@ -422,8 +493,8 @@ def _asked(s:Setting, eps:float, steps:int)->Setting:
 
 def _recipe(experiment:str, p:dict, name:str)->Recipe:
     "The preset's recipe with what the experiment and the parameters change."
-    wanted, r = EXPERIMENTS[check_choice('experiment', experiment, tuple(EXPERIMENTS))], recipe(p['preset'], name)
-    if p['preset'] != 'paper': r = replace(r, **(dict(settings=wanted.settings or r.settings) | wanted.changes))
+    wanted, r = study_of(experiment), recipe(p['preset'], name)
+    if p['preset'] != 'paper': r = replace(r, **(dict(settings=wanted.settings or r.settings) | {**wanted.changes}))
     return replace(
         with_budget(with_backbone(r, p['backbone']), p), seeds=seed_list(p['seeds']) or r.seeds,
         epochs=p['epochs'] or r.epochs,
@@ -438,11 +509,13 @@ def _profiles(text:str, preset:tuple[str,...])->tuple[str,...]:
     return (*preset, *asked) if asked == ('tuned',) else asked or preset
 
 def replan(plan:Plan, experiment:str)->Plan:
-    "The plan of another experiment on the same data."
-    lines = table_lines(plan.parameters['defenses']) or lines_of(experiment, plan.preset)
-    return replace(
-        plan, experiment=experiment, recipe=_recipe(experiment, plan.parameters, plan.dataset), defenses=lines
+    "The plan of another study on the same data."
+    study, p = study_of(experiment), plan.parameters
+    asked = replace(
+        plan, experiment=experiment, recipe=_recipe(experiment, p, plan.dataset),
+        defenses=table_lines(p['defenses']) or study.lines(plan.preset)
     )
+    return study.check(asked) if study.check else asked
 
 def folder_name(path:Path)->str:
     "Name of a data set in a folder: lower case, and never that of a built-in one."
@@ -787,12 +860,17 @@ def results(
     compute_elsewhere(plan, show=show)
     with joined(plan.device, only_first=True): records = [record(plan, cell, show=show) for cell in cells(plan)]
     paper = recipe('paper', plan.dataset)
-    return dict(
-        experiment=plan.experiment, title=f'{EXPERIMENTS[plan.experiment].title}, {plan.dataset}', dataset=plan.dataset,
-        preset=plan.preset, parameters=_shareable(plan.parameters), overrides=overrides(r, paper), data=plan.card,
-        device=plan.device, settings={s.name: asdict(s) for s in r.settings},
+    return outline(plan) | dict(
+        overrides=overrides(r, paper), data=plan.card, settings={s.name: asdict(s) for s in r.settings},
         attack=dict(step_size=r.eval_step_size, steps=r.eval_steps, limit=r.limit), records=records,
         published=published(plan.dataset)
+    )
+
+def outline(plan:Plan, title:str='')->dict[str, Any]: # title: '' for that of the study
+    "What the results of every study begin with."
+    return dict(
+        experiment=plan.experiment, title=f'{title or study_of(plan.experiment).title}, {plan.dataset}',
+        dataset=plan.dataset, preset=plan.preset, parameters=_shareable(plan.parameters), device=plan.device
     )
 
 def _shareable(parameters:dict)->dict:
@@ -803,18 +881,11 @@ def _shareable(parameters:dict)->dict:
         if k != 'executor'
     }
 
-def example_images(
-    plan:Plan,
-    results:dict, # of `results`
-)->dict[str,dict[str,Tensor]]: # tensors of `metrics.evaluate.examples` per row, for the first seed
-    "Example queries of each row, from the store."
-    return example_tensors(plan.reports, results)
-
 def example_tensors(
     reports:Path, # folder of the reports and their store
     results:Mapping[str, Any], # of `results`
-)->dict[str,dict[str,Tensor]]: # as `example_images`
-    "The same for results that were read from a file."
+)->dict[str,dict[str,Tensor]]: # tensors of `metrics.evaluate.examples` per row, for the first seed
+    "Example queries of each row, from the store."
     found = {}
     for r in results['records']:
         run = Run(Path(reports)/'store'/r['eval']['address'])
@@ -824,3 +895,11 @@ def example_tensors(
                 load_tensors(run, 'examples.safetensors', r['eval']['examples'], 'clean', 'adv', 'before', 'after')
             )
     return found
+
+def write_table(
+    folder:Path,               # of the report, in the folder with the store
+    results:Mapping[str, Any], # of `results`
+)->Path:                       # index.html
+    "Write the report of a table, with queries under attack where the study shows them."
+    shown = example_tensors(Path(folder).parent, results) if study_of(results['experiment']).examples else {}
+    return tables.write_report(folder, results, shown)

@@ -26,7 +26,8 @@ from ..core import check_between, check_choice, kept_memory, need, progress
 from ..data.sets import ImageSet
 from ..triplets.distances import paired_distance, pairwise_distance
 from ..metrics.evaluate import queries_and_gallery, query_rows
-from .experiments import Cell, Plan, cells, evaluation_config, query_count, train_cell
+from .experiments import Cell, Plan, Study, cells, evaluation_config, query_count, register
+from .experiments import train_cell
 from ..models.networks import checksum, dtype_of, embed, embed_all, frozen, streamlined
 from ..report.pages import static
 from ..report.tables import png, theme
@@ -388,7 +389,7 @@ def sheet(
 # %% ../../nbs/study/06_explore.ipynb #87e7bc44
 @kept_memory()
 def explore_results(
-    plan:Plan,           # of the experiment 'explore'
+    plan:Plan,           # of the study 'explore'
     wanted:Grid|None=None, # None: that of `grid`
     *,
     show:bool=True,      # progress bars
@@ -570,3 +571,15 @@ def write_explorer(
     write_atomic(Path(folder)/'results.json', numbers.encode(errors='backslashreplace'))
     write_atomic(Path(folder)/'index.html', page)
     return Path(folder)/'index.html'
+
+# %% ../../nbs/study/06_explore.ipynb #eb913f65
+def _words(results:Mapping[str, Any])->list[str]:
+    attacked = len(results['models'][0]['records'])
+    return [
+        f"{len(results['queries'])} queries, {len(results['models'])} models, {attacked} attacked images of each."
+    ]
+
+register(Study(
+    'explore', 'Explorer: one search under attack', ('natural', 'hm', 'colo_tride:profile=official'),
+    compute=explore_results, write=write_explorer, words=_words, again=False, folder='explorer-{dataset}-{preset}'
+))

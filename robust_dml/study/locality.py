@@ -7,6 +7,7 @@ __all__ = ['resistances', 'Point', 'points', 'plane', 'words', 'table', 'write_l
 
 # %% ../../nbs/study/05_locality.ipynb #de4c5939
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
@@ -17,6 +18,7 @@ from ..report.pages import opening, png, spread_text, table_box, theme
 from ..report.tables import RESISTANCE_COLUMNS, STATE_COLUMNS, TABLE1_COLUMNS, curves, number_at
 from ..report.tables import provenance_part, publish, setup_part
 from ..metrics.scores import ars_cells
+from .experiments import A, B, Study, register
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -180,3 +182,16 @@ def write_locality(
         + f'<p class="note">{escape(note)}</p>{page}'
         f'<h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}',
     )
+
+# %% ../../nbs/study/05_locality.ipynb #3035a280
+register(Study(
+    'locality', 'Local against global resistance, over the weight of the nearest negative',
+    tuple(f'topweighted:top={w}' for w in (0, 0.25, 0.5, 0.75, 1)), (replace(A, name='L', warm_epochs=B.warm_epochs),),
+    write=write_locality, words=lambda results: words(points(results['records'])),
+    frame=lambda results: table(points(results['records'])),
+    about='Adversarial training on a loss between the nearest negative of every anchor (w = 1) and all the others'
+    ' (w = 0), measured by GTM, which asks for one wrong image in front, and by QA, which moves images anywhere in the'
+    ' ranking. The paper leaves the relation of local and global robustness to future work.',
+    note='Read the mean distance and the flag of collapse first: a model whose images all look alike resists every'
+    ' attack.'
+))

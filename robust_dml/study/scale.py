@@ -26,7 +26,7 @@ from ..data.sets import ImageSet, glyphs
 from ..defenses.base import Clock
 from ..triplets.distances import normalise
 from ..metrics.evaluate import queries_and_gallery, query_rows
-from .experiments import Cell, cells, defense, parameters, plan, recipe, train_cell
+from .experiments import Cell, Study, cells, defense, parameters, plan, recipe, register, train_cell
 from .cost import PAPER_SETS, image_steps, paper_workload, training_amounts
 from ..models.networks import build, dtype_of, embed, embed_all, frozen, streamlined
 from ..attacks.loop import autograd_gradient
@@ -718,3 +718,9 @@ def write_scale(
         f'{facts_table(results["provenance"])}'
     )
     return publish(folder, results, body)
+
+# %% ../../nbs/study/09_scale.ipynb #61d1a0f7
+register(Study(
+    'scale', 'Past one machine', prepare=checked, compute=measure, write=write_scale, words=words,
+    undefined=('search', 'models', 'galleries', 'updates', 'layouts'), in_all='no'
+))

@@ -23,7 +23,8 @@ from ..attacks.suite import SUITE, AttackOutcome, Gallery, Queries, picked, run_
 from ..attacks.blackbox import Subject, nes, random_noise, square, topk, transfer, universal
 from ..core import kept_memory, progress
 from ..metrics.evaluate import query_rows, queries_and_gallery
-from .experiments import Cell, Plan, alone, cells, evaluate_cell, query_count, results, train_cell
+from .experiments import TABLE_DEFENSES, Cell, Plan, Study, alone, cells, evaluate_cell
+from .experiments import query_count, register, results, train_cell
 from ..models.networks import dtype_of, embed_all, streamlined
 from ..report.pages import defence_legend, html_figure, html_row, look, mean_spread, new_figure, opening
 from ..report.pages import png, table_box, theme
@@ -271,7 +272,7 @@ def of_kind(found:Mapping[str, Any], kind:str)->list[str]:
 
 @kept_memory()
 def stress_results(
-    plan:Plan,       # of the experiment 'stress'
+    plan:Plan,       # of the study 'stress'
     *,
     show:bool=True,
 )->dict:             # JSON-able, for `write_stress`
@@ -466,3 +467,12 @@ def write_stress(
         + f'<p class="note">{escape(note)}</p><h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>'
           f'{provenance_part(results)}',
     )
+
+# %% ../../nbs/study/04_stress.ipynb #ee5153fc
+register(Study(
+    'stress', 'Stress: stronger, blind and borrowed attacks', TABLE_DEFENSES, compute=stress_results,
+    write=write_stress, words=words,
+    about='Attacks outside the ten on the models of Table 1: stronger ones, black boxes that see only answers, and blind'
+    ' ones; and how R@1 falls with ε and with the number of steps. If gradients are honest, whoever has less than the'
+    ' gradients takes fewer queries. Where that fails, the ten attacks flatter the model.'
+))

@@ -23,8 +23,8 @@ from torch import Tensor
 from ..core import DEFENSES, check_between, check_choice, fingerprint, generator, kept_memory, listed, typed
 from ..data.sets import ImageSet, Split
 from ..defenses.lines import SCALED, Setting, entry_of, resolve, tuned
-from .experiments import Cell, Plan, check_split, defense, describe
-from .experiments import parameters, plan, record, _shareable
+from .experiments import Cell, Plan, Study, check_split, defense, describe, outline, parameters
+from .experiments import plan, record, register
 from ..runs.jobs import only_inline
 from ..report.pages import defence_legend, defence_name, facts_table, html_figure, html_row, look
 from ..report.pages import new_figure, opening, png, table_box, theme
@@ -202,6 +202,11 @@ class Tuning:
     candidates:int  # per method
     draw:int        # seed of held-out classes and candidates
 
+    @property
+    def folder(self)->Path:
+        "Where the report goes."
+        return self.plan.folder
+
     def drawn(self)->dict[str, list[dict]]:
         "Candidates by method."
         return {
@@ -249,6 +254,15 @@ def prepare(
     found = Tuning(whole, held, own['candidates'] or CANDIDATES[whole.preset], own['draw'])
     found.drawn() # refuses what a space does not hold, before anything is trained
     return found
+
+# %% ../../nbs/study/01_tuning.ipynb #b0f3ffa0
+def _compute(tuning, show): return tune(tuning, show=show) # defined below
+
+register(Study(
+    'tune', 'Tuning with one budget', prepare=prepare,
+    compute=_compute, write=lambda folder, results: write_tuning(folder, results),
+    words=lambda results: summary(results), undefined=('r1', 'ars', 'ers', 'mean_distance')
+))
 
 # %% ../../nbs/study/01_tuning.ipynb #75b14b1f
 def announce(tuning:Tuning)->None:
@@ -337,9 +351,8 @@ def tune(
             data=plan.card, epochs=plan.recipe.epochs, seeds=plan.recipe.seeds, steps=plan.recipe.eval_steps,
             step_size=plan.recipe.eval_step_size, limit=plan.recipe.limit or 'all'
         )
-    return dict(
-        experiment='tune', title=f'Tuning with one budget, {p.dataset}', dataset=p.dataset, preset=p.preset,
-        parameters=_shareable(p.parameters), device=p.device, rule=RULE, yardstick=yardstick, floor=floor,
+    return outline(p) | dict(
+        rule=RULE, yardstick=yardstick, floor=floor,
         setting=asdict(p.recipe.settings[0]), budget=tuning.budget(), search=judged(held), confirmation=judged(p),
         spaces={m: space(m, p.recipe.settings[0]) for m in points},
         points=[point for found in points.values() for point in found],

@@ -84,7 +84,7 @@ def job(home:Path, mark:Callable[[], None]=lambda: None, executor:str='inline')-
     mark()
     # drawing touches no file and would take half of the time
     tables._figures = lambda *_: {'picture.png': (PICTURE, 'A picture.')}
-    tables.write_report(plan.folder, results, experiments.example_images(plan, results))
+    experiments.write_table(plan.folder, results)
 
 
 def table(home:Path)->bytes|None:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import rules, tuple_eat_rules as others
-from .claims_page import write_claims
+from .claims_page import summary, write_claims
 from ..colo_tride.errata import RANK, RECALL
 from .evidence import PAGES, QUERY, STUDIES, Evidence, chosen, evidence, seed_counts
 from ...metrics.scores import paper_table
 from .shortcomings import beaten, contrasts, finding, inert, watched
+from ...study.experiments import Study, register
 from ...study.verdicts import NAMES, NOT_JUDGED, OUTCOMES, PAPER_DATA, SCALES, SEEDS, Comparison
 from ...study.verdicts import graded, outcomes, scale_of
 
@@ -423,3 +424,11 @@ def page(
             ' FOLDER'
         )
     return write_claims(reports, claims_results(reports, claims, studies))
+
+# %% ../../../nbs/papers/claims/05_claims.ipynb #8be6fe0a
+register(Study(
+    'claims', 'The claims of the three papers', compute=lambda plan, show: claims_results(plan.reports),
+    write=lambda folder, results: write_claims(Path(folder).parent, results),
+    words=lambda results: [summary(results)], undefined=('claims', 'beaten', 'watched', 'contrasts'), folder='claims',
+    in_all='last'
+))

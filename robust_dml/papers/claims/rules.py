@@ -20,7 +20,7 @@ from .evidence import Evidence, Quantity, Row, Scene, Values
 from .evidence import above, beyond, chosen, compare, course, is_shrunken, logged, mean_of
 from .evidence import part_of, resistance, scenes, show
 from ...metrics.scores import ARS_HEADINGS, PAPER_MINUTES, paper_table
-from ...study.questions import agreement, spearman
+from ...study.fairness import agreement, spearman
 from ...study.verdicts import FORECAST, Comparison
 
 # %% ../../../nbs/papers/claims/01_rules.ipynb #68371c5b

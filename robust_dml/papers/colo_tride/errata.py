@@ -26,7 +26,7 @@ from . import theory
 from ...core import generator
 from ...data.sets import load, pair_batches
 from ...triplets.distances import normalise, paired_distance
-from ...study.experiments import BUILT_IN, natural, recipe
+from ...study.experiments import BUILT_IN, Study, natural, recipe, register
 from ...triplets.mining import semihard
 from ...models.networks import build, embed_all
 from ...report.pages import document, facts_table, html_figure, html_row, maths, new_figure, opening, png
@@ -1023,6 +1023,12 @@ def write_errata(
     write_results(folder, results)
     write_atomic(folder/'index.html', _errata_page(results, png(draw_scores(results))).encode())
     return folder/'index.html'
+
+# %% ../../../nbs/papers/colo_tride/01_errata.ipynb #0aa3cfc2
+register(Study(
+    'errata', 'Errata of the paper', compute=lambda plan, show: errata_results(), write=write_errata,
+    words=lambda results: [summary(results)], undefined=('scores', 'before'), folder='errata'
+))
 
 # %% ../../../nbs/papers/colo_tride/01_errata.ipynb #54421535
 EQUATIONS = (  # number, formulas in the notation of `report.pages.maths`, meaning
