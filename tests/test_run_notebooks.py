@@ -1,6 +1,7 @@
 """The run notebooks as a user starts them: parameters, reports, kills, damaged stores, full disks, bare machines."""
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import parameters
 import pytest
 from PIL import Image
 
@@ -39,21 +41,71 @@ def script(out, **options):
     return subprocess.run([sys.executable, '-c', SCRIPT, out], env=ENV, capture_output=True, text=True, **options)
 
 
+def parameters_cell(path):
+    "The only cell that is tagged so."
+    mine, = (c for c in nbformat.read(path, 4).cells if 'parameters' in c.metadata.get('tags', []))
+    return mine
+
+
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_form(path):
-    "Skipped by nbdev_test, one parameters cell of literals, no functions, no outputs in git."
+    "Skipped by nbdev_test, parameters as the one list has them, no functions, no outputs in git."
     cells = nbformat.read(path, 4).cells
     assert cells[0].cell_type == 'raw' and 'skip_exec: true' in cells[0].source
-    tagged = [c for c in cells if 'parameters' in c.metadata.get('tags', [])]
-    assert len(tagged) == 1
-    names = {}
-    exec(tagged[0].source, {}, names)
-    from robust_dml.study.experiments import EXPERIMENTS, PARAMETERS
-    # the others begin with the parameters' defaults
-    own = dict(reference=dict(dataset='fashion', preset='paper', seeds='0,1,2'))
-    name = path.stem.removeprefix('run_')
-    if name in EXPERIMENTS: assert names == PARAMETERS | own.get(name, {})
+    assert parameters_cell(path).source == parameters.cell(path.stem.removeprefix('run_')), (
+        'run python tests/parameters.py'
+    )
     assert not any('def ' in c.source or c.outputs for c in cells if c.cell_type == 'code')
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_the_help_shows_every_parameter(path):
+    "`papermill --help-notebook`, whose reader leaves out a line with a second equals sign."
+    from papermill.translators import PythonTranslator
+    names = {}
+    exec(parameters_cell(path).source, {}, names)
+    shown = PythonTranslator.inspect(parameters_cell(path))
+    assert [p.name for p in shown] == [*names] and all(p.help for p in shown)
+
+
+def test_the_help_hides_a_line_with_two_equals_signs():
+    from papermill.translators import PythonTranslator
+    assert PythonTranslator.inspect(dict(source="a = 1 # as in b=2")) == []
+
+
+def test_defaults_are_those_of_the_modules():
+    from robust_dml.audit import hardening, measure
+    from robust_dml.papers import gallery
+    from robust_dml.papers.colo_tride import errata
+    from robust_dml.study import scale, tuning
+    from robust_dml.study.experiments import PARAMETERS
+    others = dict(
+        scale=scale.PARAMETERS, audit=measure.PARAMETERS, harden=hardening.PARAMETERS, errata=errata.ERRATA,
+        claims=errata.ERRATA, appendix_a=errata.APPENDIX, tune=PARAMETERS | tuning.OWN,
+        ablation=PARAMETERS | dict(study='lambda'),
+        reference=PARAMETERS | dict(dataset='fashion', preset='paper', seeds='0,1,2')
+    )
+    for name, listed in parameters.LISTS.items():
+        if name == 'data': continue # names the arguments of a function
+        wanted = others.get(name, PARAMETERS)
+        names = {}
+        exec(parameters.cell(name), {}, names)
+        assert names.items() <= wanted.items() and {*wanted} - {*names} <= {'executor'}, name
+    assert {p.stem.removeprefix('run_') for p in NOTEBOOKS} == {*parameters.LISTS}
+    assert {*parameters.STUDIES.split(', ')} == {
+        name for name, study in gallery.STUDIES.items()
+        if study.defenses and not study.prepare and not (ROOT/'nbs'/f'run_{name}.ipynb').is_file()
+    }
+
+
+def test_the_comments_name_what_there_is():
+    from robust_dml.data.archives import SETS
+    from robust_dml.defenses.colo_tride import PROFILES
+    from robust_dml.models.networks import MODELS
+    from robust_dml.study.experiments import BUILT_IN, PRESETS
+    for name, known in (('dataset', (*BUILT_IN, *SETS)), ('profile', (*PROFILES, 'tuned')), ('preset', PRESETS),
+                        ('backbone', MODELS)):
+        assert {*known} <= {*re.findall(r'\w+', parameters.TABLE[name][1])}, name
 
 
 @pytest.fixture(scope='module')

@@ -7,7 +7,6 @@ from functools import cache
 from html import escape
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
 
@@ -301,13 +300,3 @@ def test_too_few_classes_are_refused():
         tuning.holdout(
             Split('x', tuning.of_classes(smoke().plan.data.train, [0, 1, 2]), smoke().plan.data.test), seed=0
         )
-
-
-def test_the_notebook_lists_every_parameter():
-    cell = next(
-        c for c in nbformat.read(ROOT / 'nbs' / 'run_tune.ipynb', 4).cells if 'parameters' in c.metadata.get('tags', [])
-    )
-    names = {}
-    exec(cell.source, {}, names)
-    # a tuning gives no cell away
-    assert names == {k: v for k,v in (experiments.PARAMETERS | tuning.OWN).items() if k != 'executor'}

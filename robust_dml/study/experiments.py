@@ -12,7 +12,7 @@ __all__ = ['PAPER_28', 'PAPER_224', 'A', 'B', 'QUICK', 'SMALL', 'MEDIUM', 'SMOKE
            'check_weights', 'published', 'results', 'outline', 'example_tensors', 'write_table']
 
 # %% ../../nbs/study/00_experiments.ipynb #5c452ee8
-import difflib, hashlib, json, math, os
+import hashlib, json, math, os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data.archives import is_archive, load
-from ..core import DATASETS, check_choice, check_known, is_reference, kept_memory, listed, pick_device, typed
+from ..core import DATASETS, check_choice, check_known, is_reference, kept_memory, listed, meant, pick_device
+from ..core import refer, typed
 from ..data.sets import QueryGallery, Split
 from ..defenses.base import Defense, make_defense
 from ..defenses.eat import ProxyDefense, network
@@ -256,7 +257,7 @@ class Study:
         print(*self.says(results), sep='\n')
         return self.frame(results) if self.frame else None
 
-STUDIES:dict[str, Study] = {}
+STUDIES = dict[str, Study]()
 
 def register(study:Study)->Study:
     "Make a study known by its name."
@@ -270,10 +271,12 @@ def register(study:Study)->Study:
     return study
 
 def study_of(name:str)->Study:
-    "A study by its name."
+    "A study by its name, or your own by module:study."
+    if is_reference(name): return register(refer(name, (Study,)).value)
     if name in STUDIES: return STUDIES[name]
-    near = difflib.get_close_matches(name, STUDIES, n=1, cutoff=0.)
-    raise ValueError(f"study must be one of {', '.join(STUDIES)}, found {name!r}; did you mean {near[0]!r}?")
+    raise ValueError(
+        f"study must be one of {', '.join(STUDIES)}, or module:study of your own, found {name!r}{meant(name, STUDIES)}"
+    )
 
 def by_name(
     namespace:Mapping[str,Any], # globals() of run_ablation: `study` and the parameters of a table
