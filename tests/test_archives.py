@@ -1136,3 +1136,106 @@ def test_no_cache_goes_beside_the_images(tmp_path, monkeypatch, folder):
     monkeypatch.setattr(os, 'access', lambda path, mode: True) # as root
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     assert archives.cache_folder('grocery', Path(folder)).parent == tmp_path/'robust_dml'
+
+
+# what people have
+
+@pytest.mark.parametrize('name', ('cub', 'sop', 'inshop'))
+def test_lists_that_begin_with_a_byte_order_mark(tmp_path, name):
+    folder = MAKE[name](tmp_path)
+    card = small(name, tmp_path).card()
+    for path in (p for p in folder.rglob('*.txt')): path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes())
+    assert small(name, tmp_path).card() == card
+
+
+def test_names_in_another_encoding_are_not_made_one(tmp_path):
+    folder = cub(tmp_path)
+    path = folder/'images.txt'
+    path.write_bytes(path.read_bytes().replace(b'Some_Bird_0001', b'Some_Bird_\xe9'))
+    with pytest.raises(ValueError, match='images.txt must be a text in UTF-8, or begin with a byte order mark, found a'):
+        small('cub', tmp_path)
+
+
+@pytest.mark.parametrize('name', ('cub', 'cars', 'sop', 'inshop', 'grocery'))
+def test_a_list_names_each_image_once(tmp_path, name, monkeypatch):
+    "In every reader of a list: the second line of an image is refused before anything is decoded."
+    folder, read_list = MAKE[name](tmp_path), archives._LISTS[name]
+    def doubled(folder):
+        found = read_list(folder)
+        last = list(found.sides)[-1]
+        return replace(found, sides={**found.sides, last: found.sides[last] + found.sides[last][:1]})
+    monkeypatch.setitem(archives._LISTS, name, doubled)
+    with pytest.raises(ValueError, match='must list each image once, found 1 more than once: '): small(name, tmp_path)
+
+
+def test_a_query_that_is_in_the_gallery_as_well_is_refused(tmp_path):
+    folder = inshop(tmp_path)
+    path = folder/'Eval/list_eval_partition.txt'
+    lines = path.read_text().splitlines()
+    query = next(line for line in lines if line.endswith('query'))
+    text = '\n'.join([str(int(lines[0])+1), *lines[1:], query.replace(' query', ' gallery')])
+    path.write_text(text)
+    with pytest.raises(ValueError, match='must list each image once, found 1 more than once: Img/img'):
+        small('inshop', tmp_path)
+
+
+def cars_kit(root, nested=False, inside=False):
+    "The same cars as the development kit has them: two folders, whose numbers begin anew."
+    whole = cars(root/'whole')
+    rows = archives._car_rows(whole/'cars_annos.mat', 'relative_im_path', '')
+    folder = root/'stanford_cars'
+    (folder/'devkit').mkdir(parents=True)
+    for part, some in (('train', rows[::2]), ('test', rows[1::2])):
+        record = np.zeros((1, len(some)), dtype=[(f, object) for f in ('bbox_x1', 'class', 'fname')])
+        record[0] = [(1, c, f'{k:05d}.jpg') for k, (_, c) in enumerate(some, 1)]
+        for k, (_, c) in enumerate(some, 1):
+            photo(folder/f'cars_{part}'/(f'cars_{part}' if nested else '')/f'{k:05d}.jpg', (c, 0, 100))
+        inner = folder/'devkit' if part == 'train' or inside else folder
+        name = 'cars_train_annos.mat' if part == 'train' else 'cars_test_annos_withlabels.mat'
+        scipy.io.savemat(inner/name, dict(annotations=record))
+    names = np.array([[f'Make Model {k%2}' for k in range(1, 197)]], dtype=object)
+    scipy.io.savemat(folder/'devkit'/'cars_meta.mat', dict(class_names=names))
+    return folder
+
+
+@pytest.mark.parametrize('nested', (False, True))
+@pytest.mark.parametrize('inside', (False, True))
+def test_cars_from_the_development_kit(tmp_path, nested, inside):
+    folder = cars_kit(tmp_path, nested, inside)
+    kit, whole = small('cars', tmp_path), small('cars', tmp_path/'whole')
+    for side in ('train', 'test'):
+        one, other = getattr(kit, side), getattr(whole, side)
+        assert one.classes == other.classes and one.labels.bincount().tolist() == other.labels.bincount().tolist()
+        colours = [{(label, *pixel.tolist()) for label, pixel in zip(s.labels.tolist(), s.images[:, :, 3, 3])}
+                   for s in (one, other)]
+        assert colours[0] == colours[1]
+    next(folder.rglob('cars_test_annos_withlabels.mat')).unlink()
+    with pytest.raises(FileNotFoundError, match='must hold cars_test_annos_withlabels.mat, found no such file'):
+        small('cars', tmp_path)
+
+
+def test_inshop_images_that_were_unpacked_beside_the_folder_img(tmp_path):
+    folder = inshop(tmp_path)
+    card = small('inshop', tmp_path).card()
+    (folder/'Img'/'img').rename(folder/'img')
+    assert small('inshop', tmp_path).card() == card
+
+
+def test_a_packed_inshop_is_to_be_unpacked_not_downloaded(tmp_path):
+    folder = inshop(tmp_path)
+    drop(folder, 'Img/img/*/*/*/*')
+    with zipfile.ZipFile(folder/'Img'/'img.zip', 'w') as archive: archive.write(__file__)
+    with pytest.raises(FileNotFoundError, match='unpack .*Img/img.zip again, all of it'): small('inshop', tmp_path)
+
+
+def test_a_set_of_the_same_form_is_told_by_its_items(tmp_path):
+    "Grocery's list in a folder that is called as In-Shop's may be."
+    grocery(tmp_path, lists=False).rename(tmp_path/'inshop')
+    with pytest.raises(ValueError, match='must list items of In-Shop .* set dataset to grocery'):
+        small('inshop', tmp_path)
+
+
+@pytest.mark.parametrize('said, meant', (('CUB', 'cub'), ('Sop', 'sop'), ('Glyphs', 'glyphs')))
+def test_the_lower_case_name_is_meant(tmp_path, said, meant):
+    with pytest.raises(ValueError, match=f"dataset must be .*, found {said!r}; did you mean {meant!r}.$"):
+        archives.load(said, root=tmp_path)

@@ -13,6 +13,7 @@ import pytest
 import test_archives
 import test_run_notebooks
 
+from robust_dml.data import archives
 from robust_dml.papers import gallery
 from robust_dml.study import cost, experiments, fairness
 from robust_dml.runs.store import finished_runs, read_results
@@ -292,3 +293,25 @@ def test_a_budget_that_was_asked_for_is_listed(out):
     said = experiments.overrides(recipe, experiments.recipe('paper', 'glyphs'))
     assert 'lr: 0.01 (paper: 0.001)' in said and 'pairs: 8 (paper: 128)' in said
     assert any('ε 16/255, steps of 16/255, 2 for ACT and HM, 2 for COLO-TRIDE' in line for line in said)
+
+
+@pytest.mark.parametrize('name', ('Cars', 'sop', 'CUB', 'Fashion', 'inshop'))
+def test_a_folder_that_is_called_like_a_set_is_not_that_set(tmp_path, name, monkeypatch):
+    "Neither the paper's λ nor its numbers; and another folder of that name has another report."
+    folders = []
+    for k, place in enumerate((tmp_path/name, tmp_path/'b'/name)):
+        for c in range(4):
+            for n in range(3): test_archives.photo(place/f'class {c}'/f'{n}.png', (40*c, 20*n, k))
+        plan = experiments.plan('table1', experiments.parameters(
+            dict(dataset=str(place), preset='smoke', defenses='natural', out=str(tmp_path/'out'))
+        ))
+        assert experiments.published(plan.dataset) == []
+        assert experiments.recipe('paper', plan.dataset) == experiments.recipe('paper', 'a folder')
+        assert plan.dataset not in archives.SETS
+        folders.append(plan.folder)
+    assert len(set(folders)) == 2
+
+
+def test_a_folder_with_a_long_name_gets_a_report(tmp_path):
+    assert len(experiments.folder_name(Path('x'*250))) == 40
+    assert experiments.folder_name(Path('фото 1')) == 'фото-1' and experiments.folder_name(Path('a#b?%20')) == 'a-b-20'

@@ -10,6 +10,7 @@ __all__ = ['SETS', 'FORMAT', 'PARAMETERS', 'Archive', 'instructions', 'locate', 
 # %% ../../nbs/data/01_archives.ipynb #96e29e69
 import atexit, codecs, functools, gzip, hashlib, json, math, os, secrets, shutil, stat, struct, tempfile, time, warnings
 import zipfile, zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -60,11 +61,12 @@ SETS = dict(
         dict(train=(5864, 100), test=(5924, 100)), dict(train=(1, 100), test=(101, 200))
     ),
     cars=Archive(
-        ('cars',), ('cars_annos.mat', 'car_ims'), ('car_ims.tgz', 'cars_annos.mat'),
+        ('cars', 'stanford_cars'),
+        ('cars_annos.mat', 'car_ims', 'devkit/cars_train_annos.mat', 'cars_train_annos.mat'),
+        ('car_ims.tgz', 'cars_annos.mat'),
         'https://ai.stanford.edu/~jkrause/cars/car_dataset.html',
-        "put both into {root}/cars and unpack the first there: tar xzf car_ims.tgz (where the page is gone, a copy from"
-        " elsewhere must have these two files; cars_train and cars_test of the development kit are numbered"
-        " differently)",
+        "put both into {root}/cars and unpack the first there: tar xzf car_ims.tgz (where the page is gone: the images as"
+        " cars_train, cars_test, devkit and cars_test_annos_withlabels.mat in {root}/stanford_cars serve as well)",
         ('cars_annos.mat', 'car_ims/000001.jpg'),
         dict(train=(8054, 98), test=(8131, 98)),
         dict(train=(1, 98), test=(99, 196)),
@@ -166,7 +168,8 @@ def state(
 def _remedy(name:str, *folders:Path)->str:
     "What to do about missing files, by what lies in `folders`, the first of which is the set's parent."
     about = SETS[name]
-    beside = [folder/file for folder in folders for file in about.downloads if file.endswith(('.tgz', '.zip', '.gz'))]
+    packed = [file for file in about.downloads if file.endswith(('.tgz', '.zip', '.gz'))]
+    beside = [place/file for folder in folders for place in (folder, folder/'Img') for file in packed]
     for path in (p for archive in beside for p in (archive, archive.with_suffix('.tar')) if p.is_file()):
         found = state(path)
         return (
@@ -397,19 +400,16 @@ def _mat(path:Path)->dict[str, Any]:
         ) from err
     return found
 
-@lists_of('cars')
-def _cars(folder:Path)->Listing:
-    "The list of Cars-196, sorted by path."
-    path = folder/'cars_annos.mat'
+def _car_rows(path:Path, column:str, advice:str)->list[tuple[str, int]]: # file, number of the class
+    "The rows of an annotation file of Cars-196."
     mat = _mat(path)
-    records, names = mat.get('annotations'), mat.get('class_names')
+    records = mat.get('annotations')
     fields = list(records if isinstance(records, dict) else mat)
-    if not {'relative_im_path', 'class'} <= set(fields):
+    if not {column, 'class'} <= set(fields):
         raise ValueError(
-            f'{path} must hold annotations with relative_im_path and class, found'
-            f' {_some(fields, 9)[:200] or "nothing"}; take cars_annos.mat, not a file of the development kit'
+            f'{path} must hold annotations with {column} and class, found {_some(fields, 9)[:200] or "nothing"}; {advice}'
         )
-    rows = list(zip(*((records if isinstance(records, dict) else mat)[key] for key in ('relative_im_path', 'class'))))
+    rows = list(zip(*((records if isinstance(records, dict) else mat)[key] for key in (column, 'class'))))
     if not rows: raise ValueError(f'{path} must list images, found an empty list; download it again')
     astray = [
         str(row)[:80]
@@ -421,11 +421,42 @@ def _cars(folder:Path)->Listing:
             f'{path} must give each image a path and the number of its class, found {_some(astray, 1)}; download it'
             ' again'
         )
-    items = sorted((file, int(number[0])) for file, number in rows)
-    return Listing(
-        (path,), _halves([(number, file) for file, number in items], 98),
-        {k: f'{k:03d} {name}' for k, name in enumerate(names if isinstance(names, list) else (), 1)}
-    )
+    return [(file, int(number[0])) for file, number in rows]
+
+def _car_names(mat:Mapping[str, Any])->dict[int, str]:
+    "Numbered names of the classes."
+    names = mat.get('class_names')
+    return {k: f'{k:03d} {name}' for k, name in enumerate(names if isinstance(names, list) else (), 1)}
+
+@lists_of('cars')
+def _cars(folder:Path)->Listing:
+    "The list of Cars-196, sorted by path."
+    path = folder/'cars_annos.mat'
+    if not path.is_file() and (kit := _kit(folder)): return _cars_of_kit(folder, kit)
+    rows = _car_rows(path, 'relative_im_path', 'take cars_annos.mat, not a file of the development kit')
+    items = [(number, file) for file, number in sorted(rows)]
+    return Listing((path,), _halves(items, 98), _car_names(_mat(path)))
+
+def _kit(folder:Path)->Path|None:
+    "The folder of the development kit, where its list of training images is."
+    return next((place for place in (folder/'devkit', folder) if (place/'cars_train_annos.mat').is_file()), None)
+
+def _cars_of_kit(folder:Path, kit:Path)->Listing:
+    "Cars-196 from the development kit: the same photographs and classes, in two folders and other numbers."
+    held = next((f for f in (folder, kit) if (f/'cars_test_annos_withlabels.mat').is_file()), None)
+    if held is None:
+        raise FileNotFoundError(
+            f'{folder} must hold cars_test_annos_withlabels.mat, found no such file; cars_test_annos.mat of the'
+            f' development kit has no classes, download the other one as well'
+        )
+    lists, items = (kit/'cars_train_annos.mat', held/'cars_test_annos_withlabels.mat'), []
+    for part, path in zip(('cars_train', 'cars_test'), lists):
+        inner = f'{part}/{part}' if (folder/part/part).is_dir() else part # as some copies are packed
+        rows = _car_rows(path, 'fname', 'take the file of the development kit')
+        items += [(number, f'{inner}/{file}') for file, number in rows]
+    meta = kit/'cars_meta.mat'
+    return Listing(lists, _halves(sorted(items, key=lambda item: item[1]), 98),
+                   _car_names(_mat(meta)) if meta.is_file() else {})
 
 # %% ../../nbs/data/01_archives.ipynb #662f3e93
 @lists_of('sop')
@@ -441,7 +472,6 @@ def _sop(folder:Path)->Listing:
     )
 
 # %% ../../nbs/data/01_archives.ipynb #eb408a84
-@lists_of('inshop')
 def _inshop(folder:Path)->Listing:
     "The list of In-Shop Clothes Retrieval, in its own order."
     path = next((folder/mark for mark in SETS['inshop'].marks if (folder/mark).is_file()))
@@ -451,7 +481,7 @@ def _inshop(folder:Path)->Listing:
         raise ValueError(
             f'{path} must list as many images as its first line says, {said}, found {len(rows)}; copy it again'
         )
-    sides, base = dict(train=[], query=[], gallery=[]), 'Img/' if (folder/'Img').is_dir() else ''
+    sides, base = dict(train=[], query=[], gallery=[]), _inshop_base(folder)
     for file, item, status in rows:
         if status not in sides:
             raise ValueError(
@@ -460,12 +490,29 @@ def _inshop(folder:Path)->Listing:
         sides[status].append((item, base+file))
     return Listing((path,), sides)
 
+def _inshop_base(folder:Path)->str:
+    "Where the images lie: in Img, unless they were unpacked beside it."
+    beside = (folder/'img').is_dir() and not (folder/'Img'/'img').is_dir()
+    return 'Img/' if (folder/'Img').is_dir() and not beside else ''
+
+@lists_of('inshop')
+def _own_inshop(folder:Path)->Listing:
+    "The list of In-Shop; another set in the same form is told by its items, not by the name of its folder."
+    found = _inshop(folder)
+    others = [item for items in found.sides.values() for item, _ in items if not item.startswith('id_')]
+    if others:
+        raise ValueError(
+            f'{found.lists[0]} must list items of In-Shop (id_00000001, ...), found {_some(others, 1)}; for'
+            ' GroceryStoreDataset set dataset to grocery'
+        )
+    return found
+
 # %% ../../nbs/data/01_archives.ipynb #5e2b7701
 @lists_of('grocery')
 def _grocery(folder:Path)->Listing:
     """The lists of GroceryStoreDataset, or one in In-Shop's form: the first 40 products train; of the others the test
     images ask."""
-    if (folder/'list_eval_partition.txt').is_file(): return _inshop(folder)
+    if (folder/'list_eval_partition.txt').is_file(): return _inshop(folder) # its items are no numbers: see below
     lists = tuple(folder/f'{part}.txt' for part in ('train', 'val', 'test'))
     files = sorted(
         (Path(file).parent.name, f'{path.stem}_{Path(file).name}', path.stem, file)
@@ -576,6 +623,13 @@ def listing(
             f' {_some(outside, 1)[:200]!r}; unpack or download the set again'
         )
     where = _some(path.name for path in found.lists)
+    counts = Counter(os.path.normpath(file) for items in found.sides.values() for _, file in items)
+    twice = [file for file, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(
+            f'{where} in {folder} must list each image once, found {len(twice)} more than once: {_some(twice)}; unpack'
+            ' or download the set again'
+        )
     for side, items in found.sides.items():
         low, high = about.ranges.get(side, (None, None))
         wrong = sorted({n for n, _ in items if not low <= n <= high}) if about.ranges else ()

@@ -12,7 +12,7 @@ __all__ = ['PAPER_28', 'PAPER_224', 'A', 'B', 'QUICK', 'SMALL', 'MEDIUM', 'SMOKE
            'check_weights', 'published', 'results', 'outline', 'example_tensors', 'write_table']
 
 # %% ../../nbs/study/00_experiments.ipynb #5c452ee8
-import hashlib, json, math, os
+import hashlib, json, math, os, re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -443,9 +443,11 @@ def plan(
     r = _recipe(experiment, p, name)
     data = _data(p, r)
     check_split(data)
-    study = study_of(experiment)
+    study, card = study_of(experiment), data.card()
+    if name not in DATASETS and (Path(root)/source).is_dir(): # folders of one name have reports of their own
+        name = f'{name}-{card["checksum"][:8]}'
     asked = Plan(
-        experiment, p['preset'], r, table_lines(p['defenses']) or study.lines(p['preset']), p, name, data, data.card(),
+        experiment, p['preset'], r, table_lines(p['defenses']) or study.lines(p['preset']), p, name, data, card,
         pick_device(p['device']), resolve_backend(p['backend']), reports_root(p['out'])
     )
     return study.check(asked) if study.check else asked
@@ -521,9 +523,13 @@ def replan(plan:Plan, experiment:str)->Plan:
     return study.check(asked) if study.check else asked
 
 def folder_name(path:Path)->str:
-    "Name of a data set in a folder: lower case, and never that of a built-in one."
-    name = path.resolve().name.lower() or 'root'
-    return f'{name}-folder' if _drawn(name) else name
+    "Name of a data set in a folder: short, and never that of a known set, which is known by its files alone."
+    name = _short(path.resolve().name.lower()) or 'root'
+    return f'{name}-folder' if name in DATASETS else name
+
+def _short(name:str)->str:
+    "A name that fits into that of a folder and into a link."
+    return re.sub(r'[^\w.-]+', '-', name).strip('-.')[:40]
 
 def data_name(
     source:str, # parameter `dataset`
@@ -532,7 +538,7 @@ def data_name(
     "What a report calls a data set; a user's own is called like its function."
     if source in BUILT_IN or is_archive(source, root): return source
     if not is_reference(source) or (Path(root)/source).is_dir(): return folder_name(Path(root)/source)
-    name = source.partition(':')[2]
+    name = _short(source.partition(':')[2])
     return f'{name}-own' if name in DATASETS else name
 
 def check_split(data:Split)->None:

@@ -26,7 +26,7 @@ from . import theory
 from ...core import generator
 from ...data.sets import load, pair_batches
 from ...triplets.distances import normalise, paired_distance
-from ...study.experiments import BUILT_IN, Study, natural, recipe, register
+from ...study.experiments import BUILT_IN, Study, folder_name, natural, recipe, register
 from ...triplets.mining import semihard
 from ...models.networks import build, embed_all
 from ...report.pages import document, facts_table, html_figure, html_row, maths, new_figure, opening, png
@@ -1088,7 +1088,7 @@ def natural_triplets(
     show:bool=True,
 )->tuple[theory.Points, dict[str, Any]]: # embeddings in float64, what they come from
     "Semihard test triplets of a network trained without defence."
-    r = recipe(preset, dataset if dataset in BUILT_IN else Path(dataset).resolve().name.lower())
+    r = recipe(preset, dataset if dataset in BUILT_IN else folder_name(Path(dataset)))
     data = load(
         dataset, size=r.size, channels=r.channels, crop=r.crop or None, train_classes=r.train_classes or None,
         test_classes=r.test_classes or None
