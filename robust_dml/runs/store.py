@@ -8,9 +8,9 @@ __all__ = ['reports_root', 'StoreError', 'write_atomic', 'to_json', 'ledger_of',
            'locked', 'collect', 'write_results', 'read_results', 'share', 'finished_runs']
 
 # %% ../../nbs/runs/00_store.ipynb #0ca1b287
-import errno, hashlib, json, os, platform, subprocess, threading, time
+import hashlib, json, os, platform, subprocess, threading, time
 from _thread import interrupt_main
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +21,7 @@ from shutil import which
 from uuid import uuid4
 
 import torch
+from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 from safetensors.torch import save
 from torch import Tensor
 
@@ -346,101 +347,52 @@ def described(
 
 # %% ../../nbs/runs/00_store.ipynb #071f7d35
 _BEAT, _EXPIRY = 10., 120. # seconds between two signs of life, and without one until a holder counts as dead
+_BLANK = 5. # seconds until a lock without a name counts as left behind
 
-def _machine()->str:
-    "Where a process id has a meaning: the machine since its last start, and the container."
-    def first(path, read):
-        try: return read(path)
-        except OSError: return ''
-    return '/'.join(
-        [
-            platform.node(), first('/proc/sys/kernel/random/boot_id', lambda p: Path(p).read_text().strip()),
-            first('/proc/self/ns/pid', os.readlink)
-        ]
+def _lease(
+    run:Run,
+    beat:float=_BEAT,
+    expiry:float=_EXPIRY,
+    lost:Callable[[Any], None]|None=None, # called in another thread when somebody else has taken the lock over
+)->SoftFileLease:
+    "The lock of a run, not yet taken."
+    return SoftFileLease(
+        run.folder/'lock', lease_duration=expiry, heartbeat_interval=min(beat, expiry/3), on_compromise=lost,
+        thread_local=False
     )
 
-def _claim(path:Path, owner:dict)->bool:
-    "Make a lock file that is not there; False when it is."
-    own = path.with_name(f'lock.{uuid4().hex[:12]}')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        own.write_bytes(to_json(owner))
-        return _linked(own, path)
-    except OSError as error: raise _unwritable(path, error) from error
-    finally: own.unlink(missing_ok=True) if path.parent.is_dir() else None
-
-def _linked(own:Path, path:Path)->bool:
-    "Give a file a second name that no other file has; a file system without links makes a copy."
-    try: os.link(own, path)
-    # a network file system may do the link, lose the answer and ask again
-    except FileExistsError: return own.stat().st_nlink == 2
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS): raise
-        try:
-            with open(path, 'xb') as file: file.write(own.read_bytes())
-        except FileExistsError: return False
-    return True
-
-def _holder(path:Path)->tuple[dict, float]|None:
-    "What a lock says and when it was last touched; None when it is free."
-    try:
-        # opening asks the server, where a stat may be answered from a cache
-        with open(path, 'rb') as file: text, touched = file.read(), os.fstat(file.fileno()).st_mtime
-    except FileNotFoundError: return None
-    try: said = json.loads(text)
-    except (ValueError, RecursionError): said = {}
-    # just being written, or damaged: counts as dead when it stays so
-    return (said if isinstance(said, dict) else {}), touched
-
-def _ended(owner:dict)->bool:
-    "Whether the holder of a lock was a process of this machine that is no more."
-    if owner.get('machine') != _machine() or os.name != 'posix': return False
-    try: os.kill(owner['pid'], 0)
-    except ProcessLookupError: return True
-    except PermissionError: pass
-    return False
-
-def _dead(path:Path, owner:dict, touched:float, expiry:float)->bool:
-    "Whether the holder of a lock is gone: its process, or its sign of life by the clock of the file system."
-    if _ended(owner): return True
-    probe = path.with_name(f'lock.{uuid4().hex[:12]}')
-    try:
-        probe.touch()
-        return probe.stat().st_mtime - touched > expiry
-    except OSError as error: raise _unwritable(path, error) from error
-    finally: probe.unlink(missing_ok=True)
-
-def _break(path:Path, owner:dict, expiry:float)->None:
-    "Remove the lock of a dead holder and what it was writing, unless another process did."
-    guard = path.with_name('lock.break')
-    if not _claim(guard, dict(pid=os.getpid(), machine=_machine())):
-        if (found := _holder(guard)) and _dead(guard, *found, expiry): guard.unlink(missing_ok=True)
-        return
-    try:
-        if (found := _holder(path)) is None or found[0] != owner: return
-        for part in path.parent.glob('*.part'): part.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
-    finally: guard.unlink(missing_ok=True)
-
 def sweep(run:Run)->None:
-    "Remove the locks that ended processes of this machine left; a store that may only be read stays as it is."
-    for path in [*run.folder.glob('lock*')]:
-        with suppress(OSError, StoreError):
-            if not (found := _holder(path)) or not _ended(found[0]): continue
-            if path.name == 'lock': _break(path, found[0], _EXPIRY)
-            else: path.unlink(missing_ok=True)
+    "Remove the lock that an ended process of this machine left; a store that may only be read stays as it is."
+    if not (run.folder/'lock').exists(): return
+    with suppress(OSError, Timeout, LeaseSettingsMismatch), _lease(run).acquire(timeout=0): pass
+
+def _drop_blank(
+    path:Path,
+    seen:dict[int, float], # inode to the time at which it was first seen blank
+)->None:
+    "Remove a lock that stays blank: its maker was killed before it wrote its name, and filelock would wait for ever."
+    with suppress(FileNotFoundError):
+        found, now = path.stat(), time.monotonic()
+        if found.st_size: return
+        if now - seen.setdefault(found.st_ino, now) > _BLANK: path.unlink()
+
+def _acquire(lease:SoftFileLease, run:Run)->None:
+    "Take the lock of a run; waits, with one sentence, while another process has it."
+    path, said, seen = run.folder/'lock', False, {}
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lease.acquire(timeout=0)
+            return
+        except Timeout: _drop_blank(path, seen)
+        except LeaseSettingsMismatch as error: raise StoreError(str(error)) from error
+        except OSError as error: raise _unwritable(path, error) from error
+        if not said and (owner := lease.owner):
+            said = True
+            print(f'{run.address} is computed by process {owner.pid} on {owner.hostname}; waiting for it', flush=True)
+        time.sleep(min(1., lease.lease_duration/10))
 
 # %% ../../nbs/runs/00_store.ipynb #9652d589
-def _beating(path:Path, owner:dict, beat:float, stop:threading.Event, lost:threading.Event)->None:
-    "Touch a lock until it is given back; interrupt the process when somebody else has it."
-    while not stop.wait(beat):
-        try:
-            if (found := _holder(path)) and found[0] != owner:
-                lost.set()
-                return interrupt_main()
-            os.utime(path)
-        except OSError: pass # a server that is away, a folder that was deleted
-
 @contextmanager
 def locked(
     run:Run,
@@ -449,44 +401,24 @@ def locked(
     expiry:float=_EXPIRY, # seconds without one until a holder counts as dead
 )->Iterator[None]:
     "Hold a run alone; waits, with one sentence, while another process has it."
-    path, said, stop, lost = run.folder/'lock', False, threading.Event(), threading.Event()
-    owner = dict(
-        pid=os.getpid(), host=platform.node(), machine=_machine(), job=os.environ.get('SLURM_JOB_ID', ''),
-        since=time.strftime('%Y-%m-%d %H:%M:%S'), token=uuid4().hex
-    )
-    while not _claim(path, owner):
-        if (found := _holder(path)) is None: continue
-        if _dead(path, *found, expiry):
-            _break(path, found[0], expiry)
-            continue
-        if not said: print(_waiting(run, found[0]), flush=True)
-        said = True
-        time.sleep(min(1., expiry/10))
-    sweep(run)
-    # of a holder that gave the lock back and was killed in a write; a card is written without the lock
+    lost = threading.Event()
+    def taken_over(_):
+        lost.set()
+        interrupt_main()
+    lease = _lease(run, beat, expiry, taken_over)
+    _acquire(lease, run)
+    # of a holder that was killed in a write; a card is written without the lock
     for part in run.folder.glob('*.part'):
         if not part.name.startswith('card.json'): part.unlink(missing_ok=True)
-    thread = threading.Thread(target=_beating, args=(path, owner, beat, stop, lost), daemon=True)
-    thread.start()
     try: yield
-    except KeyboardInterrupt: # of `_beating`, or of the user; a process in the background may ignore both
+    except KeyboardInterrupt: # of `taken_over`, or of the user; a process in the background may ignore both
         if not lost.is_set(): raise
-    finally:
-        stop.set()
-        thread.join()
-        if (found := _holder(path)) and found[0] == owner: path.unlink(missing_ok=True)
+    finally: lease.release()
     if lost.is_set():
         raise StoreError(
             f'expected to hold {run.address} alone, found that another process took it over after {expiry:g} s without'
             ' a sign of life of this one; run again to wait for its result'
         )
-
-def _waiting(run:Run, owner:dict)->str:
-    job = f', job {owner["job"]}' if owner.get('job') else ''
-    return (
-        f'{run.address} is computed by process {owner.get("pid")} on {owner.get("host")}{job} since'
-        f' {owner.get("since")}; waiting for it'
-    )
 
 # %% ../../nbs/runs/00_store.ipynb #5d0c1e08
 _TIMES = ('seconds', 'parts') # of a result; two equal runs differ in them

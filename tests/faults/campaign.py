@@ -14,6 +14,7 @@ import io
 import json
 import math
 import mmap
+import re
 import shutil
 import signal
 import socket
@@ -477,8 +478,8 @@ def a_job(folder:Path, calm:dict, kind:str, wait:float)->str:
     home = begin(folder)
     pid = start(home, executor='local:jobs=1+threads=1')
     while not (lock := next(home.glob(f'out/store/{kind}-*/lock'), None)) and not over(pid): time.sleep(.005)
-    try: holder = json.loads(lock.read_text())['pid']
-    except (AttributeError, FileNotFoundError, ValueError): holder = 0 # it was faster
+    try: holder = int(re.search(r'^pid=(\d+)$', lock.read_text(), re.M)[1])
+    except (AttributeError, FileNotFoundError, TypeError): holder = 0 # it was faster
     time.sleep(wait)
     if holder: os.kill(holder, signal.SIGKILL)
     name, text = (*finish(pid, home), '', '')[:2]
