@@ -159,6 +159,17 @@ def until(ready, seconds=300):
 def lock_of(out, kind): return next(iter(out.glob(f'store/{kind}-*/lock')), None)
 
 
+def holder(out):
+    "Number of the process that holds a training of this store; 0 when none does."
+    try: return int(re.search(r'^pid=(\d+)$', lock_of(out, 'train').read_text(), re.M)[1])
+    except (AttributeError, FileNotFoundError, TypeError): return 0
+
+
+def queued(env):
+    "Numbers of the jobs that the cluster knows."
+    return subprocess.run(['squeue', '-h', '-o', '%A'], env=env, check=True, capture_output=True, text=True).stdout.split()
+
+
 def epoch(out):
     return max([json.loads(p.read_text())['epoch'] for p in out.glob('store/train-*/checkpoint.json')], default=0)
 
@@ -182,11 +193,9 @@ def test_a_requeued_job_goes_on(tmp_path):
         stderr=subprocess.PIPE, text=True
     )
     until(lambda: epoch(tmp_path) >= 2)
-    first = json.loads(lock_of(tmp_path, 'train').read_text())['pid']
+    first = until(lambda: holder(tmp_path))
     os.kill(first, signal.SIGUSR1)
-    second = until(
-        lambda: (lock := lock_of(tmp_path, 'train')) and (pid := json.loads(lock.read_text())['pid']) != first and pid
-    )
+    second = until(lambda: (pid := holder(tmp_path)) != first and pid)
     assert epoch(tmp_path) >= 2 and second != first
     assert process.wait(300) == 0, process.stderr.read()[-2000:]
     result, = (json.loads(p.read_text()) for p in tmp_path.glob('store/train-*/result.json'))
@@ -313,12 +322,9 @@ def test_a_cluster_takes_a_job_away_and_it_goes_on(cluster, tmp_path, warning):
         text=True
     )
     until(lambda: epoch(tmp_path) >= 2)
-    owner = json.loads(lock_of(tmp_path, 'train').read_text())
-    subprocess.run(['scancel', f'--signal={warning}', owner['job']], env=env, check=True)
-    until(
-        lambda: not lock_of(tmp_path, 'train')
-        or json.loads(lock_of(tmp_path, 'train').read_text())['pid'] != owner['pid']
-    )
+    first, (job,) = until(lambda: holder(tmp_path)), queued(env)
+    subprocess.run(['scancel', f'--signal={warning}', job], env=env, check=True)
+    until(lambda: holder(tmp_path) != first)
     assert epoch(tmp_path) >= 2
     assert process.wait(300) == 0, process.stderr.read()[-2000:]
     result, = (json.loads(p.read_text()) for p in tmp_path.glob('store/train-*/result.json'))
@@ -333,16 +339,13 @@ def test_a_cluster_that_needs_the_machine_starts_the_job_again(cluster, tmp_path
         text=True
     )
     until(lambda: epoch(tmp_path) >= 2)
-    owner = json.loads(lock_of(tmp_path, 'train').read_text())
-    subprocess.run(['scontrol', 'requeue', owner['job']], env=env, check=True)
-    until(
-        lambda: not lock_of(tmp_path, 'train')
-        or json.loads(lock_of(tmp_path, 'train').read_text())['pid'] != owner['pid']
-    )
+    first, jobs = until(lambda: holder(tmp_path)), queued(env)
+    subprocess.run(['scontrol', 'requeue', *jobs], env=env, check=True)
+    until(lambda: holder(tmp_path) != first)
     kept = epoch(tmp_path)
     assert 2 <= kept < 12
-    again = until(lambda: (lock := lock_of(tmp_path, 'train')) and json.loads(lock.read_text()))
-    assert again['job'] == owner['job'] and again['pid'] != owner['pid'] and epoch(tmp_path) >= kept
+    again = until(lambda: holder(tmp_path))
+    assert queued(env) == jobs and again != first and epoch(tmp_path) >= kept
     assert process.wait(300) == 0, process.stderr.read()[-2000:]
     result, = (json.loads(p.read_text()) for p in tmp_path.glob('store/train-*/result.json'))
     assert [row['epoch'] for row in result['log']] == list(range(12)) and not [

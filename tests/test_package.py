@@ -71,7 +71,7 @@ def test_metadata(wheel):
         for line in text.splitlines()
         if line.startswith('Requires-Dist:') and 'extra ==' not in line
     }
-    assert {n.split('>')[0] for n in needed} == {'torch', 'torchvision', 'numpy', 'safetensors', 'tqdm'}
+    assert {n.split('>')[0] for n in needed} == {'torch', 'torchvision', 'numpy', 'safetensors', 'filelock', 'tqdm'}
     extras = [line.split(':')[1].strip() for line in text.splitlines() if line.startswith('Provides-Extra:')]
     readme = (ROOT/'README.md').read_text(encoding='utf-8')
     assert extras and not [
