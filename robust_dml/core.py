@@ -13,7 +13,7 @@ import ctypes, dataclasses, difflib, hashlib, importlib, inspect, json, os, pkgu
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
@@ -320,11 +320,16 @@ def refer(
 # %% ../nbs/00_core.ipynb #96a44d5e
 _Record = TypeVar('_Record')
 
+def _shape(code:CodeType)->tuple:
+    "Names and constants of a function; they are the same in a notebook and in the module that is made of it."
+    constants = (_shape(k) if isinstance(k, CodeType) else k for k in code.co_consts)
+    return code.co_varnames, code.co_names, *constants
+
 def _same(one:Callable, other:Callable)->bool:
     "Whether two functions are one, perhaps defined again."
     if one.__qualname__ != other.__qualname__: return False
-    codes = [f.__code__.co_code for f in (one, other) if hasattr(f, '__code__')]
-    return one.__module__ == other.__module__ or len(codes) == 2 and codes[0] == codes[1]
+    shapes = [_shape(f.__code__) for f in (one, other) if hasattr(f, '__code__')]
+    return one.__module__ == other.__module__ or len(shapes) == 2 and shapes[0] == shapes[1]
 
 class Registry(Generic[_Record]):
     "Records by name."

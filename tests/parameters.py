@@ -4,7 +4,10 @@ from pathlib import Path
 
 NBS = Path(__file__).resolve().parent.parent/'nbs'
 PRESETS = 'smoke, quick, small, medium (GPU), photos, photos96, paper'
-SETS = 'glyphs, omniglot, cub, cars, sop, inshop, grocery, mnist, fashion, or the path of a folder of class folders'
+SETS = (
+    'glyphs, omniglot, cub, cars, sop, inshop, grocery, mnist, fashion, the path of a folder of class folders, or'
+    ' module:function of your own'
+)
 BACKBONES = 'small, c2f2, resnet18, resnet34, resnet50, googlenet, convnext_tiny, efficientnet_b0, mobilenet_v2'
 STUDIES = (
     'switches, paper_switches, hard_triplets, lambda, early_disabling, limits, baselines, locality, stress, compare,'
@@ -15,8 +18,11 @@ TABLE = dict(  # name: default as it is written, what it means; papermill shows 
     root=("''", 'folder with the files of omniglot, cub, ...'),
     preset=("'quick'", PRESETS),
     defenses=(
-        "''", "comma-separated names of defenses, with switches as the README shows them; empty: this table's own"
+        "''",
+        "comma-separated names of defenses, with switches as the README shows them, or module:function of your own;"
+        " empty: this table's own"
     ),
+    attacks=("''", 'further attacks, each with a plus: +mylab:swap for swap in mylab.py; empty: the ten alone'),
     seeds=("''", "comma-separated; empty: the preset's"),
     profile=(
         "''",
@@ -122,7 +128,7 @@ LISTS = {
     'explore': changed(TABLE, preset='smoke, quick, small, paper'),
     'tuples': changed(
         TABLE, defenses=f'comma-separated: {TUPLES}; empty: all', profile='not used here', backend='not used here',
-        precision=IN_TRAINING, compiled='not used here', executor=None
+        precision=IN_TRAINING, compiled='not used here', attacks='not used here', executor=None
     ),
     'eat': changed(
         TABLE,
@@ -131,7 +137,7 @@ LISTS = {
         profile="version of COLO-TRIDE: official or paper; empty: the preset's first",
         limit='attack random whole classes with at most this many images; 0: all, for quick 400, for small and medium'
         ' 500',
-        precision=IN_TRAINING, compiled='not used here', executor=None
+        precision=IN_TRAINING, compiled='not used here', attacks='not used here', executor=None
     ),
     'tune': changed(
         after(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .suite import SUITE, Attack, AttackOutcome, Gallery, Queries, SelfExclusion, draw, hide, hinge
-from .suite import hit_measure, nearest, own_row, picked, position, qa_measure, qa_objective
+from .suite import hit_measure, keep_attacks, nearest, own_row, picked, position, qa_measure, qa_objective
 from .suite import qa_targets, quiet, run_attack
 from ..core import check_between, check_choice, generator
 from ..data.sets import ImageSet
@@ -334,6 +334,7 @@ def order(
 BEYOND = MappingProxyType(
     {a.name: a for a in (LTM_NEAREST, spqa('SPQA+', weight=1.0), spqa('SPQA-', weight=100.0), order(weight=1.0))}
 )
+keep_attacks(BEYOND.values())
 
 # %% ../../nbs/attacks/02_strong.ipynb #d96420b6
 def _closest(dist, allowed, k):

@@ -8,11 +8,11 @@ __all__ = ['SelfExclusion', 'SUITE', 'FIXED', 'Gallery', 'Queries', 'members', '
            'ca_constants', 'ca_objective', 'ca_measure', 'qa_targets', 'qa_objective', 'qa_measure', 'tma_targets',
            'tma_objective', 'tma_measure', 'own_targets', 'es_objective', 'es_measure', 'mates', 'ltm_targets',
            'ltm_objective', 'hit_measure', 'gtm_targets', 'gtm_objective', 'gtt_targets', 'gtt_measure', 'suite',
-           'AttackOutcome', 'run_attack']
+           'keep_attacks', 'attack_named', 'further_attacks', 'AttackOutcome', 'run_attack']
 
 # %% ../../nbs/attacks/01_suite.ipynb #d2afdbe7
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import threshold
 
-from ..core import check_choice, generator
+from ..core import ATTACKS, check_choice, generator, is_reference, refer
 from ..triplets.distances import Prepared, distance_and_gradient, paired_distance, pairwise_distance, prepare
 from ..models.networks import embed, frozen
 from .loop import autograd_gradient, pgd
@@ -88,6 +88,9 @@ class Attack:
     objective:Callable # (emb, queries, targets, gallery) -> (B,) float, maximised
     measure:Callable   # (emb, queries, targets, gallery) -> {outcome: (B,) float} in the tables' units
     outcomes:tuple[str,...] # keys of `measure`
+    better:int=1            # 1: the higher an outcome, the more robust the model; -1: the lower
+    says:str=''             # what is done and what the outcome is, for the page
+    code:str=''             # hash of the source of a user's own; goes into the address of an evaluation
 
 # %% ../../nbs/attacks/01_suite.ipynb #31fa6d8e
 def noise(
@@ -386,6 +389,47 @@ def suite(
 
 SUITE = MappingProxyType(suite())
 FIXED = MappingProxyType({a.name: a for a in (_ltm('LTM fixed', True, 'id'), _gtm('GTM fixed', 'fixed', 'id'))})
+
+# %% ../../nbs/attacks/01_suite.ipynb #aeb7e0cf
+def keep_attacks(
+    attacks:Iterable[Attack],
+)->None:
+    "Give attacks a place in the registry."
+    for attack in attacks: ATTACKS.add(attack.name, attack, attack.objective)
+
+keep_attacks((*SUITE.values(), *FIXED.values()))
+
+def attack_named(
+    name:str, # in the registry, or `module:function`
+)->Attack:
+    "An attack by name."
+    if name in ATTACKS or not is_reference(name): return ATTACKS[name]
+    found = refer(name, (Attack,))
+    made = found.value if isinstance(found.value, Attack) else found.value()
+    if not isinstance(made, Attack):
+        raise TypeError(
+            f'{name} must be an Attack or return one, found {type(made).__name__}; see'
+            ' nbs/attacks/04_add_an_attack.ipynb'
+        )
+    known = {outcome: attack.name for _, attack in ATTACKS.items() for outcome in attack.outcomes}
+    taken = [word for word in (made.name, *made.outcomes) if word in ATTACKS or word in known]
+    if taken:
+        raise ValueError(
+            f'{name} must have names of its own for attack and outcomes, found {taken[0]!r}, which is taken; rename it'
+        )
+    return replace(made, code=found.source)
+
+def further_attacks(
+    text:str,            # '+mylab:swap,+OA'; '' for none
+)->dict[str, Attack]:    # what to evaluate besides the ten and their fixed forms
+    "The attacks of a comma-separated parameter, each with a plus before it."
+    entries = [entry.strip() for entry in text.split(',') if entry.strip()]
+    if wrong := [entry for entry in entries if not entry.startswith('+')]:
+        raise ValueError(
+            f'attacks must be written with a plus, as in +{wrong[0]}, found {wrong[0]!r}: the ten are always there'
+        )
+    found = [attack_named(entry[1:].strip()) for entry in entries]
+    return {a.name: a for a in found if a.name not in SUITE and a.name not in FIXED}
 
 # %% ../../nbs/attacks/01_suite.ipynb #307f69d6
 class AttackOutcome(NamedTuple):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['BENIGN_COLUMNS', 'ATTACK_WORDS', 'RESISTANCE_COLUMNS', 'STATE_COLUMNS', 'TABLE1_COLUMNS', 'COLUMNS', 'LAYOUTS',
-           'PANELS', 'Column', 'Layout', 'layout_of', 'assisted_pct', 'number_at', 'table1', 'table2', 'leaders',
-           'as_text', 'to_csv', 'to_markdown', 'compare', 'cost', 'parts', 'attack_seconds', 'alike', 'summary',
-           'never_assists', 'what_assisting_does', 'headline', 'show', 'logged_value', 'curves', 'robustness',
-           'time_bars', 'strip', 'viewer', 'warnings', 'setup_part', 'provenance_part', 'write_report', 'publish']
+           'PANELS', 'Column', 'columns_of', 'Layout', 'layout_of', 'assisted_pct', 'number_at', 'table1', 'table2',
+           'leaders', 'as_text', 'to_csv', 'to_markdown', 'compare', 'cost', 'parts', 'attack_seconds', 'alike',
+           'summary', 'never_assists', 'what_assisting_does', 'headline', 'show', 'logged_value', 'curves',
+           'robustness', 'time_bars', 'strip', 'viewer', 'warnings', 'setup_part', 'provenance_part', 'write_report',
+           'publish']
 
 # %% ../../nbs/report/01_tables.ipynb #1a9f8da6
 import base64, math, re, statistics
@@ -144,6 +145,15 @@ COLUMNS = dict(  # sets of columns by name
     table1=(*TABLE1_COLUMNS, _ASSISTED), table2=(*_TABLE2, _ASSISTED), table3=_TABLE3, short=_SHORT
 )
 
+def columns_of(
+    name:str, # key of `COLUMNS`
+    own:Sequence[Mapping[str, Any]]=(), # further attacks: name of the outcome, direction that is better, what it says
+)->tuple[Column, ...]:
+    "The columns of a table, those of further attacks last."
+    group = 'further attacks'
+    further = (Column(a['name'], group, ('eval', 'after', a['name']), 1, a['better'], a['says']) for a in own)
+    return (*COLUMNS[check_choice('columns', name, COLUMNS)], *further)
+
 class Layout(NamedTuple):
     "How a table is shown."
     columns:str='short'                  # key of `COLUMNS`
@@ -199,15 +209,17 @@ def _steps(record:Mapping[str,Any], settings:Mapping[str,Any])->int|str:
 # %% ../../nbs/report/01_tables.ipynb #176d38b2
 def _table(results:Mapping[str,Any], columns:str)->'DataFrame':
     "One line per setting and defence: means, spreads (columns that end in ' sd'), collapsed seeds and number of seeds."
-    lines = []
+    lines, own = [], results.get('own_attacks', ())
     for (setting, label), records in _rows(results).items():
         line: dict[str, Any] = {
             'Setting': setting, 'Defense': label, 'PGD steps': _steps(records[0], results['settings'])
         }
-        for column in COLUMNS[columns]:
+        for column in columns_of(columns, own):
             line[column.name], line[column.name + ' sd'] = mean_spread([number_at(r, column.path) for r in records])
         lines.append(line | {'Collapsed': sum(bool(r['eval']['collapsed']) for r in records), 'Seeds': len(records)})
-    return need('pandas', 'a table').DataFrame(lines)
+    table = need('pandas', 'a table').DataFrame(lines)
+    table.attrs['own'] = list(own)
+    return table
 
 def table1(results:Mapping[str,Any])->'DataFrame':
     "Benign metrics, ten raw attack results and ERS: Table 1 of COLO-TRIDE, unrounded; see `as_text`."
@@ -243,7 +255,7 @@ def as_text(
 )->'DataFrame':        # strings: 'mean ± standard deviation' where there are several seeds, '0/0' where undefined
     "The table as it is read."
     shown = table[['Setting', 'Defense', 'PGD steps']].astype(str)
-    for column in COLUMNS[check_choice('columns', columns, COLUMNS)]:
+    for column in columns_of(columns, table.attrs.get('own', ())):
         shown[column.name] = [
             spread_text(v, s, column.digits) for v, s in zip(table[column.name], table[column.name + ' sd'])
         ]
@@ -255,7 +267,7 @@ def as_text(
 def to_csv(table:'DataFrame', columns:str)->bytes:
     "Numbers for other programs; equal records give equal bytes."
     plain = table.astype(object)
-    for column in COLUMNS[columns]:
+    for column in columns_of(columns, table.attrs.get('own', ())):
         def number(v, unknown):
             return unknown if math.isnan(v) else f'{round(v, max(2, column.digits)) + 0.:.{max(2, column.digits)}f}'
         plain[column.name] = [number(v, 'NaN') for v in table[column.name]]
@@ -264,7 +276,7 @@ def to_csv(table:'DataFrame', columns:str)->bytes:
 
 def to_markdown(table:'DataFrame', columns:str)->str:
     "A table for a README, best values bold where they exceed the spread."
-    shown, bold = as_text(table, columns), leaders(table, COLUMNS[columns])
+    shown, bold = as_text(table, columns), leaders(table, columns_of(columns, table.attrs.get('own', ())))
     def cell(row:int, name:str)->str:
         text = ' '.join(shown[name][row].replace('|', '\\|').splitlines())
         return f'**{text}**' if (row, name) in bold else text
@@ -525,7 +537,8 @@ def show(results:Mapping[str,Any])->None:
     "Print the summary and the table for a notebook or a terminal, a column per defence."
     columns = layout_of(results).columns
     text = as_text(_table(results, columns), columns).rename(columns={'Defense': ''})
-    arrow = {c.name: {1: ' ↑', -1: ' ↓', 0: ''}[c.better] for c in COLUMNS[columns]}
+    wanted = columns_of(columns, results.get('own_attacks', ()))
+    arrow = {c.name: {1: ' ↑', -1: ' ↓', 0: ''}[c.better] for c in wanted}
     for sentence, (_, block) in zip(summary(results), text.groupby('Setting', sort=False)):
         wide = block.drop(columns='Setting').set_index('').T
         print(f'{sentence}\n\n{wide.rename(index=lambda name: name + arrow.get(name, "")).to_string()}\n')
@@ -825,7 +838,7 @@ def _head(columns:Sequence[Column], last:Sequence[str])->str:
 def _main_table(results:Mapping[str,Any])->str:
     "The table of the experiment, a block of rows per setting; the number of seeds has a column where it differs."
     name, rows = layout_of(results).columns, _rows(results)
-    columns, table = COLUMNS[name], _table(results, name)
+    columns, table = columns_of(name, results.get('own_attacks', ())), _table(results, name)
     shown, bold, body, last = as_text(table, name), leaders(table, columns), [], None
     ends = ['Collapsed', 'Seeds'] if table['Seeds'].nunique() > 1 else ['Collapsed']
     shown['Collapsed'] = [t if t == 'no' else f'<span class="bad">{t}</span>' for t in shown['Collapsed']]
@@ -844,7 +857,7 @@ def _main_table(results:Mapping[str,Any])->str:
 def _reading(results:Mapping[str,Any])->str:
     "What the columns mean and how the spread was made."
     name = layout_of(results).columns
-    columns, table = COLUMNS[name], _table(results, name)
+    columns, table = columns_of(name, results.get('own_attacks', ())), _table(results, name)
     arrow = {1: ' ↑', -1: ' ↓', 0: ''}
     terms = ''.join(f'<div><dt>{escape(c.name)}{arrow[c.better]}</dt><dd>{escape(c.help)}</dd></div>' for c in columns)
     one, many = (

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..attacks.suite import FIXED, SUITE, further_attacks
 from ..data.archives import is_archive, load
 from ..core import DATASETS, check_choice, check_known, is_reference, kept_memory, listed, meant, pick_device
 from ..core import refer, typed
@@ -38,7 +39,7 @@ from ..runs.processes import joined, leads, wait
 from ..metrics.scores import paper_table
 from ..neighbors import resolve_backend
 from ..runs.store import Run, StoreError, described, find_run, load_tensors, locked, open_run, reports_root
-from ..runs.store import save_tensors, sweep
+from ..runs.store import save_tensors, sweep, write_atomic
 from ..defenses.train import OPTIMIZERS, SCHEDULES, load_trained, train
 from ..defenses.colo_tride import OFFICIAL, PAPER, PROFILES
 from ..report import tables
@@ -163,7 +164,7 @@ def describe(setting:Setting)->str:
 PARAMETERS = dict[str, Any](
     dataset='glyphs', root='', preset='quick', defenses='', seeds='', profile='', device='auto', epochs=0, limit=0,
     weights='', backend='auto', precision='', compiled=False, out='', skip_unreadable=False, backbone='',
-    executor='inline', pairs=0, lr=0.0, head_lr=0.0, eps=0.0, steps=0
+    executor='inline', pairs=0, lr=0.0, head_lr=0.0, eps=0.0, steps=0, attacks=''
 )
 
 # %% ../../nbs/study/00_experiments.ipynb #ff729e18
@@ -437,7 +438,8 @@ def plan(
 )->Plan:
     "Resolve the parameters of a run: recipe, data, device and folder."
     p = parameters
-    executor(p['executor']) # refuses what it does not know, before anything is read
+    # refuse what they do not know, before anything is read
+    executor(p['executor']), further_attacks(p['attacks'])
     source, root = _place(p)
     name = data_name(source, root)
     r = _recipe(experiment, p, name)
@@ -720,7 +722,9 @@ def evaluation_config(
         eps=cell.setting.eps, step_size=r.eval_step_size, steps=r.eval_steps, seed=seed, limit=r.limit,
         batch_size=r.eval_batch, precision=r.precision
     )
-    return dict(format=1, train=address, protocol=asdict(protocol), backend=plan.backend)
+    own = {name: attack.code for name, attack in further_attacks(plan.parameters.get('attacks', '')).items()}
+    further = dict(attacks=own) if own else {}
+    return further | dict(format=1, train=address, protocol=asdict(protocol), backend=plan.backend)
 
 def evaluate_cell(
     plan:Plan,
@@ -739,14 +743,22 @@ def _evaluation(plan, cell, seed=0)->dict:
     "Configuration of a cell's evaluation."
     return evaluation_config(plan, cell, trained_as(plan, cell).address, seed)
 
+def _borrowed(plan, run, config)->None:
+    "Outcomes that the same evaluation without further attacks has measured already."
+    plain = find_run(plan.reports, 'eval', {key: value for key, value in config.items() if key != 'attacks'})
+    if 'attacks' in config and plain.has('queries.jsonl') and not run.has('queries.jsonl') and leads():
+        write_atomic(run.folder/'queries.jsonl', (plain.folder/'queries.jsonl').read_bytes())
+
 def _measure(plan, cell, config, show)->None:
     "Evaluate a cell into its run folder."
     model,_ = train_cell(plan, cell, show=show)
     run, protocol = open_run(plan.reports, 'eval', config), config['protocol']
+    own = further_attacks(plan.parameters.get('attacks', ''))
+    _borrowed(plan, run, config)
     result = evaluate(
-        model, plan.data.test, **protocol, queries=query_count(plan.data), backend=plan.backend,
-        compiled=plan.parameters['compiled'], device=plan.device, run=run, show=show,
-        desc=f'attack {cell.setting.name} {cell.label}, seed {cell.seed}:'
+        model, plan.data.test, attacks={**SUITE, **FIXED, **own} if own else None, **protocol,
+        queries=query_count(plan.data), backend=plan.backend, compiled=plan.parameters['compiled'],
+        device=plan.device, run=run, show=show, desc=f'attack {cell.setting.name} {cell.label}, seed {cell.seed}:'
     )
     # a report shows one seed
     shown = (
@@ -873,7 +885,16 @@ def results(
         overrides=overrides(r, paper), data=plan.card, settings={s.name: asdict(s) for s in r.settings},
         attack=dict(step_size=r.eval_step_size, steps=r.eval_steps, limit=r.limit), records=records,
         published=published(plan.dataset)
-    )
+    ) | _own_attacks(plan)
+
+def _own_attacks(plan:Plan)->dict[str, Any]:
+    "What a page must know of further attacks; nothing where there are none."
+    own = further_attacks(plan.parameters.get('attacks', ''))
+    shown = [
+        dict(name=outcome, better=attack.better, says=attack.says or f'outcome of the attack {name}')
+        for name, attack in own.items() for outcome in attack.outcomes
+    ]
+    return dict(own_attacks=shown) if shown else {}
 
 def outline(plan:Plan, title:str='')->dict[str, Any]: # title: '' for that of the study
     "What the results of every study begin with."
@@ -887,7 +908,7 @@ def _shareable(parameters:dict)->dict:
     return {
         k: Path(v).name if k in ('dataset', 'root', 'out') or '/' in str(v) else v
         for k, v in parameters.items()
-        if k != 'executor'
+        if k != 'executor' and (k, v) != ('attacks', '')
     }
 
 def example_tensors(
