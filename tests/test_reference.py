@@ -167,7 +167,8 @@ def test_finished_cells_of_the_same_protocol_are_gathered(tmp_path):
     # the preset's, then the plan's
     profiles = dict.fromkeys((*experiments.recipe('paper', 'fashion').profiles, *smallest(tmp_path).recipe.profiles))
     assert [row['label'] for row in found['rows']] == [
-        'Natural', 'ACT', 'EST', *(f'COLO-TRIDE ({p})' for p in profiles), 'HM'
+        'Natural', 'ACT', 'EST', *(f'COLO-TRIDE ({p})'.replace('paper_steps', 'paper, C per step') for p in profiles),
+        'HM'
     ]
     page = reference.write_reference(tmp_path/'page', found).read_text(encoding='utf-8')
     assert 'nothing is claimed' in page and 'epochs: 2 (paper: 8)' in page

@@ -324,7 +324,7 @@ _TAKES = dict(steps='colo_steps', lam='lam', profile='profile')
     'COLO-TRIDE', name='colo_tride', more=Switches, takes=_TAKES, profiles='each', moves=('pn', 'a'), source=_SOURCE,
     space=_SPACE | dict(collapse_eval=('per_step', 'once_clean')), printed=('Ours', 'COLO-TRIDE'),
     looks={
-        '': ('#d55e00', 'D'), 'paper': ('#cc79a7', 'P'), 'paper_steps': ('#8c564b', 'd'),
+        '': ('#d55e00', 'D'), 'paper': ('#cc79a7', 'P'), 'paper_steps': ('#8c564b', 'h'),
         'paper_range': ('#c90076', '>')
     }
 )

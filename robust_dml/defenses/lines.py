@@ -48,6 +48,10 @@ def _parts(entry:str)->tuple[str, str]:
     own, _, further = entry.partition('+')
     return (own, further) if is_reference(own) and name not in DEFENSES else (name, switches)
 
+def _named(label:str, profile:str)->str:
+    "The label of a line with its profile; `paper_steps` is the row `colo_steps`, and is called like it."
+    return f"{label} ({dict(paper_steps='paper, C per step').get(profile, profile)})"
+
 def table_row(entry:str)->Row:
     "The line that an entry of `table_lines` asks for."
     name, text = _parts(entry)
@@ -63,7 +67,7 @@ def table_row(entry:str)->Row:
             f'{of.name} has no switch {", ".join(unknown)}, found in {entry!r}; it has {", ".join(valid)}'
         )
     options = {key: read_option(key, value, valid[key]) for key,_,value in pairs}
-    base = f"{of.label} ({options['profile']})" if 'profile' in options else of.label
+    base = _named(of.label, options['profile']) if 'profile' in options else of.label
     texts = {key: f'{options[key]:.3g}' if type(options[key]) is float else value for key,_,value in pairs}
     shown = [f'{key} = {text}' for key, text in texts.items() if key != 'profile']
     return Row(', '.join([base, *shown]), of.name, {**of.fixed, **options})
@@ -122,7 +126,7 @@ def versions(row:Row, profiles:tuple[str,...])->list[tuple[str, str]]:
     own = [('tuned', f'{row.label} (tuned)')] if as_tuned else []
     if not of.profiles: return [('', row.label), *own]
     if of.profiles == 'first': return [(plain[0], row.label), *own]
-    return [*((profile, f'{row.label} ({profile})') for profile in plain), *own]
+    return [*((profile, _named(row.label, profile)) for profile in plain), *own]
 
 # %% ../../nbs/defenses/07_lines.ipynb #ce933ae3
 def defense_of(

@@ -605,11 +605,13 @@ class Cell:
     seed:int
 
 def cells(plan:Plan)->Iterator[Cell]:
-    "Cells of a plan in the order of its table."
+    "Cells of a plan in the order of its table; a version that several lines ask for has one row."
+    rows:dict[str, tuple[str, str]] = {}
+    for name in plan.defenses:
+        for profile, label in versions(table_row(name), plan.recipe.profiles): rows.setdefault(label, (name, profile))
     for setting in plan.recipe.settings:
-        for name in plan.defenses:
-            for profile, label in versions(table_row(name), plan.recipe.profiles):
-                for seed in plan.recipe.seeds: yield Cell(setting, name, profile, label, seed)
+        for label, (name, profile) in rows.items():
+            for seed in plan.recipe.seeds: yield Cell(setting, name, profile, label, seed)
 
 def natural(recipe:Recipe)->Defense:
     "Natural training, also the warm-up of settings that have one."
