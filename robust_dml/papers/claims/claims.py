@@ -16,7 +16,7 @@ from .claims_page import summary, write_claims
 from ..colo_tride.errata import RANK, RECALL
 from .evidence import PAGES, QUERY, STUDIES, Evidence, chosen, evidence, seed_counts
 from ...metrics.scores import paper_table
-from .shortcomings import beaten, contrasts, finding, inert, watched
+from .shortcomings import beaten, contrasts, finding, inert, readings, watched
 from ...study.experiments import Study, register
 from ...study.verdicts import NAMES, NOT_JUDGED, OUTCOMES, PAPER_DATA, SCALES, SEEDS, Comparison
 from ...study.verdicts import graded, outcomes, scale_of
@@ -397,7 +397,8 @@ def claims_results(
     "Every claim with its rule, figures and verdicts; and where COLO-TRIDE does not hold."
     found = evidence(Path(reports), studies)
     results = dict(coverage=coverage(found), claims=[_judged(claim, found) for claim in claims],
-                   beaten=beaten(found), watched=watched(found), contrasts=contrasts(found), inert=inert(found))
+                   beaten=beaten(found), watched=watched(found), contrasts=contrasts(found), inert=inert(found),
+                   readings=readings(found))
     return results | dict(finding=finding(results))
 
 def _judged(claim:Claim, found:Evidence)->dict[str, Any]:
@@ -429,6 +430,6 @@ def page(
 register(Study(
     'claims', 'The claims of the three papers', compute=lambda plan, show: claims_results(plan.reports),
     write=lambda folder, results: write_claims(Path(folder).parent, results),
-    words=lambda results: [summary(results)], undefined=('claims', 'beaten', 'watched', 'contrasts'), folder='claims',
+    words=lambda results: [summary(results)], undefined=('claims', 'beaten', 'watched', 'contrasts', 'readings'), folder='claims',
     in_all='last'
 ))
