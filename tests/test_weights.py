@@ -38,7 +38,7 @@ FILES = {
     'net': dict(net=prefixed(STATE, 'module.')),
     'averaged only': dict(state_dict_ema=STATE, epoch=1),
     'nested': dict(model=dict(state_dict=prefixed(STATE, 'backbone.'))),
-    'lightning': dict(state_dict=prefixed(STATE, 'model.'), hyper_parameters=dict(lr=.1), **{'pytorch-lightning_version': '2'}),
+    'lightning': dict(state_dict=prefixed(STATE, 'model.'), hyper_parameters=dict(lr=.1), loops={'fit': {}}),
     'parallel': prefixed(STATE, 'module.'),
     'compiled': prefixed(STATE, '_orig_mod.'),
     'both': prefixed(STATE, 'module._orig_mod.'),
@@ -158,7 +158,8 @@ def test_last_layers_of_torchvision(name, tmp_path):
     place, last = measure._named(net, nn.Linear)[-1]
     measure._replace(net, place, nn.Linear(last.in_features, 8))
     torch.save(net.state_dict(), tmp_path/'w.pth')
-    got, x = load_model(f'torchvision:{name}', weights=str(tmp_path/'w.pth'), normalise='none'), torch.rand(1, 3, 224, 224)
+    x = torch.rand(1, 3, 224, 224)
+    got = load_model(f'torchvision:{name}', weights=str(tmp_path/'w.pth'), normalise='none')
     with torch.no_grad(): assert torch.equal(got(x), net(x))
 
 

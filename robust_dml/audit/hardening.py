@@ -7,7 +7,7 @@ __all__ = ['PAPER_VALUES', 'PARAMETERS', 'divided', 'write_list', 'chosen_defens
            'prepared']
 
 # %% ../../nbs/audit/02_hardening.ipynb #ee9c27dc
-import copy, csv, io, math, os
+import csv, io, math, os
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -17,17 +17,18 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..data.sets import _some, same_file
-from .measure import PARAMETERS as AUDIT_PARAMETERS, Audit, Listed, audit, find_channels
-from .measure import list_images, placed, prepared as ready, read_images, rows_of
+from .measure import PARAMETERS as AUDIT_PARAMETERS, Audit, Listed, audit, check_copy, copied
+from .measure import find_channels, list_images, placed, prepared as ready, read_images, rows_of
+from .measure import run_of
 from .cards import model_card, of_hardening
 from ..core import check_between, kept_memory
 from ..defenses.base import Defense
 from ..defenses.lines import Setting, defense_of, table_row, versions
-from ..models.networks import EmbeddingNet, checksum
+from ..models.networks import EmbeddingNet, a_few, checksum
 from ..report.pages import document, facts_table, fixed_text, html_figure, html_row, opening, png, report_name
 from ..report.pages import table_box
 from ..report.tables import STATE_COLUMNS, TABLE1_COLUMNS, Column, curves
-from ..runs.store import Run, open_run, provenance, reports_root, save_tensors, write_atomic, write_results
+from ..runs.store import Run, provenance, reports_root, save_tensors, write_atomic, write_results
 from ..defenses.train import train
 
 # %% ../../nbs/audit/02_hardening.ipynb #1bc82899
@@ -218,22 +219,22 @@ def harden(
     "Train a copy of a model with a defence; audit both on unseen images."
     check_between('lr', lr, 0, 1), check_between('weight_decay', weight_decay, 0, 1)
     model, device, _ = placed(model, device)
-    chosen, net, (own, judged) = (
-        chosen_defense(defense, eps=eps, inner_steps=inner_steps), copy.deepcopy(model).requires_grad_(),
-        divided(images, train_images)
-    )
-    if not [*net.parameters()]:
+    chosen, (own, judged) = chosen_defense(defense, eps=eps, inner_steps=inner_steps), divided(images, train_images)
+    if not [*model.parameters()]:
         raise ValueError(
             'model must have weights that can be trained, found none; an exported program keeps none, pass the module'
             ' that it was made of'
         )
     common:dict[str, Any] = dict(size=size, seed=seed, skip_unreadable=skip_unreadable, show=show)
     pictures = read_images(own, channels=find_channels(model, size=size, device=device), **common).dataset
+    few, net = a_few(pictures, model, device=device), copied(model, 'it is trained').requires_grad_()
+    check_copy(model, net, few)
     config = dict(
         format=1, start=checksum(model), data=pictures.checksum(), defense=chosen.name, options=chosen.options,
         epochs=epochs, pairs=pairs, lr=lr, weight_decay=weight_decay, seed=seed
     )
-    run, place = open_run(reports_root(out), 'harden', config), os.path.abspath(Path(images).expanduser())
+    run, _ = run_of(reports_root(out), 'harden', config, model, few)
+    place = os.path.abspath(Path(images).expanduser())
     common |= dict(eps=eps, out=out, device=device, **audited)
     judged = judged._replace(source=f'{place} held out')
     write_list(run.folder/'held_out.csv', judged) # for the reader; the audits take the names as they are

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['ATTACKS', 'RADII', 'CURVE_QUERIES', 'PARAMETERS', 'Listed', 'list_images', 'rows_of', 'sampled', 'Pictures',
-           'read_images', 'normalised', 'notes_of', 'Sealed', 'load_model', 'placed', 'find_channels', 'try_out',
-           'Task', 'lost_first', 'exposed', 'sentence', 'half_point', 'advice', 'curve_figure', 'Audit', 'audit',
-           'prepared']
+           'read_images', 'normalised', 'notes_of', 'Sealed', 'load_model', 'copied', 'check_copy', 'placed',
+           'find_channels', 'try_out', 'Task', 'run_of', 'lost_first', 'exposed', 'sentence', 'half_point', 'advice',
+           'curve_figure', 'Audit', 'audit', 'prepared']
 
 # %% ../../nbs/audit/00_measure.ipynb #8a0c997f
-import copy, csv, importlib, io, json, math, os, sys
+import copy, csv, importlib, io, json, math, os, sys, time, types
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from html import escape
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..data.archives import cache_folder, decoded, missing, read_text
 from ..attacks.suite import FIXED, SUITE, Gallery, Queries, picked, run_attack
@@ -31,7 +33,8 @@ from ..data.sets import ImageSet, _some, alike, class_folders, labelled, left_ou
 from ..triplets.distances import paired_distance
 from ..metrics.evaluate import Protocol, _thumbnails, check_size, evaluate, queries_and_gallery, query_rows
 from ..models.networks import EmbeddingNet, _named, _replace, checksum, dtype_of, embed, embed_all, frozen
-from ..models.networks import _constants, a_few, proven
+from ..models.networks import _HOOKS, _constants, a_few, proven
+from ..models.identity import behaviour, code_of, differs
 from ..models.weights import Weights, fill, kind_of, load_whole, part, read_checkpoint, unprefixed
 from ..report.pages import clock_text, document, facts_table, fixed_text, html_figure, html_row, in_255
 from ..report.pages import in_pixels, new_figure, opening, png, report_name, table_box, theme
@@ -407,7 +410,8 @@ def _fill_bare(bare:_Bare, path:str|Path, name:str)->tuple[str, ...]:
     left = bare.net.state_dict()
     spare = [k for k in found.state if k not in left and (k in bare.shapes or k.startswith(_AUXILIARY))]
     if not last and spare:
-        note = f'The classifier in the weights was left out ({", ".join(spare[:4])}): the features before it are measured.'
+        names = ', '.join(spare[:4])
+        note = f'The classifier in the weights was left out ({names}): the features before it are measured.'
     load_whole(bare.net, found._replace(state=part(found.state, lambda k: k not in spare)))
     return (*found.notes, *([note] if last or spare else []))
 
@@ -484,7 +488,8 @@ def load_model(
     kind, colon, name = model.partition(':')
     path, zoo = Path(model).expanduser(), kind in ('torchvision', 'timm')
     check_choice('normalise', normalise, ('', 'imagenet', 'none'))
-    constants: tuple = (*_constants('resnet18', 3), 'those of ImageNet, as asked for') if normalise == 'imagenet' else ()
+    constants: tuple = ()
+    if normalise == 'imagenet': constants = (*_constants('resnet18', 3), 'those of ImageNet, as asked for')
     if path.is_file() or not (colon and name) and path.suffix in ('.pt', '.pth', '.pt2'):
         if weights: raise ValueError(f'weights must be empty for {model}, which has its own, found {weights}')
         net = _from_file(path, trust)
@@ -504,16 +509,75 @@ def load_model(
 def _brief(values:Sequence[float])->str: return ', '.join(f'{v:.4g}' for v in values)
 
 # %% ../../nbs/audit/00_measure.ipynb #929d7749
+def _script_copy(model:torch.jit.ScriptModule)->torch.jit.ScriptModule:
+    "A copy of a script by way of its file: that of `copy.deepcopy` has weights without gradients."
+    file = io.BytesIO()
+    torch.jit.save(model, file)
+    return torch.jit.load(io.BytesIO(file.getvalue()))
+
+def _plain(model:nn.Module)->nn.Module:
+    "The module inside of a compiled one; scripts sealed; ValueError where weights are not there yet."
+    while isinstance(inner := getattr(model, '_orig_mod', None), nn.Module): model = inner
+    lazy = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if is_lazy(p)]
+    if lazy:
+        raise ValueError(
+            f'model must have all its weights, found {len(lazy)} that wait for a first image ({lazy[0]}, ...); call'
+            ' model(images) once before'
+        )
+    return Sealed(_script_copy(model).eval()) if isinstance(model, torch.jit.ScriptModule) else model
+
+def _closures(model:nn.Module)->list[Any]:
+    "What the hooks of a model hold on to."
+    hooks = [hook for m in model.modules() for key in _HOOKS for hook in getattr(m, key, {}).values()]
+    cells = [cell for hook in hooks for cell in getattr(hook, '__closure__', None) or ()]
+    return [cell.cell_contents for cell in cells if cell != types.CellType()]
+
+def copied(
+    model:nn.Module, # not changed
+    why:str,         # what the copy is for
+)->nn.Module:
+    "A copy of a model; ValueError where it would not be the same function."
+    if any(isinstance(held, nn.Module) for held in _closures(model)):
+        raise ValueError(
+            f'a model must be one that can be copied where {why}, found a hook that holds on to the original; make it a'
+            ' method of the model'
+        )
+    try: return copy.deepcopy(model)
+    except Exception as error: # a stranger's module may refuse it in any way
+        raise ValueError(
+            f'a model must be one that can be copied where {why}, found an error in copying it'
+            f' ({(str(error).splitlines() or [type(error).__name__])[0][:100]}); change that before the audit'
+        ) from error
+
+def check_copy(
+    given:nn.Module,
+    copied:nn.Module, # a copy of it, in its or in single precision
+    x:Tensor,         # (B, C, H, W) float in [0, 1]: a few images, on their device
+)->None:
+    "ValueError where a copy of a model is another function: a hook may write into the model that it was made for."
+    try:
+        with frozen(given), torch.no_grad(): true = embed(given, x.to(dtype_of(given)))
+    except RuntimeError: return # half precision that this device does not compute
+    try:
+        with frozen(copied), torch.no_grad(): off = (embed(copied, x) - true).norm(dim=1).max().item()
+    except Exception as error: off = type(error).__name__
+    if isinstance(off, str) or off > .1:
+        raise ValueError(
+            'a copy of the model must be the same function, found '
+            f'{off if isinstance(off, str) else f"embeddings {off:.2g} apart"}: hooks or closures of it hold on to the'
+            ' original; make them methods of the model'
+        )
+
 def placed(
     model:nn.Module,
     device:str='', # where it should be; empty: where it is
-)->tuple[nn.Module, str, list[str]]: # the model or its float32 copy, its device, notes
-    "A model whose weights are on one device and in single or double precision."
+)->tuple[nn.Module, str, list[str]]: # the model or a copy that can be attacked, its device, notes
+    "A model whose weights are on one device and in single or double precision; the one given is not changed."
     if not isinstance(model, nn.Module):
         raise TypeError(
             f'model must be a torch.nn.Module, found {type(model).__name__}; for names and files see load_model'
         )
-    if isinstance(model, torch.jit.ScriptModule): model = Sealed(copy.deepcopy(model).eval())
+    model = _plain(model)
     tensors = [*model.parameters(), *model.buffers()]
     found = sorted({str(t.device) for t in tensors}) or [device or 'cpu']
     if (
@@ -526,22 +590,19 @@ def placed(
             f'the weights must all be on {device or "one device"}, found them on {", ".join(found)}; move them with'
             f' model.to({device or "cpu"!r})'
         )
-    notes = (
-        ['The model came in training mode; it is measured in evaluation mode, as it would be used.']
-        if any(m.training for m in model.modules())
-        else []
-    )
-    if not any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors): return model, found[0], notes
-    return (
-        copy.deepcopy(model).float(), found[0],
-        [
-            *notes,
-            (
-                'The weights are in half precision; they are computed with in single precision, so that gradients are'
-                ' not lost in rounding.'
-            ),
-        ],
-    )
+    notes = []
+    if any(getattr(m, 'training', False) for m in model.modules()):
+        notes.append('The model came in training mode; it is measured in evaluation mode, as it would be used.')
+    if any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors):
+        model = copied(model, 'its weights are in half precision').float()
+        notes.append(
+            'The weights are in half precision; they are computed with in single precision, so that gradients are not'
+            ' lost in rounding.'
+        )
+    elif any(t.is_inference() for t in tensors):
+        model = copied(model, 'it was made under torch.inference_mode')
+        notes.append('The model was made under torch.inference_mode; a copy that has gradients is measured.')
+    return model, found[0], notes
 
 def find_channels(
     model:nn.Module, # on `device`
@@ -574,7 +635,7 @@ def find_channels(
 def try_out(
     model:nn.Module,
     x:Tensor,           # (B, C, H, W) float in [0, 1]: a few images of the set, on the model's device
-)->tuple[list[str], Tensor, float]: # notes, embeddings (B, D), seconds of a gradient step per image
+)->tuple[list[str], float]: # notes, seconds of a gradient step per image
     "Embed images alone and together and take a gradient; ValueError when the model cannot be attacked."
     with frozen(model):
         with torch.no_grad():
@@ -587,7 +648,8 @@ def try_out(
                     f'embeddings must have one length for all images, found {", ".join(map(str, sorted(lengths)))};'
                     ' pool or cut them inside the model'
                 )
-            emb, norms = embed(model, x), model(x).norm(dim=1)
+            given = x.clone()
+            norms = torch.linalg.vector_norm(model(given).double(), dim=1)
         watch, start = Stopwatch(x.device), x.clone().requires_grad_()
         for lap in ('first', 'usual'):
             with watch(lap):
@@ -597,17 +659,33 @@ def try_out(
                         'model must be differentiable by its images, found an output without a gradient; remove'
                         ' no_grad, detach or numpy from it, or measure it with the attacks in blackbox'
                     )
-                torch.autograd.grad(moved.sum(), start, allow_unused=True)
+                try: grad, = torch.autograd.grad(moved.sum(), start, allow_unused=True)
+                except torch.OutOfMemoryError: raise # says nothing of the model
+                except RuntimeError as error:
+                    raise ValueError(
+                        'model must be differentiable by its images, found an error in its gradient'
+                        f' ({str(error).splitlines()[0][:100]}); quantised layers have none'
+                    ) from error
+                if grad is None:
+                    raise ValueError(
+                        'model must be differentiable by its images, found a gradient that does not reach them;'
+                        ' quantised layers have none'
+                    )
     low, high = norms.min().item(), norms.max().item()
-    note = (
-        []
-        if max(abs(low - 1), abs(high - 1)) < 0.01
-        else [
+    if 0 < low < 1e-12:
+        raise ValueError(
+            f'embeddings must be long enough to be compared in single precision, found lengths from {low:.3g} to'
+            f' {high:.3g}; multiply them inside the model'
+        )
+    notes = []
+    if max(abs(low - 1), abs(high - 1)) > .01:
+        notes.append(
             f'The embeddings have lengths from {low:.3g} to {high:.3g}; they are divided by their length, so images are'
             ' compared by the angle between embeddings. A search by raw distances or products gives other rankings.'
-        ]
-    )
-    return note, emb, watch.seconds['usual']/len(x)
+        )
+    if not torch.equal(given, x):
+        notes.append('The model changes its images in place; it is handed a copy of them each time.')
+    return notes, watch.seconds['usual']/len(x)
 
 # %% ../../nbs/audit/00_measure.ipynb #133b1bc5
 ATTACKS = MappingProxyType({**SUITE, **FIXED, LTM_NEAREST.name: LTM_NEAREST})
@@ -628,15 +706,41 @@ def _kept(run:Run, name:str, make)->dict:
     if not run.has(name): run.write(name, make())
     return run.read(name)
 
-def _check_behaviour(run:Run, emb:Tensor)->None:
-    "Refuse to go on with another model that has the same weights."
-    known = torch.tensor(_kept(run, 'behaviour.json', lambda: dict(emb=emb.tolist()))['emb'])
-    gap = (known - emb.cpu()).abs().max().item() if known.shape == emb.shape else math.inf
-    if gap > .01:
-        raise StoreError(
-            f'expected the embeddings that {run.address} was begun with, found others ({gap:.2g} apart): the model'
-            f' depends on chance, or its code was changed and its weights were not; delete {run.folder} to begin anew'
-        )
+def run_of(
+    reports:Path,
+    kind:str,
+    config:dict,    # of the run; code and behaviour of the model are added here
+    model:nn.Module,
+    x:Tensor,       # (B, C, H, W) float in [0, 1]: a few images of the run, on the device of `model`
+)->tuple[Run, list[str]]: # notes
+    "The run of this model and of no other: with these weights, this code, and this behaviour on a few images."
+    config, now, seen = dict(config, code=code_of(model, x)), behaviour(model, x), ''
+    for turn in count(1):
+        run = open_run(reports, kind, dict(config, turn=turn) if turn > 1 else config)
+        if not (found := differs(_kept(run, 'behaviour.json', lambda: now), now)): break
+        seen = seen or found
+    if not seen: return run, []
+    return run, [
+        f'A model with the same weights and code was measured before and behaved otherwise ({seen} on {len(x)} images):'
+        ' its numbers are not used.'
+    ]
+
+def _origin_of(run:Run)->dict:
+    "Where and when the numbers of a run were made, from its first to its last day."
+    begun = run.read('card.json', 'provenance')['provenance']
+    done = _kept(run, 'measured.json', lambda: dict(time=time.strftime('%Y-%m-%d %H:%M %Z'), provenance=provenance()))
+    return dict(begun=begun, done=done['provenance'], time=done['time'])
+
+def _quoted(run:Run)->list[str]:
+    "A note where the numbers were measured before."
+    if not run.has('evaluation.json'): return []
+    made = _origin_of(run)
+    version = made['done']['versions'].get('robust_dml', 'unknown')
+    return [
+        f'The numbers were measured on {made["time"]} (robust_dml {version}, commit {made["done"]["commit"][:12]}) and'
+        f' are quoted from {run.address}: weights, code, embeddings, gradients, images and settings are the same. To'
+        f' measure anew, delete the folder {run.address} in the store beside the reports.'
+    ]
 
 # %% ../../nbs/audit/00_measure.ipynb #6daaedad
 def _searched(task:Task)->tuple[Queries, Gallery]:
@@ -984,8 +1088,11 @@ def _origin(results:Mapping[str, Any])->str:
     protocol = {k: results['evaluation']['protocol'][k] for k in ('eps', 'step_size', 'steps', 'limit', 'seed')}
     parts = dict(
         Images=results['data'], Model=results['model'], Attacks=in_pixels(protocol) | dict(run=results['run']),
-        Software=results['provenance']
     )
+    made, written = results['measured'], results['provenance']
+    parts |= {f'Software of the measurement, finished on {made["time"]}': made['done']}
+    if made['begun'] != made['done']: parts |= {'Software with which it was begun': made['begun']}
+    if written != made['done']: parts |= {'Software that wrote this page': written}
     return ''.join(f'<h3>{title}</h3>{facts_table(facts)}' for title, facts in parts.items())
 
 def _page(results:Mapping[str, Any], figures:Mapping[str, tuple[bytes, str]])->str:
@@ -1059,7 +1166,8 @@ def _report(task:Task, name:str, notes:Sequence[str], folder:Path)->Audit:
     answer = sentence(worst, evaluation['after'], evaluation['before'], eps=task.protocol.eps)
     results = dict(
         name=name, sentence=answer, evaluation=evaluation, curves=curves, notes=list(notes), run=task.run.address,
-        provenance=provenance(), worst=dict(before=worst.before, after=worst.after, each=worst.each, alone=worst.alone),
+        provenance=provenance(), measured=_origin_of(task.run),
+        worst=dict(before=worst.before, after=worst.after, each=worst.each, alone=worst.alone),
         classes=exposed(clean, worst.queries, data.labels[rows], data.classes),
         data=data.summary()
         | dict(
@@ -1163,13 +1271,14 @@ def audit(
         eps=check_between('eps', eps, 0, 1), step_size=eps / 4, steps=steps, seed=seed, limit=limit,
         batch_size=batch_size
     )
-    model, device, notes = placed(model, device)
+    (model, device, notes), given = placed(model, device), model
     channels, listed = find_channels(model, size=size, device=device), list_images(images, queries)
     pictures = read_images(
         listed, size=size, channels=channels, most=gallery, seed=seed, skip_unreadable=skip_unreadable, show=show
     )
     few = a_few(pictures.dataset, model, device=device)
-    more, emb, pace = try_out(model, few)
+    more, pace = try_out(model, few)
+    if dtype_of(model) != dtype_of(given): check_copy(given, model, few)
     fast = proven(model, few)
     more += [*notes_of(model), *([fast.note] if fast.note else [])]
     if len(listed.files) > len(pictures.files) + len(pictures.skipped):
@@ -1178,12 +1287,12 @@ def audit(
             ' in the way, so the model is worse on the whole collection.'
         )
     if pictures.skipped: more.append(f'{len(pictures.skipped)} damaged files were left out: {_some(pictures.skipped)}.')
-    config = dict(
+    run, other = run_of(reports_root(out), 'audit', dict(
         format=1, weights=checksum(model), data=pictures.dataset.checksum(), queries=pictures.queries,
         protocol=asdict(protocol), attacks=asked
-    )
-    task = Task(model, fast.model, pictures, protocol, asked, device, open_run(reports_root(out), 'audit', config), show)
-    _check_behaviour(task.run, emb)
+    ), model, few)
+    more += other + _quoted(run)
+    task = Task(model, fast.model, pictures, protocol, asked, device, run, show)
     if show and not task.run.has('evaluation.json'): _announce(task, pace)
     place = listed.source + (f'\n{os.path.abspath(queries)}' if queries else '')
     folder = reports_root(out)/report_name('audit', Path(listed.source).name, name, key=place)

@@ -21,6 +21,7 @@ from ..triplets.collapse import indicators, is_collapsed
 from ..core import Stopwatch, check_between, check_choice, generator, in_halves, kept_memory, progress
 from ..data.sets import ImageSet
 from .retrieval import benign
+from ..models.identity import code_of, has_own_code
 from ..models.networks import a_few, checksum, dtype_of, embed, embed_all, frozen, proven
 from .parallel import embed_split
 from ..runs.processes import agreed, check_same, everyone, leads, process_count, process_index
@@ -112,7 +113,7 @@ def attack_batches(
     desc:str='attack',    # title of the bars
 )->list[dict]:            # one record per attack and batch
     "Attack all queries with all attacks, one batch after the other, going on from what the run folder holds."
-    weights, fast = checksum(model), fast or faster(model, dataset, device)
+    fast, weights = fast or faster(model, dataset, device), _known_as(model, dataset, device, run)
     if compiled: fast = cast(nn.Module, torch.compile(fast))
     check_same('attacked weights', weights)
     found, together = (
@@ -145,6 +146,12 @@ def attack_batches(
                     done[name, record['start']] = record
                     bar.update(record['queries'])
     return sorted(done.values(), key=lambda r: (list(attacks).index(r['attack']), r['start']))
+
+def _known_as(model:nn.Module, dataset:ImageSet, device:str, run:Run|None)->str:
+    "Under what the batches of a model are kept: its weights, and its code where that is the user's."
+    weights = checksum(model)
+    if run is None or not has_own_code(model): return weights
+    return f'{weights} {code_of(model, a_few(dataset, model, device=device))}'
 
 def _attack_rows(model, dataset, queries, gallery, attack, protocol, device)->dict:
     """Outcome of one attack on a batch of queries: per query before and after, and the seconds it took; in halves

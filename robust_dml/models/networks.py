@@ -247,10 +247,17 @@ def frozen(
     "Evaluation mode without parameter gradients inside the block; modes and flags are restored after it."
     if not isinstance(model, nn.Module):
         raise TypeError(f'model must be a torch.nn.Module, found {type(model).__name__}')
-    modes = [(m, m.training) for m in model.modules()]
+    modes = [(m, m.training) for m in model.modules() if hasattr(m, 'training')] # a frozen script has none
     flags = [(p, p.requires_grad) for p in model.parameters()]
+    if any(p.is_inference() for p,_ in flags):
+        raise ValueError(
+            'model must have weights that take part in gradients, found some made under torch.inference_mode; pass'
+            ' copy.deepcopy(model)'
+        )
     try:
-        yield model.eval().requires_grad_(False)
+        model.eval()
+        for parameter,_ in flags: parameter.requires_grad_(False) # one by one, as scripts want it
+        yield model
     finally:
         for module,mode in modes: module.training = mode
         for parameter,flag in flags: parameter.requires_grad_(flag)
@@ -383,7 +390,7 @@ def embed(
     x:Tensor,        # (B, C, H, W) float in [0, 1]
 )->Tensor:           # (B, D) float32 or float64: unit length, differentiable
     "Embeddings of one batch, in whatever mode the model is."
-    raw = model(x)
+    raw = model(x if isinstance(model, EmbeddingNet) else x.clone()) # a stranger's may change its images in place
     if not isinstance(raw, Tensor) or raw.ndim != 2 or len(raw) != len(x):
         found = f'shape {tuple(raw.shape)}' if isinstance(raw, Tensor) else type(raw).__name__
         raise ValueError(
@@ -398,8 +405,11 @@ def checksum(
     "SHA-256 over the names, shapes and bytes of all parameters and buffers."
     digest = hashlib.sha256()
     for name,value in model.state_dict().items():
-        digest.update(f'{name} {tuple(value.shape)} {value.dtype}'.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        # packed weights of quantised layers, and what `get_extra_state` gives, are no tensors
+        if not isinstance(value, Tensor) or value.is_quantized: digest.update(f'{name} {value}'.encode())
+        else:
+            digest.update(f'{name} {tuple(value.shape)} {value.dtype}'.encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 def dtype_of(
@@ -446,8 +456,9 @@ def _answers(model:nn.Module, x:Tensor)->tuple[Tensor, Tensor]:
         x = x.clone().requires_grad_()
         emb = embed(model, x)
         along = torch.randn(emb.shape, generator=generator(0, 'directions'), dtype=torch.float64).to(emb)
-        if not emb.requires_grad: return emb, torch.zeros_like(x)
-        return emb.detach(), torch.autograd.grad((emb*normalise(along)).sum(), x)[0]
+        value = (emb*normalise(along)).sum()
+        grad = torch.autograd.grad(value, x, allow_unused=True)[0] if emb.requires_grad else None
+        return emb.detach(), torch.zeros_like(x) if grad is None else grad
 
 def gap(
     one:tuple[Tensor, Tensor], # embeddings (B, D) and gradients (B, C, H, W)

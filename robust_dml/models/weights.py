@@ -32,13 +32,14 @@ def kind_of(
     return 'pickle' if start[:1] == b'\x80' else ''
 
 # %% ../../nbs/models/01_weights.ipynb #b1e60021
+_ARRAYS:Any = numpy._core.multiarray # type: ignore[attr-defined] # what numpy's numbers are pickled by
 _HARMLESS = [
     argparse.Namespace, collections.defaultdict, dict, list, set, pathlib.PurePosixPath, pathlib.PureWindowsPath,
-    numpy.dtype, numpy.ndarray, numpy._core.multiarray.scalar, numpy._core.multiarray._reconstruct, # type: ignore[attr-defined]
+    numpy.dtype, numpy.ndarray, _ARRAYS.scalar, _ARRAYS._reconstruct,
     *{type(numpy.dtype(kind)) for kind in ('bool', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f8')},
     (pathlib.PurePosixPath, 'pathlib.PosixPath'), (pathlib.PureWindowsPath, 'pathlib.WindowsPath'),
-    (numpy._core.multiarray.scalar, 'numpy.core.multiarray.scalar'), # type: ignore[attr-defined]
-    (numpy._core.multiarray._reconstruct, 'numpy.core.multiarray._reconstruct'), # type: ignore[attr-defined]
+    (_ARRAYS.scalar, 'numpy.core.multiarray.scalar'),
+    (_ARRAYS._reconstruct, 'numpy.core.multiarray._reconstruct'),
 ]
 
 def _check_size(path:Path)->None:

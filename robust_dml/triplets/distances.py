@@ -24,7 +24,10 @@ def normalise(
     eps:float=1e-12, # lengths below this are treated as this
 )->Tensor:           # (B, D) float32 or float64: rows of length one
     "Embeddings of unit length."
-    return F.normalize(_full(raw), dim=-1, eps=eps)
+    raw = _full(raw)
+    size = raw.detach().abs().amax(-1, keepdim=True) if raw.shape[-1] else raw.new_ones(())
+    # all others are divided by one, which changes no bit of them
+    return F.normalize(raw/size.where(size > torch.finfo(raw.dtype).max**.4, 1.), dim=-1, eps=eps)
 
 # %% ../../nbs/triplets/00_distances.ipynb #5d1189b0
 def paired_distance(
