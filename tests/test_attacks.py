@@ -282,7 +282,8 @@ def test_a_lonely_query_has_no_answer():
 
 def test_ties_go_to_the_lower_row_even_with_rounding():
     d = tensor([[.5, .2, .2 + 1e-15, .2, .9]], dtype=torch.float64)
-    assert nearest(d).item() == 1 and nearest(d.flip(1)).item() == 1
+    assert nearest(d).item() == 1 and nearest(d.flip(1), within=noise(d)).item() == 1
+    assert nearest(d[:, [0, 2, 3]]).item() == 2                              # exact distances: what is nearer is nearer
     assert position(d, torch.arange(5)[None]).tolist() == [[3, 0, 1, 2, 4]]
     r = torch.rand(6, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert torch.equal(position(r, torch.arange(50).expand(6, 50)), r.argsort(dim=1).argsort(dim=1)) and torch.equal(

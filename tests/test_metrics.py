@@ -148,7 +148,7 @@ def exact(label, squared):
 def test_ties_and_duplicates_against_loops(monkeypatch, limit, few, dtype):
     monkeypatch.setattr(metrics, 'cache_rows', lambda dist: min(len(dist), few))
     inner = metrics.match_places
-    monkeypatch.setattr(metrics, 'match_places', lambda dist, column: inner(dist, column, count_up_to=limit))
+    monkeypatch.setattr(metrics, 'match_places', lambda dist, column, near: inner(dist, column, near, count_up_to=limit))
     emb = grid(70, 2, dtype)
     label = torch.cat([torch.zeros(20).long(), torch.randint(1, 18, (50,), generator=gen(3))])[
         torch.randperm(70, generator=gen(4))
@@ -180,7 +180,9 @@ def test_large_classes_are_sorted_and_small_ones_counted(monkeypatch):
     assert taken == [('_count_places', 2)] + 2*[('_sort_places', 599)]
     monkeypatch.setattr(
         metrics, 'match_places',
-        lambda dist, column, inner=match_places: inner(dist, column, count_up_to=0 if column.shape[1] < 599 else 599)
+        lambda dist, column, near, inner=match_places: inner(
+            dist, column, near, count_up_to=0 if column.shape[1] < 599 else 599
+        )
     )
     for mine, theirs in zip(retrieval(emb, label, block=300), whole): assert torch.equal(mine, theirs)
     assert taken[3:] == [('_sort_places', 2)] + 2*[('_count_places', 599)]
@@ -196,7 +198,7 @@ def test_rankings_give_every_query_its_class():
     emb, label = sample()
     parts = [
         (w, d.clone(), torch.nn.functional.pad(c, (0, 60 - c.shape[1]), value=60))
-        for w, d, c in rankings(emb, label, block=7)
+        for w, d, c, _ in rankings(emb, label, block=7)
     ]
     which, dist, column = map(torch.cat, zip(*parts))
     back = which.argsort()
@@ -322,7 +324,7 @@ def test_blocks_are_small(monkeypatch):
     sizes, places, inner, count = [], [], metrics.distances, metrics.match_places
     monkeypatch.setattr(metrics, 'distances', lambda u, v, **kw: sizes.append(len(u)*len(v.emb)) or inner(u, v, **kw))
     monkeypatch.setattr(
-        metrics, 'match_places', lambda dist, column: places.append(dist.numel()) or count(dist, column)
+        metrics, 'match_places', lambda dist, column, near: places.append(dist.numel()) or count(dist, column, near)
     )
     emb, label = unit(8000, 2), torch.arange(8000)//5
     recall_at_k(emb, label, k=1)

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from .suite import SUITE, Attack, AttackOutcome, Gallery, Queries, SelfExclusion, draw, hide, hinge
-from .suite import hit_measure, keep_attacks, nearest, own_row, picked, position, qa_measure, qa_objective
-from .suite import qa_targets, quiet, run_attack
+from .suite import hit_measure, keep_attacks, nearest, noise, own_row, picked, position, qa_measure
+from .suite import qa_objective, qa_targets, quiet, run_attack
 from ..core import check_between, check_choice, generator
 from ..data.sets import ImageSet
-from ..triplets.distances import hardness, paired_distance, pairwise_distance, triplet_loss
+from ..triplets.distances import exact_distances, hardness, paired_distance, pairwise_distance
+from ..triplets.distances import triplet_loss
 from ..models.networks import checksum, dtype_of, embed, frozen
 from .loop import autograd_gradient, bounds, pgd
 from ..neighbors import smallest
@@ -253,7 +254,10 @@ def nearest_objective(emb, queries, targets, gallery)->Tensor:
     "By how much the nearest stranger is nearer than the nearest mate; 0 without a mate."
     with torch.no_grad():
         dist = pairwise_distance(emb, gallery.prepared)
-        row = torch.stack([nearest(dist.masked_fill(~targets[side], torch.inf)) for side in ('mate', 'stranger')], 1)
+        row = torch.stack([
+            nearest(dist.masked_fill(~targets[side], torch.inf), within=noise(dist))
+            for side in ('mate', 'stranger')
+        ], 1)
     return hardness(*_to_rows(emb, row, gallery).unbind(1)).masked_fill(targets['lone'], 0.)
 
 LTM_NEAREST = Attack(
@@ -265,7 +269,7 @@ def spqa_targets(queries, gallery, seed, *, name, m=1, keep=5, self_exclusion='i
     "The candidates of QA, and the query's nearest other items, which shall stay."
     row = qa_targets(queries, gallery, seed, name=name[2:], m=m, self_exclusion=self_exclusion)['row']
     check_between('keep', keep, 1, len(gallery.emb) - m - 1)
-    dist = hide(pairwise_distance(queries.emb, gallery.prepared), own_row(queries, gallery, self_exclusion))
+    dist = hide(exact_distances(queries.emb, gallery.prepared), own_row(queries, gallery, self_exclusion))
     return dict(row=row, keep=smallest(dist.scatter(1, row, torch.inf), keep)[1])
 
 def spqa_objective(emb, queries, targets, gallery, *, name, weight)->Tensor:
@@ -297,7 +301,7 @@ def oa_targets(queries, gallery, seed, *, k=5, self_exclusion='id')->dict[str,Te
     "The query's nearest items in the order in which the attacker wants them."
     check_between('k', k, 2, len(gallery.emb) - 1)
     top = smallest(
-        hide(pairwise_distance(queries.emb, gallery.prepared), own_row(queries, gallery, self_exclusion)), k
+        hide(exact_distances(queries.emb, gallery.prepared), own_row(queries, gallery, self_exclusion)), k
     )[1]
     return dict(row=top.gather(1, draw(queries, k, k, seed=seed, name='OA', replace=False)))
 
@@ -313,7 +317,7 @@ def oa_objective(emb, queries, targets, gallery, *, weight)->Tensor:
 
 def oa_measure(emb, queries, targets, gallery)->dict[str,Tensor]:
     "Kendall's τ with the wanted order, in [-1, 1], and the items' mean position in percent of the gallery."
-    first, second = _pairs(position(pairwise_distance(emb, gallery.prepared), targets['row']))
+    first, second = _pairs(position(exact_distances(emb, gallery.prepared), targets['row']))
     return {
         'OA': 2 * (first < second).to(emb.dtype).mean(1) - 1,
         **qa_measure(emb, queries, targets, gallery, name='OA:top')

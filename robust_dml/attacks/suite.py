@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import threshold
 
 from ..core import ATTACKS, check_choice, generator, is_reference, refer
-from ..triplets.distances import Prepared, distance_and_gradient, paired_distance, pairwise_distance, prepare
+from ..triplets.distances import Prepared, distance_and_gradient, exact_distances, exact_paired, paired_distance
+from ..triplets.distances import pairwise_distance, prepare
 from ..models.networks import embed, frozen
 from .loop import autograd_gradient, pgd
 from ..neighbors import smallest
@@ -33,6 +34,8 @@ class Gallery:
     "Clean embeddings of the searchable images."
     emb:Tensor   # (N, D) float, unit length
     label:Tensor # (N,) long
+    # how much nearer an item of a later row must be to come first: 0, or `noise(emb)` as in the runs of the tables
+    within:float=0.
 
     def __post_init__(self):
         if self.emb.dim() != 2 or self.label.shape != self.emb.shape[:1]:
@@ -112,15 +115,17 @@ def hinge(
     return threshold(z, noise(z), 0.)
 
 def nearest(
-    dist:Tensor, # (B, N) float
+    dist:Tensor, # (B, N) float: exact where the result is measured
+    *,
+    within:float=0., # difference that counts as none, for searches that follow distances by product
 )->Tensor:       # (B,) long: column of the smallest distance, the lowest one in a tie
     "Nearest item of each query."
-    return (dist <= dist.amin(1, keepdim=True) + noise(dist)).byte().argmax(1)
+    return (dist <= dist.amin(1, keepdim=True) + within).byte().argmax(1)
 
 def position(
-    dist:Tensor, # (B, N) float
+    dist:Tensor, # (B, N) float: exact
     item:Tensor, # (B, M) long: columns of `dist`
-)->Tensor:       # (B, M) long: 0 is the nearest; ties: lower column first
+)->Tensor:       # (B, M) long: 0 is the nearest; ties, which end at `noise`: lower column first
     "Position of `item` when the columns of `dist` are ranked."
     gap = dist[:,None] - dist.gather(1, item)[...,None]
     earlier = torch.arange(dist.shape[1], device=dist.device) < item[...,None]
@@ -136,7 +141,7 @@ def own_row(
 )->Tensor:                             # (B,) long: row to hide, -1 where the query is not in the gallery
     "Gallery row that stands for the query itself."
     if self_exclusion == 'id': return queries.row
-    return torch.where(queries.row < 0, queries.row, nearest(pairwise_distance(queries.emb, gallery.prepared)))
+    return torch.where(queries.row < 0, queries.row, nearest(exact_distances(queries.emb, gallery.prepared), within=gallery.within))
 
 def hide(
     dist:Tensor, # (B, N) float
@@ -169,7 +174,7 @@ def near(
     self_exclusion:SelfExclusion='id',
 )->Tensor: # (B, max(1, N // 100)) long: gallery rows, nearest first
     "The nearest hundredth of the gallery, without the query itself."
-    dist = hide(pairwise_distance(queries.emb, gallery.prepared), own_row(queries, gallery, self_exclusion))
+    dist = hide(exact_distances(queries.emb, gallery.prepared), own_row(queries, gallery, self_exclusion))
     return smallest(dist, max(1, dist.shape[1]//100))[1]
 
 # %% ../../nbs/attacks/01_suite.ipynb #b24359ae
@@ -180,10 +185,10 @@ def first_hit(
     gallery:Gallery,
 )->Tensor:      # (B,) float: 100 hit, 0 miss, NaN undefined
     "R@1 of each query in percent."
-    dist = hide(pairwise_distance(emb, gallery.prepared), own)
+    dist = hide(exact_distances(emb, gallery.prepared), own)
     same = gallery.label == queries.label[:,None]
     defined = (same & dist.isfinite()).any(1)
-    hit = gallery.label[nearest(dist)] == queries.label
+    hit = gallery.label[nearest(dist, within=gallery.within)] == queries.label
     return (100*hit.to(emb.dtype)).masked_fill(~defined, torch.nan)
 
 # %% ../../nbs/attacks/01_suite.ipynb #955e865c
@@ -230,7 +235,10 @@ def ca_objective(emb, queries, targets, gallery, *, name)->Tensor:
 
 def ca_measure(emb, queries, targets, gallery, *, name)->dict[str,Tensor]:
     "Rank of the candidate in percent of the gallery, mean over its queries; ties do not count."
-    closer = _to_each(emb, targets['emb'])[...,None] - targets['dist'] > noise(emb)
+    chosen = targets['emb']
+    apart = exact_paired(emb[:,None].expand_as(chosen), chosen)
+    dist = exact_distances(chosen.flatten(0, 1), gallery.prepared).view_as(targets['dist'])
+    closer = apart[...,None] - dist > noise(emb) # its own clean copy was embedded in another batch
     return {name: 100*closer.to(emb.dtype).mean((1, 2))}
 
 # %% ../../nbs/attacks/01_suite.ipynb #1662f4d2
@@ -251,7 +259,7 @@ def qa_objective(emb, queries, targets, gallery, *, name)->Tensor:
 
 def qa_measure(emb, queries, targets, gallery, *, name)->dict[str,Tensor]:
     "Position of the candidates in percent of the gallery, mean over the candidates."
-    dist = pairwise_distance(emb, gallery.prepared)
+    dist = exact_distances(emb, gallery.prepared)
     return {name: 100*position(dist, targets['row']).to(emb.dtype).mean(1)/dist.shape[1]}
 
 # %% ../../nbs/attacks/01_suite.ipynb #f2fa8425
@@ -327,9 +335,9 @@ def hit_measure(emb, queries, targets, gallery, *, name)->dict[str,Tensor]:
 def gtm_targets(queries, gallery, seed, *, index='source', self_exclusion='id')->dict[str,Tensor]:
     "Embedding of the item the query is pulled onto, and its row."
     own = own_row(queries, gallery, self_exclusion)
-    dist = hide(pairwise_distance(queries.emb, gallery.prepared), own)
-    differs = gallery.label != gallery.label[nearest(dist)][:,None]
-    row = nearest(dist.masked_fill(~differs, torch.inf))
+    dist = hide(exact_distances(queries.emb, gallery.prepared), own)
+    differs = gallery.label != gallery.label[nearest(dist, within=gallery.within)][:,None]
+    row = nearest(dist.masked_fill(~differs, torch.inf), within=gallery.within)
     if index == 'source': row = differs.long().cumsum(1).gather(1, row[:,None])[:,0] - 1
     return dict(own=own, row=row, emb=gallery.emb[row])
 
@@ -341,11 +349,12 @@ def gtm_objective(emb, queries, targets, gallery)->Tensor:
 def gtt_targets(queries, gallery, seed, *, self_exclusion='id')->dict[str,Tensor]:
     "The clean query's nearest item."
     own = own_row(queries, gallery, self_exclusion)
-    return dict(own=own, row=nearest(hide(pairwise_distance(queries.emb, gallery.prepared), own))[:,None])
+    dist = hide(exact_distances(queries.emb, gallery.prepared), own)
+    return dict(own=own, row=nearest(dist, within=gallery.within)[:,None])
 
 def gtt_measure(emb, queries, targets, gallery, *, name='GTT')->dict[str,Tensor]:
     "100 where the former nearest item is among the four nearest, else 0."
-    dist = hide(pairwise_distance(emb, gallery.prepared), targets['own'])
+    dist = hide(exact_distances(emb, gallery.prepared), targets['own'])
     return {name: 100*(position(dist, targets['row'])[:,0] < 4).to(emb.dtype)}
 
 # %% ../../nbs/attacks/01_suite.ipynb #c5351d24

@@ -21,14 +21,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..attacks.suite import Attack, Gallery, Queries, hit_measure, nearest
+from ..attacks.suite import Attack, Gallery, Queries, hit_measure, nearest, noise
 from ..core import Stopwatch, check_between, check_choice, fingerprint, generator, kept_memory, need, progress
 from ..data.sets import ImageSet
-from ..triplets.distances import normalise, paired_distance, pairwise_distance
+from ..triplets.distances import exact_distances, normalise, paired_distance, pairwise_distance
 from .retrieval import first_match_rank, lone_queries, normalised_mutual_information
 from ..models.networks import a_few, checksum, dtype_of, embed, embed_all, frozen, proven
 from ..attacks.loop import Attacked, autograd_gradient, pgd, _better
-from ..neighbors import check_embeddings, faiss_gpus, resolve_backend, _assign, _centroids
+from ..neighbors import check_embeddings, faiss_gpus, in_range, resolve_backend, _assign, _centroids
 from ..attacks.strong import BALLS, random_start, sides
 
 # %% ../../nbs/metrics/02_clustering.ipynb #6d9d7f3b
@@ -171,9 +171,9 @@ def clusters(
     backend:Literal['auto','torch','faiss']='auto', # see `neighbors.resolve_backend`
 )->Clusters:
     "k-means over all items, the same for the same seed and backend."
-    check_embeddings('emb', emb), check_choice('start', start, ('++', 'random')), check_between(
-        'restarts', restarts, 1, math.inf
-    ), check_between('rounds', rounds, 1, math.inf)
+    (emb,), unit = in_range(check_embeddings('emb', emb))
+    check_choice('start', start, ('++', 'random')), check_between('restarts', restarts, 1, math.inf)
+    check_between('rounds', rounds, 1, math.inf)
     if not 1 <= k <= len(emb):
         raise ValueError(
             f'k-means needs at least one image per cluster, found {len(emb)} images for {k} clusters; add images or ask'
@@ -188,7 +188,7 @@ def clusters(
         )
         dist, member = _assign(emb, centre := iterate(emb, emb[rows], rounds))
         error = dist.square().sum().item()
-        if error < best[0]: best = error, Clusters(member, centre)
+        if error < best[0]: best = error, Clusters(member, centre*unit)
     return best[1]
 
 # %% ../../nbs/metrics/02_clustering.ipynb #d8f84804
@@ -204,6 +204,7 @@ def class_centres(
             f'every centre needs a member, found none for {len(absent)} of {classes} classes (first: {absent[0]}); add'
             ' images of these classes or number the classes without gaps'
         )
+    (emb,), _ = in_range(check_embeddings('emb', emb))
     return normalise(_centroids(emb, label, emb.new_zeros(len(emb)), classes))
 
 def references(
@@ -231,7 +232,8 @@ def references(
 def neighbour_targets(queries, gallery, seed)->dict[str,Tensor]:
     "The nearest image of the query's class, the images of other classes (B, N), the row to hide and who has no mate."
     t = sides(queries, gallery, seed)
-    row = nearest(pairwise_distance(queries.emb, gallery.prepared).masked_fill(~t['mate'], torch.inf))
+    dist = exact_distances(queries.emb, gallery.prepared).masked_fill(~t['mate'], torch.inf)
+    row = nearest(dist, within=gallery.within)
     return dict(own=t['own'], mate=gallery.emb[row], stranger=t['stranger'], lone=t['lone'])
 
 def selfshift_objective(emb, queries, targets, gallery)->Tensor:
@@ -245,9 +247,8 @@ def nnpos_objective(emb, queries, targets, gallery)->Tensor:
 def gap_objective(emb, queries, targets, gallery)->Tensor:
     "Squared distance from the nearest image of the class, less that from the nearest image of another class."
     with torch.no_grad():
-        other = gallery.emb[
-            nearest(pairwise_distance(emb, gallery.prepared).masked_fill(~targets['stranger'], torch.inf))
-        ]
+        dist = pairwise_distance(emb, gallery.prepared).masked_fill(~targets['stranger'], torch.inf)
+        other = gallery.emb[nearest(dist, within=noise(dist))]
     return (emb - targets['mate']).square().sum(1).masked_fill(targets['lone'], 0.) - (emb - other).square().sum(1)
 
 # %% ../../nbs/metrics/02_clustering.ipynb #94ec383b
@@ -260,13 +261,15 @@ def centre_targets(queries, gallery, seed, *, centres=None)->dict[str,Tensor]:
 def centre_objective(emb, queries, targets, gallery)->Tensor:
     "Squared distance from the own centre, less that from the nearest other one."
     with torch.no_grad():
-        other = nearest(pairwise_distance(emb, targets['centre']).scatter(1, targets['own'][:,None], torch.inf))
+        dist = pairwise_distance(emb, targets['centre']).scatter(1, targets['own'][:,None], torch.inf)
+        other = nearest(dist, within=noise(dist))
     own, other = targets['centre'][targets['own']], targets['centre'][other]
     return (emb - own).square().sum(1) - (emb - other).square().sum(1)
 
 def centre_measure(emb, queries, targets, gallery, *, name)->dict[str,Tensor]:
     "100 where the nearest centre is the own one, else 0."
-    return {name: 100*(nearest(pairwise_distance(emb, targets['centre'])) == targets['own']).to(emb.dtype)}
+    dist = exact_distances(emb, targets['centre'])
+    return {name: 100*(nearest(dist) == targets['own']).to(emb.dtype)}
 
 # %% ../../nbs/metrics/02_clustering.ipynb #0578427f
 def proxy_objective(emb, queries, targets, gallery)->Tensor:
@@ -617,7 +620,7 @@ def _prepared(model, dataset, rows, protocol, backend, device, **how)->AttackAll
         [checksum(model), dataset.labels.tolist(), {k: v for k, v in asdict(p).items() if k not in _READING}, backend]
     )
     queries = Queries(emb, label, torch.arange(len(rows), device=device), rows.to(device))
-    return AttackAll(fast, dataset, queries, Gallery(emb, label), p, facts, spent=[], **how)
+    return AttackAll(fast, dataset, queries, Gallery(emb, label, noise(emb)), p, facts, spent=[], **how)
 
 # %% ../../nbs/metrics/02_clustering.ipynb #01fbd78f
 @kept_memory()

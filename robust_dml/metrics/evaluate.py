@@ -15,7 +15,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ..attacks.suite import FIXED, SUITE, Attack, Gallery, Queries, picked, run_attack, suite
+from ..attacks.suite import FIXED, SUITE, Attack, Gallery, Queries, noise, picked, run_attack, suite
 from .flags import Flag, checks
 from ..triplets.collapse import indicators, is_collapsed
 from ..core import Stopwatch, check_between, check_choice, generator, in_halves, kept_memory, progress
@@ -60,6 +60,8 @@ def queries_and_gallery(
     emb:Tensor,    # (N, D) float, unit length: clean embeddings of a test set
     label:Tensor,  # (N,) long
     queries:int=0, # the first so many are queries, the others the gallery; 0: all are both
+    *,
+    ties:Literal['exact','rounded']='exact', # 'rounded': distances within rounding of each other are equal in R@1
 )->tuple[Queries,Gallery]:
     "What is attacked and what is searched."
     check_between('queries', queries, 0, len(emb)-1)
@@ -69,9 +71,9 @@ def queries_and_gallery(
             ' can be retrieved; add images'
         )
     row = torch.arange(queries or len(emb), device=emb.device)
-    return Queries(emb[: len(row)], label[: len(row)], torch.full_like(row, -1) if queries else row, row), Gallery(
-        emb[queries:], label[queries:]
-    )
+    within = noise(emb) if check_choice('ties', ties, ('exact', 'rounded')) == 'rounded' else 0.
+    asked = Queries(emb[:len(row)], label[:len(row)], torch.full_like(row, -1) if queries else row, row)
+    return asked, Gallery(emb[queries:], label[queries:], within)
 
 # %% ../../nbs/metrics/04_evaluate.ipynb #4e35b3fe
 def query_rows(
@@ -322,6 +324,7 @@ def evaluate(
     # of the network while an attack searches; everything is measured in full precision
     precision:Literal['float32','bfloat16']='float32',
     compiled:bool=False, # search with `torch.compile`: worth its half minute for a long evaluation on a GPU
+    ties:Literal['exact','rounded']='exact', # see `queries_and_gallery`; 'rounded' is how the runs of the tables count
     backend:Literal['auto','faiss','torch']='auto', # k-means of NMI
     device:str='cpu',  # where the model is
     run:Run|None=None, # run folder: killed evaluations go on from here
@@ -338,7 +341,7 @@ def evaluate(
     with watch('gallery'):
         fast, label = faster(model, dataset, device), dataset.labels.to(device)
         emb = embed_split(fast, dataset, batch_size=batch_size, device=device)
-    asked, gallery = queries_and_gallery(emb, label, queries)
+    asked, gallery = queries_and_gallery(emb, label, queries, ties=ties)
     records = attack_batches(
         model, dataset, gallery, attacks, protocol, queries=asked, device=device, compiled=compiled, fast=fast, run=run,
         show=show, desc=desc

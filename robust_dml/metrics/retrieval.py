@@ -17,14 +17,15 @@ from torch import Tensor
 
 from ..core import check_between, check_choice
 from ..data.sets import ImageSet, QueryGallery, Split
-from ..triplets.distances import Prepared, prepare
-from ..neighbors import block_rows, cache_rows, check_embeddings, check_rows, distances, kmeans, mask_rows_
-from ..neighbors import resolve_backend, tally
+from ..triplets.distances import Prepared, prepare, _full
+from ..neighbors import Near, block_rows, cache_rows, check_embeddings, check_rows, distances, in_range
+from ..neighbors import kmeans, mask_rows_, nearest_settled, resolve_backend, tally
 
 # %% ../../nbs/metrics/00_retrieval.ipynb #b026c981
-def _own_rows(dist:Tensor, rows:Tensor, self_exclusion:str)->Tensor:
+def _own_rows(dist:Tensor, near:Near, rows:Tensor, self_exclusion:str)->Tensor:
     "The gallery row that each query must not find."
-    return torch.where(rows < 0, rows, dist.argmin(1)) if self_exclusion == 'drop_first' else rows
+    if self_exclusion == 'id': return rows
+    return torch.where(rows < 0, rows, nearest_settled(dist, near)[1])
 
 # %% ../../nbs/metrics/00_retrieval.ipynb #6465dfd0
 def _check_labels(name:str, label:Tensor, emb:Tensor)->None:
@@ -50,14 +51,16 @@ def _class_columns(label:Tensor, own:Tensor, order:Tensor, ordered:Tensor)->Tens
     return column[:,:max(1, int((column < len(order)).sum(1).max()))]
 
 # %% ../../nbs/metrics/00_retrieval.ipynb #d3b191bd
-def _blocks(query:Tensor, gallery:Prepared, turn:Tensor, size:int)->Iterator[tuple[Tensor,Tensor]]:
-    """Rows of the queries in the order of `turn`, a few at a time, and their distances, which the next block of `size`
-    overwrites."""
+def _blocks(query:Tensor, gallery:Prepared, turn:Tensor, size:int)->Iterator[tuple[Tensor,Tensor,Near]]:
+    """Rows of the queries in the order of `turn`, a few at a time, their distances, which the next block of `size`
+    overwrites, and what settles their order."""
     buffer = gallery.emb.new_empty(min(size, len(turn)), len(gallery.emb))
     for part in turn.split(size):
-        dist = distances(query[part], gallery, buffer=buffer)
+        asked = query[part]
+        dist = distances(asked, gallery, buffer=buffer)
         few = cache_rows(dist)
-        yield from zip(part.split(few), dist.split(few))
+        for which, rows, emb in zip(part.split(few), dist.split(few), asked.split(few)):
+            yield which, rows, Near(emb, gallery)
 
 # %% ../../nbs/metrics/00_retrieval.ipynb #aa505e03
 def rankings(
@@ -71,8 +74,8 @@ def rankings(
     self_exclusion:Literal['id','drop_first']='id',
     block:int|None=None,         # queries per matrix product; None: see `neighbors.block_rows`
 # (b,) long: which queries; (b, N) float: their distances, infinite where left out; (b, P) long: columns that match, N
-# for none
-)->Iterator[tuple[Tensor,Tensor,Tensor]]:
+# for none; what settles near-ties
+)->Iterator[tuple[Tensor,Tensor,Tensor,Near]]:
     """Distances of a few queries at a time, valid until the next are asked for, and the columns of their matches;
     queries of small classes first."""
     check_choice('self_exclusion', self_exclusion, ('id', 'drop_first'))
@@ -82,12 +85,13 @@ def rankings(
         gallery, gallery_label, rows = query, query_label, torch.arange(len(query))
     for name, x, y in (('query', query, query_label), ('gallery', gallery, gallery_label)):
         check_embeddings(name, x), _check_labels(f'{name}_label', y, x)
+    (query, gallery), _ = in_range(_full(query), _full(gallery))
     rows, label = check_rows(rows, query, gallery), query_label.long()
     ordered, order = gallery_label.long().sort(stable=True)
     turn = _class_sizes(label, ordered).argsort(stable=True)
-    for which, dist in _blocks(query, prepare(gallery), turn, block or block_rows(len(gallery))):
-        own = _own_rows(dist, rows[which], self_exclusion)
-        yield which, mask_rows_(dist, own), _class_columns(label[which], own, order, ordered)
+    for which, dist, near in _blocks(query, prepare(gallery), turn, block or block_rows(len(gallery))):
+        own = _own_rows(dist, near, rows[which], self_exclusion)
+        yield which, mask_rows_(dist, own), _class_columns(label[which], own, order, ordered), near
 
 # %% ../../nbs/metrics/00_retrieval.ipynb #7d08f065
 def _in_order(which:Iterable[Tensor], values:Iterable[Tensor])->Tensor:
@@ -123,25 +127,58 @@ def _sort_places(dist:Tensor, column:Tensor)->Tensor:
     place = torch.arange(dist.shape[1], device=dist.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, place).gather(1, column)
 
+# %% ../../nbs/metrics/00_retrieval.ipynb #bd731e0e
+def _before(dist:Tensor, column:Tensor, low:Tensor, high:Tensor, near:Near)->Tensor:
+    "How many entries (K,) between `low` and `high` (K, 1) come before that in `column` (K,), row by row."
+    row, rival = ((dist >= low) & (dist <= high)).nonzero(as_tuple=True)
+    own, other = near.at(torch.arange(len(column), device=row.device), column)[row], near.at(row, rival)
+    first = (other < own) | (other == own) & (rival < column[row])
+    return row[first].bincount(minlength=len(column))
+
+def _settled_places(dist:Tensor, column:Tensor, near:Near)->Tensor:
+    "`_count_places` of distances by product, near-ties settled; `column` is N for none."
+    at, mask = column.clamp(max=dist.shape[1]-1), torch.empty_like(dist)
+    value = dist.gather(1, at)
+    low, high = value - (slack := near.slack(value)), value + slack
+    below, upto = (
+        torch.stack([tally(test, dist, v[:, None], mask) for v in limit.unbind(1)], 1).long()
+        for test, limit in ((torch.lt, low), (torch.le, high))
+    )
+    open_ = (upto - below > 1) & (column < dist.shape[1]) & value.isfinite()
+    if not open_.any(): return below
+    many = 16*((upto - below)*open_).sum(1) > dist.shape[1]
+    for rows in many.nonzero()[:,0].split(cache_rows(dist)):
+        below[rows] = _count_places(near.part(rows).rows(dist[rows]), at[rows])
+    row, place = (open_ & ~many[:,None]).nonzero(as_tuple=True)
+    for r, p in zip(row.split(cache_rows(dist)), place.split(cache_rows(dist))):
+        below[r, p] += _before(dist[r], at[r, p], low[r, p][:,None], high[r, p][:,None], near.part(r))
+    return below
+
 # %% ../../nbs/metrics/00_retrieval.ipynb #94f1c1a1
 def match_places(
     dist:Tensor,    # (b, N) float, infinite where left out
     column:Tensor,  # (b, P) long: columns of matches, N for none
+    near:Near|None=None, # settles near-ties where the distances are those of a product; None: they are exact
     *,
     count_up_to:int=256, # P above this: sort
 )->Tensor:          # (b, P) long: 0 is the nearest; N for none and for what is left out
     "Place of every match in the ranking of its query, in the order of `column`."
     total = dist.shape[1]
     at = column.clamp(max=total-1)
-    places = (_count_places if column.shape[1] <= count_up_to else _sort_places)(dist, at)
+    if column.shape[1] > count_up_to: places = _sort_places(dist if near is None else near.rows(dist), at)
+    else: places = _count_places(dist, at) if near is None else _settled_places(dist, column, near)
     return places.masked_fill((column == total) | dist.gather(1, at).isinf(), total)
 
 # %% ../../nbs/metrics/00_retrieval.ipynb #1053fe0e
-def _first_rank(dist:Tensor, column:Tensor)->Tensor:
+def _first_rank(dist:Tensor, column:Tensor, near:Near)->Tensor:
     "Items before the nearest match of every row, -1 where nothing matches."
     total = dist.shape[1]
-    nearest = dist.gather(1, column.clamp(max=total-1)).masked_fill(column == total, math.inf).argmin(1, keepdim=True)
-    place = match_places(dist, column.gather(1, nearest))[:,0]
+    value = dist.gather(1, column.clamp(max=total-1)).masked_fill(column == total, math.inf)
+    limit = value.amin(1, keepdim=True).clamp(max=torch.finfo(dist.dtype).max)
+    rivals = (value <= limit + near.slack(limit)) & value.isfinite() # all that may be the nearest match
+    row, place = rivals.nonzero(as_tuple=True)
+    value[row, place] = near.at(row, column[row, place])
+    place = match_places(dist, column.gather(1, value.argmin(1, keepdim=True)), near)[:,0]
     return place.masked_fill(place == total, -1)
 
 # %% ../../nbs/metrics/00_retrieval.ipynb #b083f5e1
@@ -158,7 +195,7 @@ def first_match_rank(
 )->Tensor:                       # (B,) long: 0 is a hit at 1; -1 where the class has no other item
     "Rank of the first item of the query's class."
     blocks = rankings(query, query_label, gallery, gallery_label, rows=rows, self_exclusion=self_exclusion, block=block)
-    found = [(which, _first_rank(dist, column)) for which, dist, column in blocks]
+    found = [(which, _first_rank(dist, column, near)) for which, dist, column, near in blocks]
     return _in_order([which for which, _ in found], [rank for _, rank in found])
 
 # %% ../../nbs/metrics/00_retrieval.ipynb #a32e6e49
@@ -214,7 +251,7 @@ def retrieval(
     "First match and average precision in one pass over the distances."
     blocks = rankings(query, query_label, gallery, gallery_label, **options)
     which, *found = zip(
-        *((which, *_retrieval(match_places(dist, column), dist.shape[1])) for which, dist, column in blocks)
+        *((which, *_retrieval(match_places(dist, column, near), dist.shape[1])) for which, dist, column, near in blocks)
     )
     return Retrieval(*(_in_order(which, values) for values in found))
 

@@ -179,7 +179,7 @@ def measure(
     "All measurements of a model, going on from those that the run folder holds for its weights."
     weights, batch, data = checksum(model), plan.recipe.eval_batch, plan.data.test
     label, emb = data.labels.to(plan.device), embed_all(streamlined(model), data, batch_size=batch, device=plan.device)
-    everyone, gallery = queries_and_gallery(emb, label, query_count(plan.data))
+    everyone, gallery = queries_and_gallery(emb, label, query_count(plan.data), ties='rounded')
     some = picked(everyone, query_rows(len(everyone.id), limit=plan.recipe.limit, seed=0).to(plan.device))
     known = {tuple(r['probe']): r['found'] for r in read_lines(run, 'probes.jsonl') if r['weights'] == weights}
     for probe in progress(wanted, desc=desc, show=show):

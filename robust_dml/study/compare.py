@@ -335,7 +335,9 @@ def attack_again(
     test, everyone = plan.data.test, embed_all(
         streamlined(model), plan.data.test, batch_size=protocol.batch_size, device=plan.device
     )
-    asked, gallery = queries_and_gallery(everyone, test.labels.to(plan.device), query_count(plan.data))
+    asked, gallery = queries_and_gallery(
+        everyone, test.labels.to(plan.device), query_count(plan.data), ties='rounded'
+    )
     attack_batches(
         model, test, gallery, {**suite(self_exclusion=protocol.self_exclusion), **FIXED}, protocol, queries=asked,
         device=plan.device, compiled=plan.parameters['compiled'], run=run, show=show,

@@ -760,7 +760,8 @@ def _measure(plan, cell, config, show)->None:
     result = evaluate(
         model, plan.data.test, attacks={**SUITE, **FIXED, **own} if own else None, **protocol,
         queries=query_count(plan.data), backend=plan.backend, compiled=plan.parameters['compiled'],
-        device=plan.device, run=run, show=show, desc=f'attack {cell.setting.name} {cell.label}, seed {cell.seed}:'
+        ties='rounded', device=plan.device, run=run, show=show,
+        desc=f'attack {cell.setting.name} {cell.label}, seed {cell.seed}:'
     )
     # a report shows one seed
     shown = (

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from ..attacks.suite import SUITE, Gallery, Queries, first_hit, hide, nearest, picked, run_attack
 from ..core import check_between, check_choice, kept_memory, need, progress
 from ..data.sets import ImageSet
-from ..triplets.distances import paired_distance, pairwise_distance
+from ..triplets.distances import exact_distances, paired_distance
 from ..metrics.evaluate import queries_and_gallery, query_rows
 from .experiments import Cell, Plan, Study, cells, evaluation_config, query_count, register
 from .experiments import train_cell
@@ -77,7 +77,8 @@ def searched(
     "Embed a test set."
     fast = streamlined(model)
     emb = embed_all(fast, dataset, batch_size=batch_size, device=device)
-    return Searched(fast, dataset, *queries_and_gallery(emb, dataset.labels.to(device), queries), queries, device)
+    asked, gallery = queries_and_gallery(emb, dataset.labels.to(device), queries, ties='rounded')
+    return Searched(fast, dataset, asked, gallery, queries, device)
 
 def r_at_1(s:Searched)->float: # in percent, of the queries for which it is defined
     "R@1 of all queries without attack."
@@ -94,18 +95,18 @@ def lists(
     gallery:Gallery,
 )->Tensor:       # (B, N) float: distance from whoever asks, infinite for the asking image
     "Distances that rank the results in which an attack shows."
-    if name not in _ASKED_BY_OTHERS: return hide(pairwise_distance(emb, gallery.prepared), queries.row)
+    if name not in _ASKED_BY_OTHERS: return hide(exact_distances(emb, gallery.prepared), queries.row)
     asks = targets['row'][:,0]
-    dist = hide(pairwise_distance(gallery.emb[asks], gallery.prepared), asks)
+    dist = hide(exact_distances(gallery.emb[asks], gallery.prepared), asks)
     return dist.scatter(1, queries.row[:,None], paired_distance(emb, gallery.emb[asks])[:,None])
 
 def watched(name:str, targets:Mapping[str, Tensor], queries:Queries, gallery:Gallery)->Tensor: # (B,) long
     "Gallery row of the image whose place is followed, see `GOALS`."
     if name in _ASKED_BY_OTHERS: return queries.row
-    if name == 'TMA': return nearest(pairwise_distance(targets['emb'], gallery.prepared))
+    if name == 'TMA': return nearest(exact_distances(targets['emb'], gallery.prepared))
     if name in ('QA+', 'QA-', 'GTM', 'GTT'): return targets['row'].view(len(queries.id), -1)[:,0]
-    dist = hide(pairwise_distance(queries.emb, gallery.prepared), queries.row)
-    return nearest(dist.masked_fill(gallery.label != queries.label[:,None], torch.inf))
+    dist = hide(exact_distances(queries.emb, gallery.prepared), queries.row)
+    return nearest(dist.masked_fill(gallery.label != queries.label[:,None], torch.inf), within=gallery.within)
 
 def order(
     dist:Tensor, # (B, N) float

@@ -156,7 +156,7 @@ def attacked(
 )->Attacked:
     "Attack a random part of the queries against the whole gallery."
     emb = embed_all(streamlined(model), dataset, batch_size=batch_size, device=device)
-    everyone, gallery = queries_and_gallery(emb, dataset.labels.to(device))
+    everyone, gallery = queries_and_gallery(emb, dataset.labels.to(device), ties='rounded')
     chosen, fast = query_rows(len(dataset), limit=queries, seed=seed), streamlined(model)
     found:dict[str, Any] = {'clean': emb[chosen], **{name: [] for name in attacks}}
     for rows in chosen.split(batch_size):

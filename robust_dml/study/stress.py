@@ -143,7 +143,9 @@ def _subject(plan, cell)->Subject:
     "A trained model with its embeddings of the test set."
     model,_ = train_cell(plan, cell, show=False)
     emb = embed_all(streamlined(model), plan.data.test, batch_size=plan.recipe.eval_batch, device=plan.device)
-    queries, gallery = queries_and_gallery(emb, plan.data.test.labels.to(plan.device), query_count(plan.data))
+    queries, gallery = queries_and_gallery(
+        emb, plan.data.test.labels.to(plan.device), query_count(plan.data), ties='rounded'
+    )
     return Subject(streamlined(model), queries, gallery)
 
 def _scenes(plan, cell, effort, subject)->Iterator[tuple[int, Scene]]:
