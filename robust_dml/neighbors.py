@@ -212,7 +212,8 @@ def smallest_settled(
     dist:Tensor, # (B, N) float by product, infinite where left out
     near:Near,   # of the same B queries
     k:int,       # 1 to N
-)->tuple[Tensor,Tensor]: # (B, k) float ascending, exact, and (B, k) long columns; equal ones in the order of their columns
+# (B, k) float ascending, exact, and (B, k) long columns; equal ones in the order of their columns
+)->tuple[Tensor,Tensor]:
     "The `k` smallest entries of every row, near-ties settled."
     if 16*k > dist.shape[1]: return smallest(near.rows(dist), k)
     value, index = dist.topk(k, dim=1, largest=False)
@@ -226,7 +227,8 @@ def smallest_settled(
 def nearest_settled(
     dist:Tensor, # (B, N) float by product, infinite where left out
     near:Near,   # of the same B queries
-)->tuple[Tensor,Tensor]: # (B,) float and (B,) long: distance and column of the smallest entry, the lower column among equals
+# (B,) float and (B,) long: distance and column of the smallest entry, the lower column among equals
+)->tuple[Tensor,Tensor]:
     "The smallest entry of every row; its distance is exact where there was something to settle."
     value, index = dist.min(1)
     limit = value[:,None] + near.slack(value[:,None])

@@ -148,7 +148,9 @@ def exact(label, squared):
 def test_ties_and_duplicates_against_loops(monkeypatch, limit, few, dtype):
     monkeypatch.setattr(metrics, 'cache_rows', lambda dist: min(len(dist), few))
     inner = metrics.match_places
-    monkeypatch.setattr(metrics, 'match_places', lambda dist, column, near: inner(dist, column, near, count_up_to=limit))
+    monkeypatch.setattr(
+        metrics, 'match_places', lambda dist, column, near: inner(dist, column, near, count_up_to=limit)
+    )
     emb = grid(70, 2, dtype)
     label = torch.cat([torch.zeros(20).long(), torch.randint(1, 18, (50,), generator=gen(3))])[
         torch.randperm(70, generator=gen(4))

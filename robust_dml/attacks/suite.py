@@ -141,7 +141,8 @@ def own_row(
 )->Tensor:                             # (B,) long: row to hide, -1 where the query is not in the gallery
     "Gallery row that stands for the query itself."
     if self_exclusion == 'id': return queries.row
-    return torch.where(queries.row < 0, queries.row, nearest(exact_distances(queries.emb, gallery.prepared), within=gallery.within))
+    found = nearest(exact_distances(queries.emb, gallery.prepared), within=gallery.within)
+    return torch.where(queries.row < 0, queries.row, found)
 
 def hide(
     dist:Tensor, # (B, N) float

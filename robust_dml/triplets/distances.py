@@ -182,7 +182,8 @@ def exact_distances(
             return torch.cat([_exact_tile(u, part, centre).float() for part in v.split(columns)], 1)
         dist = u.new_empty(len(u), len(v))
         for out,row in zip(dist, u):
-            for some,part in zip(out.split(columns), v.split(columns)): some.copy_(exact_paired(row.expand_as(part), part))
+            for some,part in zip(out.split(columns), v.split(columns)):
+                some.copy_(exact_paired(row.expand_as(part), part))
         return dist
 
 # %% ../../nbs/triplets/00_distances.ipynb #f89e7bc7
