@@ -19,7 +19,7 @@ help:
 	@echo "make cost P='-p dataset cub -p preset paper'   time and memory that a table will take here"
 	@echo "make table3 N=2   the same by torchrun in two processes, which share every training and evaluation"
 	@echo "make test  sync check, type check, notebook tests, pytest; make types  the type check alone"
-	@echo "make faults   kills, full disks, damaged files and dying workers, half an hour; writes reports/reliability.json"
+	@echo "make faults   kills, full disks, damaged files and dying workers, then hostile data for every reader, three quarters of an hour; writes reports/reliability.json"
 	@echo "make reports   writes every page in reports/ anew from its results.json and the store, and reports/index.html, which leads to them"
 	@echo "make ledger   brings finished runs of reports/store, or of S=another/reports/store, into reports/runs.jsonl, which is what git keeps of them"
 	@echo "make lab   JupyterLab, opened at its start page"
@@ -103,6 +103,7 @@ test: sync types
 
 faults: venv
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/readers.py --seconds 600
 
 # Opens the start page. Figures belong into the notebooks here, so MPLBACKEND goes; .jupyter/ turns the question about news off. LAB: further options.
 lab: export JUPYTER_CONFIG_PATH := $(CURDIR)/.jupyter$(if $(JUPYTER_CONFIG_PATH),:$(JUPYTER_CONFIG_PATH))

@@ -4,8 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from robust_dml.data import sets
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from faults import campaign
+from faults import campaign, readers
 
 
 def test_five_kills(tmp_path):
@@ -58,3 +60,17 @@ def test_rows_add_up():
     assert rows[-1] == dict(fault='all', injected=3, survived=1, lost=0, wrong=1, unclear=1) and [
         r['fault'] for r in rows
     ] == ['disk full', 'kill', 'all']
+
+
+def test_hostile_data_for_every_reader():
+    "A few of the inputs that `make faults` tries for minutes."
+    counts, faults = readers.run(5., 11)
+    assert not faults and {name for name, _ in counts} == readers.READERS.keys()
+
+
+def test_what_is_no_sentence_counts_as_a_fault(tmp_path):
+    def broken(home, rng): raise KeyError('x')
+    def late(home, rng): raise ValueError('not of the package')
+    def fine(home, rng): sets.load('nowhere')
+    said = [readers.outcome(reader, tmp_path, None) for reader in (broken, late, fine)]
+    assert said[0].startswith('KeyError') and said[1].startswith('ValueError from test_faults.py') and said[2] == 'sentence'

@@ -165,8 +165,8 @@ def _each_once(
         if known is item: kept.append(item)
         elif known[0] != item[0]:
             raise ValueError(
-                f'each image must have one label, found {_some([item[1]])} as {known[0]!r} and as {item[0]!r};'
-                ' correct the list'
+                f'each image must have one label, found {_some([item[1]])} as {known[0][:200]!r} and as'
+                f' {item[0][:200]!r}; correct the list'
             )
         else: both += known[2] != item[2]
     twice, notes = len(asked)+len(shelf)-len(kept)-both, []

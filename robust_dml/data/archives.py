@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..core import DATASETS, check_between, check_choice, fingerprint, progress
-from .sets import _some, _why, ImageSet, QueryGallery, Source, Split, image_bytes, load as load_data, read_image
+from .sets import _printable, _some, _why, ImageSet, QueryGallery, Source, Split, image_bytes, load as load_data, read_image
 
 # %% ../../nbs/data/01_archives.ipynb #45ee1002
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _remedy(name:str, *folders:Path)->str:
             if found == 'whole'
             else f'{path} is {found}: download it again from {about.page}'
         )
-    return f'download {", ".join(about.downloads)} from {about.page} and {about.steps.format(root=folders[0])}'
+    return f'download {", ".join(about.downloads)} from {about.page} and {about.steps.format(root=_printable(folders[0]))}'
 
 # %% ../../nbs/data/01_archives.ipynb #616c3be3
 def installed(
@@ -199,14 +199,17 @@ def find(
         if about.places: print(f'{name} is read from {folder}') # more than one place is looked at: say which it was
         return folder
     root = _expanded(root)
-    wanted = f'{name} needs {about.layout[0]} in {root/about.folders[0]} or in {root} itself'
+    home = _printable(root)
+    wanted = f'{name} needs {about.layout[0]} in {home}/{about.folders[0]} or in {home} itself'
     if not os.path.isdir(root):
         raise FileNotFoundError(
-            f'{wanted}, found no folder {root}; set root to the folder that holds {about.folders[0]}'
+            f'{wanted}, found no folder {home}; set root to the folder that holds {about.folders[0]}'
         )
     near = islice((d for pattern in ('*', '*/*', '*/*/*') for d in root.glob(pattern) if d.is_dir()), 2000)
     elsewhere = next((f for d in (root.parent, *near) if (f := locate(name, d))), None)
-    if elsewhere: raise FileNotFoundError(f'{wanted}, found the files in {elsewhere}; set root to {elsewhere}')
+    if elsewhere:
+        place = _printable(elsewhere)
+        raise FileNotFoundError(f'{wanted}, found the files in {place}; set root to {place}')
     raise FileNotFoundError(
         f'{wanted}, found no such file; {_remedy(name, root, *(root/sub for sub in about.folders))}'
     )

@@ -361,9 +361,11 @@ FORMATS = ('AVIF', 'BMP', 'GIF', 'JPEG', 'JPEG2000', 'PCX', 'PNG', 'PPM', 'TGA',
 def _some(values:Any, most:int=5)->str:
     "The first few of some values, in words; what a terminal would not print is escaped."
     values = list(values)
-    texts = [str(value)[:200] for value in values[:most]]
-    shown = [''.join(c if c.isprintable() else repr(c)[1:-1] for c in text) for text in texts]
-    return ', '.join(shown)+(', ...' if len(values) > most else '')
+    return ', '.join(_printable(str(value)[:200]) for value in values[:most])+(', ...' if len(values) > most else '')
+
+def _printable(value:Any)->str:
+    "A name in one line that any terminal bears."
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 def _why(error:Exception)->str: # a decoder may fail in any way
     "Why an image cannot be read, in a few words."
@@ -599,7 +601,7 @@ def _entries(folder:str|Path)->list[os.DirEntry]: # sorted by name
         with os.scandir(folder) as found: entries = [e for e in found if e.name.lower() not in _OTHERS]
     except OSError as error:
         raise ValueError(
-            f'{folder} must be a folder that can be read, found: {error.strerror or error}; change its permissions or'
+            f'{_printable(folder)} must be a folder that can be read, found: {error.strerror or error}; change its permissions or'
             ' remove it'
         ) from error
     return sorted(entries, key=lambda e: e.name)
@@ -646,11 +648,12 @@ def labelled(root:Path)->Labelled:
 
 def _no_image_in(root:Path, empty:list[str])->str:
     "The sentence on class folders without an image."
-    where = str(root/empty[0]) if len(empty) == 1 else f'{len(empty)} of them ({_some(empty)})'
+    where = _printable(root/empty[0]) if len(empty) == 1 else f'{len(empty)} of them ({_some(empty)})'
     deeper = [name for name in empty if class_folders(root/name)]
     best = sorted(deeper, key=lambda name: name.lower() not in ('test', 'val', 'valid', 'validation', 'gallery'))
-    advice = f'{best[0]} holds folders: give {root/best[0]} if they are the classes' if best else 'remove or fill it'
-    return f'each class folder in {root} must hold an image, found none in {where}; {advice}'
+    advice = 'remove or fill it'
+    if best: advice = _printable(f'{best[0]} holds folders: give {root/best[0]} if they are the classes')
+    return f'each class folder in {_printable(root)} must hold an image, found none in {where}; {advice}'
 
 def left_out(left:list[str])->str:
     "A sentence on what is not read; empty where that is nothing."
@@ -731,8 +734,8 @@ def sides(
     others = sorted(found.keys() - {'train'})
     if set(others) <= {'val', 'valid', 'validation', 'dev', 'query', 'gallery'}:
         raise ValueError(
-            f'{folder} must hold train and test, or train, query and gallery, found train and'
-            f' {", ".join(others) or "nothing else"}; {_test_side(others)}'
+            f'{_printable(folder)} must hold train and test, or train, query and gallery, found train and'
+            f' {_some(others) or "nothing else"}; {_test_side(others)}'
         )
     return ()
 
@@ -801,11 +804,11 @@ def _say_overlap(folder:Path, names:tuple[str, ...], shared:set[str], alone:set[
     "Warn about classes that are trained and tested on, and about queries that can find nothing."
     if shared:
         warnings.warn(
-            f'{folder} trains and tests on {len(shared)} of the same classes ({min(shared)}, ...): the numbers are not'
+            f'{folder} trains and tests on {len(shared)} of the same classes ({_printable(min(shared))}, ...): the numbers are not'
             ' those of unseen classes'
         )
     if alone and len(names) == 3:
-        warnings.warn(f'{folder} has queries of {len(alone)} classes that are not in its gallery ({min(alone)}, ...):'
+        warnings.warn(f'{folder} has queries of {len(alone)} classes that are not in its gallery ({_printable(min(alone))}, ...):'
                       ' R@1 and mAP leave them out')
 
 # %% ../../nbs/data/00_sets.ipynb #fedc2d08
