@@ -27,7 +27,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..core import DATASETS, check_between, check_choice, fingerprint, progress
-from .sets import _printable, _some, _why, ImageSet, QueryGallery, Source, Split, image_bytes, load as load_data, read_image
+from .sets import _printable, _some, _why, ImageSet, QueryGallery, Source, Split
+from .sets import image_bytes, load as load_data, read_image
 
 # %% ../../nbs/data/01_archives.ipynb #45ee1002
 @dataclass(frozen=True)

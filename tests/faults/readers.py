@@ -168,7 +168,8 @@ def cars(home:Path, rng:Random)->None:
         if rng.random() < .3: return old.HEAD + old.cells(rng)
         return old.edited(rng.choice((*old.MATS, *KIT)), rng.getrandbits(32))
     kit = ('cars_train_annos.mat', 'cars_test_annos_withlabels.mat', 'cars_meta.mat')
-    for name in rng.choice((('cars_annos.mat',), kit)): (home/name).write_bytes(content() if rng.random() < .7 else rng.choice(KIT))
+    for name in rng.choice((('cars_annos.mat',), kit)):
+        (home/name).write_bytes(content() if rng.random() < .7 else rng.choice(KIT))
     archives.read('cars', home, size=8, show=False)
 
 
