@@ -16,7 +16,7 @@ from .claims_page import summary, write_claims
 from ..colo_tride.errata import RANK, RECALL
 from .evidence import PAGES, QUERY, STUDIES, Evidence, chosen, evidence, seed_counts
 from ...metrics.scores import paper_table
-from .shortcomings import beaten, contrasts, finding, inert, readings, watched
+from .shortcomings import beaten, contrasts, finding, inert, table4_readings, watched
 from ...study.experiments import Study, register
 from ...study.verdicts import NAMES, NOT_JUDGED, OUTCOMES, PAPER_DATA, SCALES, SEEDS, Comparison
 from ...study.verdicts import graded, outcomes, scale_of
@@ -398,7 +398,7 @@ def claims_results(
     found = evidence(Path(reports), studies)
     results = dict(coverage=coverage(found), claims=[_judged(claim, found) for claim in claims],
                    beaten=beaten(found), watched=watched(found), contrasts=contrasts(found), inert=inert(found),
-                   readings=readings(found))
+                   readings=table4_readings(found))
     return results | dict(finding=finding(results))
 
 def _judged(claim:Claim, found:Evidence)->dict[str, Any]:
