@@ -113,6 +113,9 @@ def check_images(
     return x
 
 # %% ../nbs/00_core.ipynb #8cbd7601
+# parameters in which 1.10 and 1.1, or 007 and 7, are two different things
+_NAMES = ('name', 'out', 'root', 'images', 'train_images', 'queries', 'model', 'dataset', 'weights')
+
 def typed(
     name:str,                   # name of the parameter, for the message
     value:Any,                  # as papermill hands it over
@@ -122,6 +125,11 @@ def typed(
     if isinstance(value, int) and value.bit_length() > 63:
         raise ValueError(f'parameter {name} must be a number below 2**63, found one of {value.bit_length()} bits')
     if isinstance(default, str) and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        if name in _NAMES and not isinstance(value, str):
+            raise ValueError(
+                f'parameter {name} must be text, found the number {value!r}: papermill reads 1.10 as 1.1 and 007 as 7;'
+                f' write -r {name} TEXT in place of -p {name} TEXT'
+            )
         return str(value).strip()
     if isinstance(default, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)

@@ -550,3 +550,10 @@ def test_an_audit_asks_for_images_as_a_viewer_shows_them(photos, tmp_path):
     listed = [module.list_images(folder) for folder in (photos, tmp_path/'photos')]
     found = [module.read_images(some, size=16, channels=3, show=False) for some in listed]
     assert torch.equal(*(f.dataset.images[0] for f in found))
+
+
+@pytest.mark.parametrize('eps', [.031, 8/255, .3])
+def test_a_fraction_where_255ths_are_meant_is_refused(eps):
+    "0.031 of 255ths changes nothing, and every query would withstand."
+    with pytest.raises(ValueError, match='eps must be in 255ths of the pixel range.*8 means 8/255'):
+        module.prepared(dict(eps=eps, images='nowhere'))

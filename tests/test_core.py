@@ -325,3 +325,12 @@ def test_options_are_read_by_their_types():
         ('eps', '[1]', 'eps must be a number, found')
     ):
         with pytest.raises((TypeError, ValueError), match=words): core.read_option(name, text, kinds[name])
+
+
+@pytest.mark.parametrize('name', ['name', 'out', 'images', 'model'])
+@pytest.mark.parametrize('value', [1.1, 7])
+def test_a_name_that_papermill_read_as_a_number_is_refused_with_the_way_out(name, value):
+    "papermill makes 1.1 of 1.10 and 7 of 007; what was typed is lost."
+    with pytest.raises(ValueError, match=f'must be text, found the number {value}.*write -r {name} TEXT'):
+        core.typed(name, value, '')
+    assert core.typed(name, ' 007 ', '') == '007' and core.typed('seeds', 0, '') == '0'

@@ -704,3 +704,10 @@ def test_bad_models_are_refused(images):
             weight_decay=0.0
         )
     with pytest.raises(ValueError, match='at least 1 member'): Ensemble([])
+
+
+def test_an_image_of_an_unknown_class_is_not_scored_as_its_neighbour():
+    proxies, known = torch.randn(4, 5), torch.tensor([True, False, True, True])
+    emb = F.normalize(torch.randn(3, 5), dim=1)
+    with pytest.raises(ValueError, match='classes that are known, found 1 of 3 images of others'):
+        pal(emb, torch.tensor([0, 1, 2]), proxies, scale=32., margin=.1, known=known)

@@ -194,3 +194,11 @@ def test_bad_batches_are_refused():
 def test_hardest_does_not_depend_on_the_scale_of_the_embeddings():
     emb,label = batch(seed=3)
     for scale in (1e-3, 1., 50., 1e6): assert torch.equal(hardest(scale*emb, label).n, hardest(emb, label).n)
+
+
+@pytest.mark.parametrize('size', [1e-3, 1., 1e3])
+def test_hardest_on_embeddings_of_any_length(size):
+    "No number stands for infinity: raw embeddings may be farther apart than 2."
+    emb, label = size*torch.randn(56, 6, generator=torch.Generator().manual_seed(0)), torch.arange(28).repeat_interleave(2)
+    dist = torch.cdist(emb[::2].double(), emb.double()).masked_fill(label[::2,None] == label, math.inf)
+    assert torch.equal(hardest(emb, label).n, dist.argmin(1))

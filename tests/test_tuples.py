@@ -611,3 +611,14 @@ def test_robust_training_resists():
         return attacked(net, tests, members(shelf, torch.arange(24)), shelf, eps=.12, steps=10),out.log['cosine']
     (natural,_),(robust,spread),(_,joint) = trained(attack_rate=0.),trained(),trained(granularity='batch')
     assert fold_increase(robust, natural).value > 1.3 and joint > .8 > .6 > spread
+
+
+def test_an_identical_pair_does_not_dilute_the_mean():
+    "Its distance is nothing but the offset of 1e-6 a coordinate, and the term of the contrastive loss is zero."
+    emb = F.normalize(torch.randn(6, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    emb[1] = emb[0]
+    def near(rows):
+        pair = Triplets(*torch.tensor([(0, 1, 4), (2, 3, 5)])[rows].T)
+        return tuple_terms(emb, pair, loss='contrastive', margin=.2, apart=0.)
+    terms = near([0, 1])
+    assert terms[0][0] == 0 and tuple_loss(terms) == tuple_loss(near([1])) > .1

@@ -1315,6 +1315,11 @@ def prepared(
     check_known(namespace, known, ('found', 'options'))
     values = {k: typed(k, namespace.get(k, v), v) for k, v in known.items() if k != 'eps'}
     eps = check_between('eps, in 255ths,', namespace.get('eps', known['eps']), 0, 255)/255
+    if 0 < 255*eps < .5:
+        raise ValueError(
+            f'eps must be in 255ths of the pixel range, as papers write it (8 means 8/255), found {255*eps:g}, less'
+            f' than half a step of a byte; the fraction {255*eps:g} is {255*255*eps:.3g}/255'
+        )
     if not values['images']:
         raise ValueError(
             'images must be the path of a folder of class folders or of a csv or txt list, found none; set it with -p'

@@ -48,6 +48,12 @@ def pal(
     known:Tensor|None=None, # (C,) bool: classes that take part; None: all
 )->Tensor:          # () float
     "Proxy-Anchor loss of a batch, as pytorch-metric-learning computes it, in float32 or better."
+    if known is not None and not known[label].all():
+        other = int((~known[label]).sum())
+        raise ValueError(
+            f'label must hold classes that are known, found {other} of {len(label)} images of others; leave them out,'
+            ' or score them with pal_sample'
+        )
     if known is not None and not known.all(): label, proxies = (known.cumsum(0) - 1)[label], proxies[known]
     library = need('pytorch_metric_learning.losses', 'training with proxies')
     formula = library.ProxyAnchorLoss(

@@ -78,9 +78,9 @@ def tuple_terms(
 )->tuple[Tensor, ...]: # one or two of (n,) float >= 0
     "What each tuple adds to the loss."
     dist_ap, dist_an = triplet_distances(*take(emb, tuples))
-    return (
-        (triplet_loss(dist_ap, dist_an, margin=margin),) if loss == 'triplet' else (dist_ap, (apart - dist_an).relu())
-    )
+    if loss == 'triplet': return (triplet_loss(dist_ap, dist_an, margin=margin),)
+    together = dist_ap.detach() <= 1.001*OFFSET*emb.shape[1]**.5 # all that the offset makes of an identical pair
+    return dist_ap.masked_fill(together, 0.), (apart - dist_an).relu()
 
 def tuple_loss(
     terms:tuple[Tensor, ...], # of `tuple_terms`
