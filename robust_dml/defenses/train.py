@@ -268,7 +268,7 @@ def train(
     parts = proxies.parts(whole, dataset, seed) if proxies else None
     _check_start(model, dataset)
     trained = whole.members if proxies else (model,)
-    with channels_last(model), spread(*trained), settled(*trained, x=a_few(dataset, model, device=device)):
+    with channels_last(model), settled(*trained, x=a_few(dataset, model, device=device)), spread(*trained):
         done: dict[str, Any] = dict(
             epoch=0, state=defense.init(), log=[], updates=0, image_steps=0, seconds=0.0, parts={}, device=str(device)
         )
