@@ -11,7 +11,7 @@ export PYTHONUNBUFFERED := 1
 RUNS := $(filter-out ablation,$(patsubst nbs/run_%.ipynb,%,$(wildcard nbs/run_*.ipynb)))
 STUDIES := $(shell sed -n "s/.*study = 'lambda' *\# \(.*\)\\\\n\",/\1/p" nbs/run_ablation.ipynb)
 STUDY ?= lambda
-.PHONY: help venv demo $(RUNS) ablation reports ledger bench bench-full test types faults sync hooks lab browser-test clean
+.PHONY: help venv demo $(RUNS) ablation reports ledger trace bench bench-full test types faults sync hooks lab browser-test clean
 help:
 	@echo "make demo  train, attack, score and report on the embedded images"
 	@echo "make table1 P='-p dataset omniglot -p root path/to/archives'   a table with parameters; also $(filter-out table1 cost data,$(RUNS))"
@@ -20,8 +20,9 @@ help:
 	@echo "make table3 N=2   the same by torchrun in two processes, which share every training and evaluation"
 	@echo "make test  sync check, type check, notebook tests, pytest; make types  the type check alone"
 	@echo "make faults   kills, full disks, damaged files and dying workers, then hostile data for every reader, three quarters of an hour; writes reports/reliability.json"
-	@echo "make reports   writes every page in reports/ anew from its results.json and the store, and reports/index.html, which leads to them"
+	@echo "make reports   builds every page in reports/ from its results.json and the ledger, and reports/index.html, which leads to them"
 	@echo "make ledger   brings finished runs of reports/store, or of S=another/reports/store, into reports/runs.jsonl, which is what git keeps of them"
+	@echo "make trace REPORT=table1-glyphs-small ROW=act COLUMN=R@1   from a number to configuration, data, seed, versions and weights"
 	@echo "make lab   JupyterLab, opened at its start page"
 	@echo "make browser-test   notebooks, reports and pages in a real browser; needs node and Chromium"
 	@echo "make docs  HTML pages in build/docs/html/: notebooks, API, equations, reports; needs npm for the formulas"
@@ -76,6 +77,10 @@ reports: venv
 # S: another store; OLD=1: files from before there were hashes.
 ledger: venv
 	$(BIN)/python -c 'import sys; from robust_dml.runs import store; print(*store.share("reports", sys.argv[1], unsigned=bool(sys.argv[2])), sep="\n")' '$(S)' '$(OLD)'
+
+# R@1 of ACT in a table, for example: make trace REPORT=table1-glyphs-small ROW=act COLUMN=R@1 MORE='--setting A'
+trace: venv
+	@$(BIN)/python -m robust_dml.report.trace 'reports/$(REPORT)' '$(ROW)' '$(COLUMN)' $(MORE)
 
 bench: venv
 	$(BIN)/python benchmarks/run.py

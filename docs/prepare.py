@@ -37,7 +37,7 @@ def write_pages(
     notebooks.write(target, results.experiments())
     api.write(target)
     pictures = catalogues.Pictures(target, cache)
-    results.copy_reports(target/'_extra')
+    results.copy_reports(target/'_extra', cache.parent/'reports')
     parts = dict(
         extend=notebooks.extend(), switches=catalogues.switches_table(), choices=catalogues.choices(),
         explorers=results.explorers()

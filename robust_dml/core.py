@@ -6,7 +6,7 @@
 __all__ = ['DEFENSES', 'ATTACKS', 'DATASETS', 'BACKBONES', 'fingerprint', 'generator', 'check_between', 'check_choice',
            'check_finite', 'check_images', 'typed', 'check_known', 'listed', 'pick_device', 'option_types',
            'check_option', 'read_option', 'meant', 'Reference', 'is_reference', 'source_of', 'refer', 'Registry',
-           'need', 'progress', 'Stopwatch', 'in_halves', 'kept_memory', 'load_safetensors']
+           'need', 'progress', 'Stopwatch', 'in_halves', 'kept_memory', 'read_safetensors', 'load_safetensors']
 
 # %% ../nbs/00_core.ipynb #411de53e
 import ctypes, dataclasses, difflib, hashlib, importlib, inspect, json, os, pkgutil, sys, time, typing, warnings
@@ -511,15 +511,13 @@ def kept_memory()->Iterator[None]:
             libc.malloc_trim(0)
 
 # %% ../nbs/00_core.ipynb #d6bc65d9
-def load_safetensors(
-    path:str|Path,        # file to read
+def read_safetensors(
+    data:bytes,
+    path:str|Path,        # where they were found
     *,
-    sha256:str|None=None, # recorded hash of the file, 64 hexadecimal digits; None accepts any content
+    sha256:str|None=None, # recorded hash of the bytes, 64 hexadecimal digits; None accepts any content
 )->dict[str,Tensor]:
-    "Tensors of a safetensors file; ValueError when it is a pickle, damaged, or not the file that was recorded."
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f'expected a safetensors file at {path}, found none; check the path')
-    data = path.read_bytes()
+    "Tensors of the bytes of a safetensors file; ValueError as in `load_safetensors`."
     # behind the length of its header, which may begin with any byte, a safetensors file has a {
     if data[8:9] != b'{' and data.startswith((b'PK', b'\x80')):
         raise ValueError(
@@ -536,3 +534,13 @@ def load_safetensors(
         raise ValueError(
             f'expected a safetensors file, found {path} that cannot be read ({err}); copy or make it again'
         ) from err
+
+def load_safetensors(
+    path:str|Path,        # file to read
+    *,
+    sha256:str|None=None, # recorded hash of the file, 64 hexadecimal digits; None accepts any content
+)->dict[str,Tensor]:
+    "Tensors of a safetensors file; ValueError when it is a pickle, damaged, or not the file that was recorded."
+    path = Path(path)
+    if not path.is_file(): raise FileNotFoundError(f'expected a safetensors file at {path}, found none; check the path')
+    return read_safetensors(path.read_bytes(), path, sha256=sha256)

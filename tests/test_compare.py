@@ -509,7 +509,7 @@ def test_one_model_is_refused(tmp_path):
 def test_page(smoke, tmp_path):
     _, found = smoke
     page = write_compare(tmp_path, dict(found, title='<b>Smoke</b>')).read_text()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['compare.csv', 'index.html', 'results.json']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['README.md', 'compare.csv', 'figures.svg', 'index.html', 'results.json']
     assert (
         '&lt;b&gt;Smoke' in page
         and page.count('<script') == 1

@@ -29,7 +29,8 @@ def source(tmp_path_factory):
     "All pages, with pictures that are not drawn."
     folder, patch = tmp_path_factory.mktemp('source'), pytest.MonkeyPatch()
     patch.setattr(catalogues.Pictures, '__call__', lambda self, name, draw, alt: f'![{alt}](pictures/{name}.png)')
-    prepare.write_pages(folder, folder/'cache')
+    patch.setattr(results, 'build_page', lambda folder: (folder/'index.html').write_text('built'))
+    prepare.write_pages(folder, tmp_path_factory.mktemp('cache')/'pictures')
     patch.undo()
     return folder
 
@@ -183,7 +184,7 @@ def test_outputs_of_notebooks_become_pages():
         == r'<td><span class="math notranslate nohighlight">\(a_i &lt; b\)</span></td><td>2 $ and</td>'
     )
     assert (
-        notebooks.links('[x](13_attacks.ipynb#cell-id=ab) [y](../reports/claims/index.html)')
+        notebooks.links('[x](13_attacks.ipynb#cell-id=ab) [y](../reports/claims/README.md)')
         == '[x](#cell-ab) <a href="../reports/claims/index.html">y</a>'
     )
 
@@ -206,7 +207,7 @@ def test_switches_are_those_of_the_library():
 
 @pytest.mark.parametrize('name', results.folders())
 def test_sentences_are_those_of_the_reports(name):
-    sentence, page = results.sentence_of(name), results.plain(results._page(name))
+    sentence, page = results.sentence_of(name), ' '.join(results.said(name))
     assert len(sentence) > 30 and sentence.endswith('.')
     assert all(part in page for part in re.split(r'(?<=\.)\s+(?=[A-Z])', sentence))
     assert (ROOT/'nbs'/f'run_{results.experiments()[name]}.ipynb').exists()
@@ -214,7 +215,7 @@ def test_sentences_are_those_of_the_reports(name):
 
 def test_collapse_is_not_left_out():
     flagged = [
-        name for name in results.folders() if re.search(r'class="lead">[^<]*flagged as collapsed', results._page(name))
+        name for name in results.folders() if any('flagged as collapsed' in text for text in results.said(name)[1:])
     ]
     assert flagged and all('flagged as collapsed' in results.sentence_of(name) for name in flagged)
 
@@ -223,6 +224,22 @@ def test_no_machine_paths(source):
     for path in source.rglob('*'):
         if path.suffix in ('.md', '.ipynb', '.py', '.css'):
             assert not re.search(r'(?<![\w.])/(home|root|tmp|Users|work)/', path.read_text(encoding='utf-8')), path
+
+
+def test_pages_are_built_once(tmp_path, monkeypatch):
+    "And anew when a result changes."
+    made = []
+    monkeypatch.setattr(results, 'REPORTS', tmp_path/'reports')
+    monkeypatch.setattr(results, 'build_page', lambda folder: made.append((folder/'index.html').write_text('x')))
+    (tmp_path/'reports'/'a').mkdir(parents=True)
+    (tmp_path/'reports'/'runs.jsonl').write_text('')
+    (tmp_path/'reports'/'a'/'results.json').write_text('{}')
+    (tmp_path/'cache').mkdir()
+    for _ in range(2): assert results.built('a', tmp_path/'cache')/'index.html' == tmp_path/'cache'/'a'/'index.html'
+    assert len(made) == 1
+    (tmp_path/'reports'/'a'/'results.json').write_text('{"b": 1}')
+    results.built('a', tmp_path/'cache')
+    assert len(made) == 2
 
 
 def test_unknown_parts_are_refused():

@@ -54,7 +54,8 @@ def test_report(name, out):
     labels = [cell.label for cell in experiments.cells(plan)]
     assert len(labels) == len(set(labels))*len(plan.recipe.seeds) and said
     assert escape(STUDIES[name].title) in page and all(escape(label) in page for label in labels)
-    files = {'index.html', 'results.json'} | ({'table.csv', 'table.md', 'figures'} if name in PLAIN else set())
+    files = {'README.md', 'index.html', 'results.json'} | ({'figures.svg'} if '<figure' in page else set())
+    if name in PLAIN: files |= {'table.csv', 'figures'}
     assert {f.name for f in plan.folder.iterdir()} == files
 
 

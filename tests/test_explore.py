@@ -154,7 +154,7 @@ def test_chosen_queries_can_find_something():
 def test_page_is_self_contained(results, tmp_path):
     hostile = dict(results, title='</script><img src=http://x onerror=alert(1)>', dataset='<b>')
     page = explore.write_explorer(tmp_path/'e', hostile).read_text(encoding='utf-8')
-    assert sorted(p.name for p in (tmp_path/'e').iterdir()) == ['index.html', 'results.json']
+    assert sorted(p.name for p in (tmp_path/'e').iterdir()) == ['README.md', 'index.html', 'results.json']
     assert page.count('</script>') == 2 and '<img' not in page and '<b>,' not in page
     assert not re.search(r'<(link|script|img|iframe)[^>]*(src|href)', page) and "default-src 'none'" in page
     assert json.loads(re.search(r'id="found">(.*?)</script>', page, re.S)[1]) == json.loads(json.dumps(hostile))

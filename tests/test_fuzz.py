@@ -21,7 +21,7 @@ from robust_dml.audit import measure
 from robust_dml import core
 from robust_dml.study import experiments
 from robust_dml.runs import jobs, store
-from robust_dml.report import pages, tables
+from robust_dml.report import blocks, tables
 from robust_dml.models.networks import build
 
 PACKAGE = Path(robust_dml.__file__).resolve().parent
@@ -803,9 +803,8 @@ MARKUP = (
 def test_words_of_a_page_are_escaped(text):
     "The page has the same tags whatever the words are."
     def page(words):
-        return pages.document(
-            words, pages.facts_table({words: words, 'nested': {words: [words]}}) + pages.html_figure(b'', words)
-        )
+        facts = blocks.facts_table({words: words, 'nested': {words: [words]}})
+        return blocks.document(words, [facts, blocks.Picture(b'', words)])
     CASES['pages'] += 1
     assert tags(page(text)) == tags(page('x'))
 
@@ -824,7 +823,7 @@ def test_a_report_shows_names_as_they_are(text):
             record['label'] = f'{record["label"]} {word}'
             record['train']['config']['options'] = {word: word}
             for flag in record['eval'].get('flags', ()): flag['says'] = word
-        return tables._page(results, {f'queries-{word}.png': (b'', word)})
+        return blocks.document(word, tables._page(results, {f'robustness-{word}.png': blocks.Picture(b'', word)}))
     assert tags(page(text)) == tags(page('x'))
 
 

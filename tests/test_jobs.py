@@ -38,7 +38,7 @@ def files(out):
     folder, = out.glob('table1-glyphs-smoke')
     found = json.loads((folder/'results.json').read_text())
     return (
-        [(folder / name).read_bytes() for name in ('table.csv', 'table.md')],
+        (folder/'table.csv').read_bytes(),
         [
             (r['train']['address'], r['train']['sha256'], r['eval']['after'], r['eval']['examples'])
             for r in found['records']

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from robust_dml.report import tables as report
+from robust_dml.report import blocks, tables as report
+from robust_dml.runs.store import read_results
 from robust_dml.metrics.scores import ARS_HEADINGS, HEADINGS, ars, ars_cells, constant_before, ers, ers_cells
 from robust_dml.metrics.scores import paper_table
 
@@ -237,7 +238,8 @@ def sheet(html):
 
 def test_viewer_shows_the_pictures_of_the_strip():
     tensors = pictures(3)
-    html, page = report.viewer(tensors, 'made up'), Page(report.viewer(tensors, 'made up'))
+    html = blocks.as_html(report.viewer(tensors, 'made up'))
+    page = Page(html)
     shown = sheet(html)
     assert (
         shown.shape == (3 * 8, 13 * 8)
@@ -258,7 +260,7 @@ def test_viewer_shows_the_pictures_of_the_strip():
         + (tensors['label_before'] == tensors['label'][:, None]).sum()
     )
     assert (
-        html.count('tile hit'), html.count('tile miss'), html.count('class=moving'), html.count('class="query"')
+        html.count('tile hit'), html.count('tile miss'), html.count('class="moving"'), html.count('class="query"')
     ) == (hits, 30 - hits, 6, 3) and 0 < hits < 30
 
 
@@ -266,7 +268,7 @@ def test_viewer_of_colours_and_few_results():
     tensors = pictures()
     colour = {k: v.expand(*v.shape[:-3], 3, 8, 8) if v.ndim > 2 else v for k, v in tensors.items()}
     colour |= {k: v[:, :2] for k, v in colour.items() if k.endswith(('before', 'after'))}
-    html = report.viewer(colour, '<b>')
+    html = blocks.as_html(report.viewer(colour, '<b>'))
     assert sheet(html).shape == (16, 104, 3) and html.count('role="img"') == 2*(3 + 4) and '<b>' not in html
 
 
@@ -276,7 +278,7 @@ def test_files_of_a_report(tmp_path):
     results['records'][0]['train']['log'][1]['assisted'] = math.nan
     for _ in range(2): report.write_report(tmp_path, results)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        'figures', 'index.html', 'results.json', 'table.csv', 'table.md'
+        'README.md', 'figures', 'figures.svg', 'index.html', 'results.json', 'table.csv'
     ]
     def refuse(name): raise AssertionError(name)
     read = json.loads((tmp_path/'results.json').read_text(encoding='utf-8'), parse_constant=refuse)
@@ -284,7 +286,7 @@ def test_files_of_a_report(tmp_path):
         read['records'][1]['eval']['ers'] == results['records'][1]['eval']['ers']
         and 'examples' not in read['records'][0]
     )
-    again = report.write_report(tmp_path/'again', read).parent  # a report can be made from its own results
+    again = report.write_report(tmp_path/'again', read_results(tmp_path)).parent  # a report can be made from its own results
     assert (again/'table.csv').read_bytes() == (tmp_path/'table.csv').read_bytes()
 
 
@@ -430,7 +432,7 @@ def test_times_are_in_no_table_and_older_records_have_none(tmp_path):
         report.write_report(tmp_path / name, r).parent
         for name, r in (('plain', results), ('full', timed(copy.deepcopy(results))))
     )
-    for name in ('table.csv', 'table.md'): assert (plain/name).read_bytes() == (full/name).read_bytes()
+    assert (plain/'table.csv').read_bytes() == (full/'table.csv').read_bytes()
     assert 'Where the time went' not in (plain/'index.html').read_text() and not (plain/'figures'/'time.png').exists()
     assert len(report.parts(results)) == len(report.attack_seconds(results)) == 0
     again = report.write_report(tmp_path/'full', results).parent  # a stale figure goes

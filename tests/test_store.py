@@ -1,5 +1,6 @@
 """Run folders shared by processes: locks, their death, and damage to what was stored."""
 import json
+import math
 import os
 import re
 import shutil
@@ -348,3 +349,71 @@ def test_the_committed_ledger_is_whole():
     for address in addresses:
         record = store.ledger_record(path, address)
         assert address == record['address'] == f"{record['kind']}-{fingerprint(record['config'])[:12]}"
+
+
+UNDEFINED = dict(ers=math.nan, more=[1., math.nan], holds=None, inner=dict(low=math.nan, limit=None))
+
+
+def test_undefined_and_nothing_are_two_things(tmp_path):
+    "A number that is undefined comes back as NaN and nothing as None, without a list of which is which."
+    store.write_results(tmp_path/'report', UNDEFINED)
+    text = (tmp_path/'report'/'results.json').read_text()
+    json.loads(text, parse_constant=pytest.fail)
+    assert repr(store.read_results(tmp_path/'report')) == repr(UNDEFINED)
+    store.write_results(tmp_path/'report', store.read_results(tmp_path/'report'))
+    assert (tmp_path/'report'/'results.json').read_text() == text
+
+
+def test_results_from_before_there_were_marks(tmp_path):
+    "Null stands for an undefined number where its key has numbers elsewhere, and for nothing everywhere else."
+    old = dict(rows=[dict(ers=1.5, holds=True, limit=3), dict(ers=None, holds=None, limit=None)], weights=None)
+    (tmp_path/'report').mkdir()
+    (tmp_path/'report'/'results.json').write_text(json.dumps(old))
+    first, second = store.read_results(tmp_path/'report')['rows']
+    assert first == old['rows'][0] and math.isnan(second['ers']) and second['holds'] is second['limit'] is None
+    assert store.read_results(tmp_path/'report')['weights'] is None
+
+
+def test_undefined_numbers_of_a_run_stay_with_the_ledger(tmp_path):
+    "A run is quoted by its address although its own file has no marks."
+    run = finished(tmp_path, ers=math.nan)
+    store.collect(tmp_path)
+    store.write_results(tmp_path/'report', dict(records=[dict(eval=dict(store.described(run), ers=math.nan), extra=math.nan)]))
+    kept = json.loads((tmp_path/'report'/'results.json').read_text())['records'][0]
+    assert kept['eval'] == dict(from_run=run.address) and kept['extra'] == {'number': 'NaN'}
+    assert store.read_results(tmp_path/'report')['records'][0]['eval']['ers'] is None
+
+
+def pictured(reports, seed):
+    "A run with example images, quoted by a report of table 1."
+    run = finished(reports, seed)
+    digest = save_tensors(run, 'examples.safetensors', {'clean': torch.full((2,), float(seed))})
+    store.write_results(reports/f'table1-{seed}', dict(experiment='table1', records=[dict(eval=store.described(run))]))
+    return run, digest
+
+
+def test_example_images_are_kept_in_one_archive(tmp_path):
+    "Read as from their folder, checked by the same hash; the archive has the same bytes whenever it is made."
+    runs = [pictured(tmp_path, seed) for seed in range(3)]
+    store.share(tmp_path)
+    data = (tmp_path/'examples.zip').read_bytes()
+    store.share(tmp_path)
+    assert (tmp_path/'examples.zip').read_bytes() == data
+    for run, _ in runs: shutil.rmtree(run.folder)
+    for seed, (run, digest) in enumerate(runs):
+        assert run.has('examples.safetensors')
+        assert load_tensors(run, 'examples.safetensors', digest, 'clean')['clean'].tolist() == [seed, seed]
+        with pytest.raises(ValueError, match='examples.zip.*changed or damaged'):
+            load_tensors(run, 'examples.safetensors', runs[seed - 1][1], 'clean')
+    (tmp_path/'examples.zip').write_bytes(data[:len(data)//2])
+    with pytest.raises(StoreError, match='expected a zip archive of example images.*git checkout'):
+        runs[0][0].has('examples.safetensors')
+
+
+def test_two_processes_share_at_once(tmp_path):
+    "No example image is lost."
+    runs = [pictured(tmp_path, seed) for seed in range(4)]
+    code = 'import sys; from robust_dml.runs import store; store.share(sys.argv[1])'
+    processes = [start(code, tmp_path) for _ in range(2)]
+    for p in processes: assert p.wait(60) == 0, p.stderr.read()
+    assert sorted(store._archived(tmp_path)) == sorted(run.address for run, _ in runs)

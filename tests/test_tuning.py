@@ -209,7 +209,7 @@ def test_a_killed_search_goes_on(done, tmp_path, monkeypatch):
 def test_the_page(done):
     tuned, results, page = done
     assert {f.name for f in page.parent.iterdir()} == {
-        'index.html', 'results.json', 'table.csv'
+        'README.md', 'figures.svg', 'index.html', 'results.json', 'table.csv'
     } and page.parent.name == 'tune-glyphs-smoke'
     text = page.read_text()
     assert (

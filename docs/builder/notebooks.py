@@ -118,6 +118,7 @@ def links(
 )->str:
     "The same for Markdown: Sphinx knows cells by their label, and reports are not its pages."
     text = re.sub(r'\]\((?:[\w./-]+\.ipynb)#cell-id=(\w+)\)', r'](#cell-\1)', text)
+    text = re.sub(r'(\]\((?:\.\./)+reports/[^)]*)README\.md\)', r'\1index.html)', text) # here its page lies beside it
     return re.sub(r'\[([^\]]+)\]\((?:\.\./)+(reports/[^)]+)\)', rf'<a href="{"../"*depth}\2">\1</a>', text)
 
 

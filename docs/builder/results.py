@@ -1,5 +1,5 @@
 """Finished reports, claims, errata and benchmarks as pages; every number is read from a committed file."""
-import html
+import hashlib
 import json
 import re
 import shutil
@@ -22,29 +22,28 @@ def experiments()->dict[str, str]:
 def folders()->list[str]: return list(experiments())
 
 
-def plain(fragment:str)->str:
-    "Text of a piece of HTML."
-    return ' '.join(html.unescape(re.sub(r'<[^>]+>', '', fragment)).split())
-
-
-def _page(name:str)->str: return (REPORTS/name/'index.html').read_text(encoding='utf-8')
-
-
-def _sentences(body:str)->tuple[str, list[str]]:
+def _sentences(said:str)->tuple[str, list[str]]:
     "The setting that a paragraph speaks of ('' for none) and its sentences."
-    scene, *rest = re.split(r'(?<=\.)\s+(?=[A-Z])', plain(body))
+    scene, *rest = re.split(r'(?<=\.)\s+(?=[A-Z])', said)
     return (scene, rest) if re.match(r'Setting \w', scene) and len(scene) < 60 else ('', [scene, *rest])
+
+
+def said(
+    name:str, # folder in reports/
+)->list[str]:
+    "What a report says in words: its head line, then the paragraphs below it."
+    return read_results(REPORTS/name).get('said', [])
 
 
 def sentence_of(
     name:str, # folder in reports/
 )->str:
     "What a report found, in its own words: its head line, and which models collapsed."
-    page = _page(name)
-    words = [plain(gallery.said_first(page))]
-    for body in re.findall(r'<p class="lead">(.*?)</p>', page, re.S):
-        scene, sentences = _sentences(body)
-        flags = [s for s in sentences if 'flagged as collapsed' in s and s not in words[0]]
+    first, *rest = said(name) or ['']
+    words = [first]
+    for paragraph in rest:
+        scene, sentences = _sentences(paragraph)
+        flags = [s for s in sentences if 'flagged as collapsed' in s and s not in first]
         words += [scene, *flags] if flags else []
     return ' '.join(filter(None, words))
 
@@ -66,11 +65,11 @@ def reports_page()->str:
         title = STUDIES[experiment].title if notebook.stem == 'run_ablation' else heading(notebook)[0]
         parts.append(f'## {escaped(title)}\n\nWritten by [{notebook.stem}](nbs/{notebook.name}).')
         for report in (name for name, mine in written.items() if mine == experiment):
-            figures = sorted((REPORTS/report/'figures').glob('*.png'))
+            figure = REPORTS/report/'figures.svg'
             image = (
-                f' <a href="reports/{report}/index.html"><img class="plot" loading="lazy" alt="First figure of'
-                f' {report}" src="reports/{report}/figures/{figures[0].name}" width="320"></a>'
-                if figures
+                f' <a href="reports/{report}/index.html"><img class="plot" loading="lazy" alt="Figures of'
+                f' {report}" src="reports/{report}/figures.svg" width="320"></a>'
+                if figure.is_file()
                 else ''
             )
             parts.append(
@@ -89,32 +88,63 @@ def explorers()->str:
     )
 
 
+def _fingerprint(folder:Path)->str:
+    "Changes with whatever a page is built from."
+    sources = (ROOT/'robust_dml').rglob('*.*')
+    files = [*folder.glob('*'), REPORTS/'runs.jsonl', *(p for p in sources if p.suffix in ('.py', '.css', '.js', '.html'))]
+    found = hashlib.sha256()
+    for path in sorted(p for p in files if p.is_file() and p.name != 'index.html'): found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def build_page(
+    folder:Path, # copy of a report, beside links to ledger and examples
+)->None:
+    "Its page."
+    gallery.rewrite(folder)
+
+
+def built(
+    name:str,    # folder in reports/
+    cache:Path,  # keeps pages between builds
+)->Path:         # folder with the report and its page
+    "A report with its page, from the cache where nothing has changed."
+    folder, mark = cache/name, cache/f'{name}.sha256'
+    now = _fingerprint(REPORTS/name)
+    if mark.is_file() and mark.read_text() == now and (folder/'index.html').is_file(): return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(REPORTS/name, folder, ignore=shutil.ignore_patterns('*.safetensors', 'index.html', 'figures'))
+    build_page(folder)
+    mark.write_text(now)
+    return folder
+
+
 def copy_reports(
     target:Path, # folder whose content lies beside the pages
+    cache:Path,  # keeps pages between builds
 )->None:
-    "Reports as they are, page, figures and tables, and the page that leads to them."
-    (target/'reports').mkdir(parents=True)
-    shutil.copy(REPORTS/'index.html', target/'reports')
-    for name in folders():
-        shutil.copytree(
-            REPORTS / name, target / 'reports' / name, ignore=shutil.ignore_patterns('*.safetensors', '*.jsonl'),
-            dirs_exist_ok=True
-        )
+    "Every report with its page, and the page that leads to them."
+    cache.mkdir(parents=True, exist_ok=True)
+    for shared in ('runs.jsonl', 'examples.zip'):
+        if not (cache/shared).exists(): (cache/shared).symlink_to(REPORTS/shared)
+    for name in folders(): shutil.copytree(built(name, cache), target/'reports'/name)
+    gallery.write_gallery(cache)
+    shutil.copy(cache/'index.html', target/'reports')
 
 
 def claims_page()->str:
-    "reports/claims.md, with claims linked from the table."
-    text = (REPORTS/'claims.md').read_text(encoding='utf-8')
-    text = re.sub(r'^## Claim (\d+):', r'(claim-\1)=\n\n## Claim \1:', text, flags=re.M)
-    text = re.sub(r'^\| (\d+) \|', r'| [\1](#claim-\1) |', text, flags=re.M)
-    text = re.sub(
+    "reports/claims/README.md, with claims linked from the table."
+    text = (REPORTS/'claims'/'README.md').read_text(encoding='utf-8').partition('\n---\n')[0]
+    text = re.sub(r'^<details><summary>Claim (\d+):', r'<details id="claim-\1"><summary>Claim \1:', text, flags=re.M)
+    text = re.sub(r'^\| (\d+) \|', r'| <a href="#claim-\1">\1</a> |', text, flags=re.M)
+    text = re.sub(r'!\[([^\]]*)\]\(figures\.svg\)', r'<img class="plot" alt="\1" src="reports/claims/figures.svg">', text)
+    return re.sub(
         r'^# .*\n',
-        '# Claims and verdicts\n\nThe file `reports/claims.md`, which `make claims` writes; with figures: <a'
+        '# Claims and verdicts\n\nWhat `make claims` writes into `reports/claims`; with sorting: <a'
         ' href="reports/claims/index.html">the report</a>.\n',
         text,
         count=1,
     )
-    return re.sub(r'<(?!/?(?:a|details|summary)\b)', r'\\<', text)
 
 
 def _lines(head, rows)->str:

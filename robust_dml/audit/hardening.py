@@ -9,7 +9,6 @@ __all__ = ['PAPER_VALUES', 'PARAMETERS', 'divided', 'write_list', 'chosen_defens
 # %% ../../nbs/audit/02_hardening.ipynb #ee9c27dc
 import csv, io, math, os
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -25,10 +24,11 @@ from ..core import check_between, kept_memory
 from ..defenses.base import Defense
 from ..defenses.lines import Setting, defense_of, table_row, versions
 from ..models.networks import EmbeddingNet, a_few, checksum
-from ..report.pages import document, facts_table, fixed_text, html_figure, html_row, opening, png, report_name
-from ..report.pages import table_box
+from ..report.blocks import Content, Tag, bold, chart, code, facts_table, heading, link, note, opening, para
+from ..report.blocks import plain_table, publish, tag
+from ..report.pages import fixed_text, report_name
 from ..report.tables import STATE_COLUMNS, TABLE1_COLUMNS, Column, curves
-from ..runs.store import Run, provenance, reports_root, save_tensors, write_atomic, write_results
+from ..runs.store import Run, provenance, reports_root, save_tensors, write_atomic
 from ..defenses.train import train
 
 # %% ../../nbs/audit/02_hardening.ipynb #1bc82899
@@ -158,40 +158,43 @@ def _rows(before:Audit, after:Audit)->list[tuple[str, str, str, str]]:
 def _flags(found:Audit)->str:
     return ', '.join(f['name'].replace('_', ' ') for f in found.results['evaluation']['flags'] if f['raised']) or 'none'
 
-def _page(results:Mapping[str, Any], before:Audit, after:Audit, weights:Path, figure:bytes, folder:Path)->str:
+def _title(results:Mapping[str, Any])->str:
+    return f'{results["name"]}, before and after hardening by {results["defense"]["name"]}'
+
+def _page(
+    results:Mapping[str, Any],
+    training:Mapping[str, Any], # a record of the training, as `curves` takes it
+    before:Audit,
+    after:Audit,
+    folder:Path,
+)->list[Content]:
     "The whole page."
-    def link(found): return escape(os.path.relpath(found.page, folder))
-    def whole(text): return f'<span style="white-space:nowrap">{text}</span>'
-    body = [
-        html_row([escape(name), whole(a), whole(f'<b>{b}</b>'), escape(text)])
-        for name, a, b, text in _rows(before, after)
+    def audit_link(text:str, found:Audit)->Tag: return link(text, os.path.relpath(found.page, folder))
+    def whole(text:Content)->Tag: return tag('span', text, style='white-space:nowrap')
+    body:list[list[Content]] = [[name, whole(a), whole(bold(b)), text] for name, a, b, text in _rows(before, after)]
+    body.append(['Flags raised', _flags(before), _flags(after), 'what speaks against believing the numbers'])
+    radius = 255*results['defense']['options'].get('eps', 0)
+    sub = (
+        f'Trained on {results["train"]["images"]:,} images of {results["train"]["classes"]:,} classes for'
+        f' {results["epochs"]} epochs with ε = {radius:.3g}/255; judged on images that the training has not seen.'
+    )
+    asked = {k: results[k] for k in ('defense', 'train', 'epochs', 'pairs', 'lr', 'weight_decay', 'seed')}
+    return [
+        opening(_title(results), sub, [results['sentence']]), heading('Side by side'),
+        plain_table(['', 'before', 'after', ''], body, 'text'), note('↑ higher is better, ↓ lower is better.'),
+        para(
+            'The whole audits: ', audit_link('before', before), ', ', audit_link('after', after),
+            '; there every number is explained.'
+        ),
+        heading('Training'),
+        chart(curves([training]), 'Training; distances that shrink together announce a collapse.', kept=True),
+        heading('The weights'),
+        para(
+            'hardened.safetensors in this folder, to be loaded as ', code('weights'),
+            f'; sha256 {results["sha256"][:16]}….'
+        ),
+        heading('Configuration'), facts_table(asked), heading('Provenance'), facts_table(results['provenance'])
     ]
-    body.append(
-        html_row(
-            ['Flags raised', escape(_flags(before)), escape(_flags(after)), 'what speaks against believing the numbers']
-        )
-    )
-    d, title = results['defense'], f'{results["name"]}, before and after hardening by {results["defense"]["name"]}'
-    return document(
-        title,
-        opening(
-            title,
-            f'Trained on {results["train"]["images"]:,} images of {results["train"]["classes"]:,} classes for'
-            f' {results["epochs"]} epochs with ε = {255*d["options"].get("eps", 0):.3g}/255; judged on images that the'
-            ' training has not seen.',
-            [results['sentence']],
-        )
-        + f'<h2>Side by side</h2>{table_box(html_row(["", "before", "after", ""], head=True), body, "text")}<p'
-        ' class="note">↑ higher is better, ↓ lower is better.</p>'
-        f'<p>The whole audits: <a href="{link(before)}">before</a>, <a href="{link(after)}">after</a>; there every'
-        ' number is explained.</p>'
-        f'<h2>Training</h2>{html_figure(figure, "Training; distances that shrink together announce a collapse.")}'
-        f'<h2>The weights</h2><p>{escape(weights.name)} in this folder, to be loaded as <code>weights</code>; sha256'
-        f' {escape(results["sha256"][:16])}….</p>'
-        '<h2>Configuration</h2>'
-        f'{facts_table({k: results[k] for k in ("defense", "train", "epochs", "pairs", "lr", "weight_decay", "seed")})}'
-        f'<h2>Provenance</h2>{facts_table(results["provenance"])}',
-    )
 
 # %% ../../nbs/audit/02_hardening.ipynb #2b6192fd
 @kept_memory()
@@ -252,18 +255,13 @@ def harden(
         weight_decay=weight_decay, seed=seed, sha256=sha, log=done['log'], seconds=done['seconds'],
         before=before.results, after=after.results, run=run.address, provenance=provenance()
     )
-    figure = png(
-        curves([dict(label=defense, setting='own', defense=chosen.name, profile='', place=0, seed=seed, train=done)])
+    training = dict(
+        label=defense, setting='own', defense=chosen.name, profile='', place=0, seed=seed, train=done
     )
-    write_results(folder, results)
-    write_atomic(
-        folder / 'index.html',
-        _page(results, before, after, folder / 'hardened.safetensors', figure, folder).encode(
-            errors='backslashreplace'
-        ),
-    )
+    blocks = _page(results, training, before, after, folder)
+    page = publish(folder, {**results, 'title': _title(results)}, blocks)
     write_atomic(folder/'model_card.md', model_card(of_hardening(results)).encode(errors='backslashreplace'))
-    return Hardened(folder/'index.html', results['sentence'], folder/'hardened.safetensors', net, before, after)
+    return Hardened(page, results['sentence'], folder/'hardened.safetensors', net, before, after)
 
 # %% ../../nbs/audit/02_hardening.ipynb #38c95f1e
 PARAMETERS = MappingProxyType(

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import count
-from html import escape
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TYPE_CHECKING, cast
@@ -36,12 +35,13 @@ from ..models.networks import EmbeddingNet, _named, _replace, checksum, dtype_of
 from ..models.networks import _HOOKS, _constants, a_few, proven
 from ..models.identity import behaviour, code_of, differs
 from ..models.weights import Weights, fill, kind_of, load_whole, part, read_checkpoint, unprefixed
-from ..report.pages import clock_text, document, facts_table, fixed_text, html_figure, html_row, in_255
-from ..report.pages import in_pixels, new_figure, opening, png, report_name, table_box, theme
+from ..report.blocks import Content, Picture, Tag, bold, bullets, chart, facts_table, heading, note, opening
+from ..report.blocks import para, plain_table, publish, table_box, table_row, tag, terms, warning
+from ..report.pages import clock_text, fixed_text, in_255, in_pixels, new_figure, png, report_name, theme
 from ..report.tables import ATTACK_WORDS, BENIGN_COLUMNS, strip
 from ..neighbors import knn
 from ..runs.store import Run, StoreError, append_line, load_tensors, open_run, provenance, read_lines
-from ..runs.store import reports_root, save_tensors, to_json, write_atomic, write_results
+from ..runs.store import reports_root, save_tensors, to_json, write_atomic
 from ..attacks.strong import GOALS, LTM_NEAREST, R_AT_1, WorstCase, curve, curve_line, outcomes, over_eps
 from ..attacks.strong import over_steps, worst_case
 
@@ -980,13 +980,10 @@ def curve_figure(
     return fig
 
 # %% ../../nbs/audit/00_measure.ipynb #48a6b8c7
-def _number(value:float|None, digits:int=1)->str:
+def _number(value:float|None, digits:int=1)->Content:
     "A number that no line break cuts."
-    return (
-        '–'
-        if value is None or math.isnan(value)
-        else f'<span style="white-space:nowrap">{fixed_text(value, digits)}</span>'
-    )
+    if value is None or math.isnan(value): return '–'
+    return tag('span', fixed_text(value, digits), style='white-space:nowrap')
 
 def _attack_rows(evaluation:Mapping[str, Any])->list[tuple[str, float|None, float|None, list]]:
     "Heading, before, after and interval of every number."
@@ -996,67 +993,48 @@ def _attack_rows(evaluation:Mapping[str, Any])->list[tuple[str, float|None, floa
         for h in order
     ]
 
-def _attack_table(evaluation:Mapping[str, Any])->str:
+def _attack_table(evaluation:Mapping[str, Any])->list[Tag]:
     "Numbers before and after, then every attack in a sentence."
     rows, body = _attack_rows(evaluation), []
     for h, before, after, (low, high) in rows:
         digits = 3 if h in ('TMA', 'ES:D') else 1
-        body.append(
-            html_row(
-                [
-                    f"{escape(h)}&nbsp;{'↑' if GOALS[h.split()[0]] > 0 else '↓'}", _number(before, digits),
-                    f'<b>{_number(after, digits)}</b>', f'{_number(low, digits)} to {_number(high, digits)}'
-                ]
-            )
-        )
-    terms = ''.join(
-        f'<div><dt>{escape(h)}</dt><dd>{escape(_DONE[h][0][0].upper() + _DONE[h][0][1:])}. The number:'
-        f' {escape(_DONE[h][1])}.</dd></div>'
-        for h, *_ in rows
-    )
-    return (
-        f'{table_box(html_row(["Attack", "before", "after", "95 % interval"], head=True), body, "text")}<p'
-        ' class="note">The arrow points to where the attacker wants the number. The interval is that of another choice'
-        f' of queries.</p><h3>What each attack does</h3><dl>{terms}</dl>'
-    )
+        arrow = '↑' if GOALS[h.split()[0]] > 0 else '↓'
+        interval = [_number(low, digits), ' to ', _number(high, digits)]
+        body.append([f'{h}\u00a0{arrow}', _number(before, digits), bold(_number(after, digits)), interval])
+    deeds = [(h, f'{_DONE[h][0][0].upper()}{_DONE[h][0][1:]}. The number: {_DONE[h][1]}.') for h, *_ in rows]
+    return [
+        plain_table(['Attack', 'before', 'after', '95 % interval'], body, 'text'),
+        note(
+            'The arrow points to where the attacker wants the number. The interval is that of another choice of'
+            ' queries.'
+        ),
+        heading('What each attack does', 3), terms(deeds)
+    ]
 
-def _benign_list(evaluation:Mapping[str, Any])->str:
+def _benign_list(evaluation:Mapping[str, Any])->list[Tag]:
     "Retrieval without attack."
-    terms = ''.join(
-        f'<div><dt>{c.name}: {_number(evaluation["benign"][c.name])}</dt><dd>{escape(c.help)}</dd></div>'
-        for c in BENIGN_COLUMNS
-    )
-    lone = (
-        f'<p class="note">{evaluation["excluded"]} queries have no other image of their class to be found; they are'
-        ' left out.</p>'
-        if evaluation['excluded']
-        else ''
-    )
-    return f'<dl>{terms}</dl>{lone}'
+    found = terms([([f'{c.name}: ', _number(evaluation['benign'][c.name])], c.help) for c in BENIGN_COLUMNS])
+    if not evaluation['excluded']: return [found]
+    lone = f'{evaluation["excluded"]} queries have no other image of their class to be found; they are left out.'
+    return [found, note(lone)]
 
-def _worst_table(worst:Mapping[str, Any])->str:
+def _worst_table(worst:Mapping[str, Any])->Tag:
     "R@1 under each attack and under all of them."
-    body = [
-        html_row([escape(h), _number(v), _number(worst['alone'][h])])
-        for h in _DONE
-        if (v := worst['each'].get(h)) is not None
+    body:list[list[Content]] = [
+        [h, _number(v), _number(worst['alone'][h])] for h in _DONE if (v := worst['each'].get(h)) is not None
     ]
-    body.append(html_row(['<b>the worst of all</b>', f'<b>{_number(worst["after"])}</b>', '']))
-    return table_box(html_row(['Attack', 'R@1 (%)', 'queries that only it takes (%)'], head=True), body, 'text')
+    body.append([bold('the worst of all'), bold(_number(worst['after'])), ''])
+    return plain_table(['Attack', 'R@1 (%)', 'queries that only it takes (%)'], body, 'text')
 
-def _class_table(rows:Sequence[Mapping[str, Any]], shown:int=10)->str:
+def _class_table(rows:Sequence[Mapping[str, Any]], shown:int=10)->list[Tag]:
     "The classes that lose most."
-    if not rows: return '<p>No class loses a right answer.</p>'
-    body = [
-        html_row([escape(r['class']), str(r['queries']), str(r['before']), f'<b>{r["after"]}</b>'])
-        for r in rows[:shown]
-    ]
-    return table_box(html_row(['Class', 'queries', 'right before', 'right after'], head=True), body, 'text') + (
-        f'<p class="note">{len(rows) - shown} more classes lose right answers.</p>' if len(rows) > shown else ''
-    )
+    if not rows: return [para('No class loses a right answer.')]
+    body = [[r['class'], str(r['queries']), str(r['before']), bold(str(r['after']))] for r in rows[:shown]]
+    more = [note(f'{len(rows) - shown} more classes lose right answers.')] if len(rows) > shown else []
+    return [plain_table(['Class', 'queries', 'right before', 'right after'], body, 'text'), *more]
 
 # %% ../../nbs/audit/00_measure.ipynb #dad3cf03
-def _flag_list(evaluation:Mapping[str, Any])->str:
+def _flag_list(evaluation:Mapping[str, Any])->list[Tag]:
     "Raised flags as warnings, the others in one line."
     raised = [f for f in evaluation['flags'] if f['raised']]
     calm = [f['name'].replace('_', ' ') for f in evaluation['flags'] if not f['raised']]
@@ -1064,16 +1042,13 @@ def _flag_list(evaluation:Mapping[str, Any])->str:
         'range': ' In Python audit.measure.normalised(model) does this, in the notebook normalise=imagenet.',
         'duplicates': ' Remove copies from the images and run the audit again.'
     }
-    warn = ''.join(
-        f'<p class="warn"><b>{escape(f["name"].replace("_", " "))}</b>:'
-        f' {escape(f["says"] + hints.get(f["name"], ""))}</p>'
-        for f in raised
-    )
-    return (warn or '<p>No flag is raised.</p>') + (
-        f'<p class="note">Not raised: {escape(", ".join(calm))}.</p>' if calm else ''
-    )
+    warn = [
+        warning(bold(f['name'].replace('_', ' ')), f': {f["says"] + hints.get(f["name"], "")}') for f in raised
+    ]
+    quiet = [note(f'Not raised: {", ".join(calm)}.')] if calm else []
+    return (warn or [para('No flag is raised.')]) + quiet
 
-def _time_table(results:Mapping[str, Any])->str:
+def _time_table(results:Mapping[str, Any])->Tag:
     "Seconds of the parts."
     parts = {
         'embedding the images': results['evaluation']['parts']['gallery'], 'attacks': results['evaluation']['seconds'],
@@ -1081,9 +1056,9 @@ def _time_table(results:Mapping[str, Any])->str:
         'metrics': results['evaluation']['parts']['metrics'] + results['evaluation']['parts']['indicators'],
         'curves': results['curves']['seconds']
     }
-    return table_box('', [html_row([name, escape(clock_text(seconds))]) for name, seconds in parts.items()], 'text')
+    return table_box('', [table_row([name, clock_text(seconds)]) for name, seconds in parts.items()], 'text')
 
-def _origin(results:Mapping[str, Any])->str:
+def _origin(results:Mapping[str, Any])->list[Tag]:
     "Images, model, attacks and software."
     protocol = {k: results['evaluation']['protocol'][k] for k in ('eps', 'step_size', 'steps', 'limit', 'seed')}
     parts = dict(
@@ -1093,32 +1068,32 @@ def _origin(results:Mapping[str, Any])->str:
     parts |= {f'Software of the measurement, finished on {made["time"]}': made['done']}
     if made['begun'] != made['done']: parts |= {'Software with which it was begun': made['begun']}
     if written != made['done']: parts |= {'Software that wrote this page': written}
-    return ''.join(f'<h3>{title}</h3>{facts_table(facts)}' for title, facts in parts.items())
+    return [block for title, facts in parts.items() for block in (heading(title, 3), facts_table(facts))]
 
-def _page(results:Mapping[str, Any], figures:Mapping[str, tuple[bytes, str]])->str:
+def _title(results:Mapping[str, Any])->str: return f'How easily is {results["name"]} fooled?'
+
+def _page(results:Mapping[str, Any], figures:Mapping[str, Picture])->list[Content]:
     "The whole page."
-    evaluation, title = results['evaluation'], f'How easily is {results["name"]} fooled?'
-    data, protocol = results['data'], evaluation['protocol']
+    evaluation, data = results['evaluation'], results['data']
+    protocol = evaluation['protocol']
     some = f', a sample of {data["listed"]:,} listed ones' if data['images'] < data['listed'] else ''
     sub = (
         f'{data["images"]:,} images of {data["classes"]:,} classes{some}; {evaluation["queries"]} queries attacked at ε'
         f' = {in_255(protocol["eps"])} with {protocol["steps"]} steps of {in_255(protocol["step_size"])}.'
     )
-    notes = ''.join(f'<p class="note">{escape(note)}</p>' for note in results['notes'])
-    pictures = {name: html_figure(*figure, photo=name == 'queries.png') for name, figure in figures.items()}
-    return document(
-        title,
-        opening(title, sub, [results['sentence']])
-        + f'<h2>Can the numbers be believed?</h2>{_flag_list(evaluation)}{notes}<h2>Without an'
-        f' attack</h2>{_benign_list(evaluation)}'
-        f'<h2>Under attack</h2>{_attack_table(evaluation)}<h2>The worst of all attacks</h2><p>A query counts as right'
-        f' only if it withstands every attack that is measured by R@1.</p>{_worst_table(results["worst"])}'
-        f'<h2>Larger changes, longer attacks</h2>{pictures["curves.png"]}<h2>Queries that were'
-        f' lost</h2>{pictures.get("queries.png", "<p>No query that was right was lost.</p>")}'
-        f'<h2>Classes that lose most</h2>{_class_table(results["classes"])}<h2>What it means, and what'
-        f' next</h2><ul>{"".join(f"<li>{escape(text)}</li>" for text in advice(results))}</ul>'
-        f'<h2>Cost</h2>{_time_table(results)}<h2>Provenance</h2>{_origin(results)}',
-    )
+    return [
+        opening(_title(results), sub, [results['sentence']]),
+        heading('Can the numbers be believed?'), _flag_list(evaluation), list(map(note, results['notes'])),
+        heading('Without an attack'), _benign_list(evaluation),
+        heading('Under attack'), _attack_table(evaluation), heading('The worst of all attacks'),
+        para('A query counts as right only if it withstands every attack that is measured by R@1.'),
+        _worst_table(results['worst']),
+        heading('Larger changes, longer attacks'), figures['curves.png'],
+        heading('Queries that were lost'), figures.get('queries.png', para('No query that was right was lost.')),
+        heading('Classes that lose most'), _class_table(results['classes']),
+        heading('What it means, and what next'), bullets(advice(results)),
+        heading('Cost'), _time_table(results), heading('Provenance'), _origin(results)
+    ]
 
 # %% ../../nbs/audit/00_measure.ipynb #319b2720
 def _csv(rows:Sequence[Sequence[Any]])->bytes:
@@ -1184,7 +1159,7 @@ def _report(task:Task, name:str, notes:Sequence[str], folder:Path)->Audit:
         task, queries, gallery, curves, rows[lost_first(records, headings)[:6]],
         min(reversed(headings), key=worst.each.__getitem__)
     )
-    for file, (picture, _) in figures.items(): write_atomic(folder/'figures'/file, picture)
+    for file, picture in figures.items(): write_atomic(folder/'figures'/file, picture.data)
     write_atomic(
         folder / 'attacks.csv',
         _csv(
@@ -1195,34 +1170,31 @@ def _report(task:Task, name:str, notes:Sequence[str], folder:Path)->Audit:
         ),
     )
     write_atomic(folder/'queries.csv', _csv(_query_rows(records, rows, task.pictures)))
-    write_results(folder, results)
-    write_atomic(folder/'index.html', _page(results, figures).encode(errors='backslashreplace'))
-    return Audit(folder/'index.html', answer, results)
+    page = publish(folder, {**results, 'title': _title(results)}, _page(results, figures))
+    return Audit(page, answer, results)
 
 def _figures(
     task: Task, queries: Queries, gallery: Gallery, curves: Mapping[str, Any], lost: Tensor, heading: str
-) -> dict[str, tuple[bytes, str]]:
+) -> dict[str, Picture]:
     "Figures of the page with their captions."
     p, count = task.protocol, curves['lines']['eps']['ES'][0]['queries']
     made = {
-        'curves.png': (
-            png(curve_figure(curves['lines'], eps=p.eps, steps=p.steps)),
-            (
-                f'{count} queries. Left: the more a pixel may change, the fewer right answers are left; a curve that'
-                ' stays high at 64/255 points to a failing attack. Right: a curve that still falls at its end asks for'
-                ' more steps. Dotted: this audit.'
-            ),
+        'curves.png': chart(
+            curve_figure(curves['lines'], eps=p.eps, steps=p.steps),
+            f'{count} queries. Left: the more a pixel may change, the fewer right answers are left; a curve that'
+            ' stays high at 64/255 points to a failing attack. Right: a curve that still falls at its end asks for'
+            ' more steps. Dotted: this audit.',
+            kept=True,
         )
     }
     if not len(lost): return made
     attack = next(name for name in task.attacks if heading in ATTACKS[name].outcomes)
-    made['queries.png'] = (
+    made['queries.png'] = Picture(
         png(strip(_examples(task, queries, gallery, lost, attack))),
-        (
-            f'The queries that lost most, under {attack}, and their five nearest images before and after. The'
-            ' difference is amplified; its scale stands below. Solid blue frame: same class; dashed orange frame:'
-            ' other class.'
-        ),
+        f'The queries that lost most, under {attack}, and their five nearest images before and after. The'
+        ' difference is amplified; its scale stands below. Solid blue frame: same class; dashed orange frame:'
+        ' other class.',
+        photo=True,
     )
     return made
 

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from html import escape
 from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
@@ -22,9 +21,9 @@ from ..core import kept_memory, need
 from ..defenses.eat import eat, has_proxies
 from ..study.experiments import Cell, Plan, Study, alone, cells, check_weights, evaluation_config, register
 from ..study.experiments import results, table_row, train_cell, trained_as
-from ..report.pages import defence_name, fixed_text, html_row, join_words, mean_spread, opening
-from ..report.pages import spread_text, table_box
-from ..report.tables import provenance_part, publish, setup_part
+from ..report.blocks import Content, Tag, below, defence_name, heading, note, opening, plain_table, publish
+from ..report.pages import fixed_text, join_words, mean_spread, spread_text
+from ..report.tables import ending, setting_line
 from ..runs.store import Run, append_line, find_run, open_run, read_lines, write_atomic
 from ..study.stress import by_label
 from ..study.fairness import spearman
@@ -254,46 +253,35 @@ _GROUPS = (
 def _text(name:str, value:tuple[float, float])->str:
     return spread_text(*value, 3 if name == 'Mean distance' else 1, '–')
 
-def _section(setting:str, records:Sequence[Mapping[str, Any]])->str:
+def _section(setting:str, records:Sequence[Mapping[str, Any]])->list[Tag]:
     "Tables of a setting."
     table, lines = means(records), by_label(records)
-    def one(title, names):
+    def fallen(label:str)->str: return 'yes' if any(r['eval']['collapsed'] for r in lines[label]) else 'no'
+    def short(name:str)->str: return name if name == 'Mean distance' else name.split(' ')[0]
+    def one(title:str, names:Sequence[str])->list[Tag]:
         body = [
-            html_row(
-                [
-                    defence_name(lines[label][0]), *(_text(n, row[n]) for n in names),
-                    'yes' if any(r['eval']['collapsed'] for r in lines[label]) else 'no'
-                ]
-            )
+            [defence_name(lines[label][0]), *(_text(n, row[n]) for n in names), fallen(label)]
             for label, row in table.items()
         ]
-        def short(name): return escape(name if name == 'Mean distance' else name.split(' ')[0])
-        return (
-            f'<h3>{escape(title)}</h3>'
-            + table_box(html_row(['Defence', *map(short, names), 'Collapsed'], head=True), body)
-        )
-    def cell(text):
+        return [heading(title, 3), plain_table(['Defence', *map(short, names), 'Collapsed'], body)]
+    def cell(text:str)->Content:
         value, within, near = text.partition(', within')
-        return escape(value) + (f'<span class="sd">{escape(within[2:] + near)}</span>' if near else '')
+        return [value, below(within[2:] + near) if near else '']
     first = leaders(records)
-    top = table_box(
-        html_row([*map(escape, first)], head=True),
-        [html_row([cell(text) for text in row]) for row in first.values.tolist()]
-    )
-    return f'<h2>Setting {escape(setting)}</h2><h3>Who leads among the defences</h3>{top}' + ''.join(
-        one(*group) for group in _GROUPS
-    )
+    top = plain_table([*first], [[cell(text) for text in row] for row in first.values.tolist()])
+    parts = [block for group in _GROUPS for block in one(*group)]
+    return [heading(f'Setting {setting}'), heading('Who leads among the defences', 3), top, *parts]
 
 def write_all(
     folder:Path,               # for example reports/all_defenses-glyphs-quick
     results:Mapping[str, Any], # of `all_results`
 )->Path:                       # index.html
-    "Write index.html, table.csv and results.json."
+    "Write table.csv and what `report.blocks.publish` writes."
     sections = {
         r['setting']: [q for q in results['records'] if q['setting'] == r['setting']] for r in results['records']
     }
     protocol, limit = results['records'][0]['cluster']['protocol'], results['attack'].get('limit')
-    note = (
+    text = (
         "Percent; mean ± standard deviation over the seeds. Retrieval:"
         f" {limit and f'{limit} of the queries' or 'all queries'}, ten attacks. The other tables:"
         f" {results['records'][0]['cluster']['images']} images of {results['records'][0]['cluster']['classes']} whole"
@@ -313,14 +301,7 @@ def write_all(
         Path(folder) / 'table.csv',
         '\n'.join(','.join(f'"{c}"' if ',' in c else c for c in line) for line in lines).encode() + b'\n'
     )
-    smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
-    return publish(
-        folder, results,
-        opening(
-            results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}',
-            [' '.join([f'Setting {s}.', *words(records)]) for s, records in sections.items()]
-        )
-        + ''.join(_section(*item) for item in sections.items())
-        + f'<p class="note">{escape(note)}</p><h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>'
-          f'{provenance_part(results)}',
-    )
+    said = [' '.join([f'Setting {s}.', *words(records)]) for s, records in sections.items()]
+    first = opening(results['title'], setting_line(results), said)
+    tables = [_section(*item) for item in sections.items()]
+    return publish(folder, results, [first, tables, note(text), ending(results)])

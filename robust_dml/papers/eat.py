@@ -16,7 +16,6 @@ import csv, io, json, math, subprocess, sys, tempfile, warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -41,13 +40,13 @@ from ..study.cost import noise_set, _peak
 from ..runs.jobs import only_inline
 from ..models.networks import checksum, embed, streamlined
 from ..attacks.loop import autograd_gradient
-from ..report.pages import fixed_text, html_figure, html_row, join_words, look, mean_spread, new_figure
-from ..report.pages import opening, png, spread_text, table_box, theme
-from ..report.tables import curves, provenance_part, publish, setup_part
+from ..report.blocks import Content, Tag, chart, heading, note, opening, plain_table, publish
+from ..report.pages import fixed_text, join_words, look, mean_spread, new_figure, spread_text, theme
+from ..report.tables import curves, ending, setting_line
 from ..runs.store import Run, append_line, described, load_tensors, open_run, read_lines, save_tensors
 from ..runs.store import write_atomic
 from ..defenses.train import train
-from .tuples import budgets, by_line, _html, _setting
+from .tuples import budgets, by_line, parted_table, _setting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -927,64 +926,61 @@ def _saturation(of:Mapping[str,Sequence[Mapping]])->list[str]:
     )
 
 # %% ../../nbs/papers/01_eat.ipynb #983a5b22
-def _figures(records:Sequence[Mapping[str,Any]], name:str, shown:Mapping[str,Mapping[str,Tensor]])->str:
+def _figures(records:Sequence[Mapping[str,Any]], name:str, shown:Mapping[str,Mapping[str,Tensor]])->Content:
     "The figure of A5, A6 or A9, or why it is missing; nothing for other tables."
     if name == 'A5':
-        return html_figure(
-            png(matrices(records)),
+        return chart(
+            matrices(records),
             'R@1 (%) of each member on images made against each other one by ES; the white box is on the diagonal.'
             ' Higher beside the diagonal: these images transfer less.',
+            kept=True,
         )
     if name == 'A6':
-        return html_figure(
-            png(both_curves(records)),
+        return chart(
+            both_curves(records),
             f"The lowest score under {join_words([*_ON_CURVES])}, over the radius (left, with the steps of the tables)"
             " and over the steps (right, at the radius of the tables). F1 with all images attacked may rise again,"
             " where whole classes move as one; R@1 with a clean gallery must fall.",
         )
-    if name != 'A9': return ''
-    if not shown: return '<p class="note">The store holds no embeddings of these models.</p>'
+    if name != 'A9': return ()
+    if not shown: return note('The store holds no embeddings of these models.')
     try:
-        return html_figure(
-            png(class_map(shown)),
+        return chart(
+            class_map(shown),
             'Ten test classes, clean and under centre, each picture fitted on its own: it shows who stays together, and'
             ' neither distances nor sizes.',
         )
-    except ImportError as error: return f'<p class="note">Left out: {escape(str(error))}.</p>'
+    except ImportError as error: return note(f'Left out: {error}.')
 
-def _section(records:Sequence[Mapping[str,Any]], name:str, shown:Mapping[str,Mapping[str,Tensor]])->str:
+def _section(records:Sequence[Mapping[str,Any]], name:str, shown:Mapping[str,Mapping[str,Tensor]])->list[Content]:
     "Heading, figure and table of one of the nine."
     seeds = [*by_line(records, TABLES[name].lines).values()]
-    head = f'<h2>{name}: {escape(TABLES[name].title)}</h2>'
-    if not seeds: return f'{head}<p class="note">None of its models was asked for.</p>'
+    head:list[Content] = [heading(f'{name}: {TABLES[name].title}')]
+    if not seeds: return [*head, note('None of its models was asked for.')]
     absent = [LINES[line].label for line in TABLES[name].lines if line not in by_line(records, LINES)]
-    if absent: head += f'<p class="note">Not run here: {escape(join_words(absent))}.</p>'
+    if absent: head.append(note(f'Not run here: {join_words(absent)}.'))
     tables = (
         [table(records, name)]
         if TABLES[name].columns
         else [curve_table(records, what, key) for key in _DRAWN for what in ('eps', 'steps')] if name == 'A6' else []
     )
-    return head + _figures(records, name, shown) + ''.join(_html(t, seeds) for t in tables)
+    return [*head, _figures(records, name, shown), *(parted_table(t, seeds) for t in tables)]
 
-def _claims(records:Sequence[Mapping[str,Any]])->str:
+def _claims(records:Sequence[Mapping[str,Any]])->list[Tag]:
     "The differences behind the claims; nothing where nothing may be claimed."
     shown = claim_table(records)
-    body = [html_row([escape(text) for text in row]) for row in shown.values.tolist()]
-    return (
-        f'<h2>Attribution</h2>{table_box(html_row([escape(c) for c in shown], head=True), body)}<p class="note">Mean'
-        ' difference of the scores with all images attacked, in points, and its 95 % interval over paired seeds.</p>'
-        if body
-        else ''
-    )
+    rows = shown.values.tolist()
+    text = 'Mean difference of the scores with all images attacked, in points, and its 95 % interval over paired seeds.'
+    return [heading('Attribution'), plain_table([*shown], rows), note(text)] if rows else []
 
 def write_eat(
     folder:Path,               # for example reports/eat-glyphs-quick
     results:Mapping[str,Any],  # of `results`
     shown:Mapping[str,Mapping[str,Tensor]]={}, # of `pictures`
 )->Path:                       # index.html
-    "Write index.html, results.json and table.csv."
+    "Write table.csv and what `report.blocks.publish` writes."
     records = results['records']
-    note = (
+    text = (
         'Attacked scores are the lowest of any attack. “All”: every image is perturbed, and neighbours, centres and'
         ' clusters are those of the perturbed images; “query”: what they are compared with stays clean. Centre and'
         ' Hungarian are accuracies; R@1 and the former count images that were right before the attack. Mean ± sample'
@@ -994,18 +990,13 @@ def write_eat(
         ' to us, so nothing on this page is compared with printed numbers, and “paper” below is the preset of that'
         ' name.'
     )
-    smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
-    page = _claims(records) + ''.join(_section(records, name, shown) for name in TABLES)
+    sections = [_claims(records), *(_section(records, name, shown) for name in TABLES)]
     main = [r for r in records if r['line'] in MAIN]
     if main:
-        page += '<h2>Training</h2>' + html_figure(
-            png(curves(main)),
+        caption = (
             'Training of the models of A1, one thin line per seed. Distances that shrink together announce a collapse.'
         )
+        sections.append([heading('Training'), chart(curves(main), caption)])
     write_atomic(Path(folder)/'table.csv', to_csv(records))
-    return publish(
-        folder, results,
-        opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', words(records))
-        + f'<p class="note">{escape(note)}</p>{page}'
-        f'<h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}',
-    )
+    first = opening(results['title'], setting_line(results), words(records))
+    return publish(folder, results, [first, note(text), sections, ending(results)])

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['LINES', 'PAPER_B', 'BUDGETS', 'CURVED', 'TABLES', 'Line', 'Budget', 'budget', 'prepare', 'announce', 'defence',
            'Probe', 'probes', 'fit', 'measure', 'record', 'budgets', 'results', 'outcome', 'Table', 'by_line', 'pooled',
-           'fold_of', 'table', 'along', 'curve', 'both_curves', 'curve_table', 'words', 'write_tuples']
+           'fold_of', 'table', 'along', 'curve', 'both_curves', 'curve_table', 'words', 'parted_table', 'write_tuples']
 
 # %% ../../nbs/papers/00_tuples.ipynb #0d63c56d
 import json, math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -29,9 +28,10 @@ from ..study.experiments import training_config, training_options
 from ..study.experiments import with_budget
 from ..runs.jobs import only_inline
 from ..models.networks import build, checksum, embed_all, streamlined
-from ..report.pages import defence_name, html_figure, html_row, look, mean_spread, new_figure, number_cell
-from ..report.pages import opening, png, spread_text, table_box, theme
-from ..report.tables import curves, provenance_part, publish, setup_part
+from ..report.blocks import Content, Tag, chart, defence_name, heading, note, number_cell, opening, plain_table
+from ..report.blocks import publish
+from ..report.pages import look, mean_spread, new_figure, spread_text, theme
+from ..report.tables import curves, ending, setting_line
 from ..runs.store import Run, append_line, described, find_run, open_run, read_lines
 from ..defenses.train import train
 from ..defenses.tuples import fold_increase, mean_cosine, retrieved, tuples, under_attack
@@ -469,54 +469,44 @@ def words(records:Sequence[Mapping[str,Any]])->list[str]:
 # %% ../../nbs/papers/00_tuples.ipynb #3c8dbde1
 _WIDEST, _PART = 10, 8 # columns of numbers that fit on a page, and those of a part of what does not
 
-def _html(shown:'DataFrame', seeds:Sequence[Sequence[Mapping[str,Any]]])->str:
+def parted_table(shown:'DataFrame', seeds:Sequence[Sequence[Mapping[str,Any]]])->list[Tag]:
     "A table of texts, each line with the mark of its model; a wide one in several parts."
-    def part(columns):
+    def part(columns:Sequence[str])->Tag:
         body = [
-            html_row([defence_name(records[0]), *(number_cell(escape(text), False) for text in row)])
+            [defence_name(records[0]), *map(number_cell, row)]
             for records, row in zip(seeds, shown[columns].values.tolist())
         ]
-        return table_box(html_row([escape(c) for c in (shown.columns[0], *columns)], head=True), body, 'results')
+        return plain_table([shown.columns[0], *columns], body, 'results')
     numbers = list(shown)[1:]
     size = _WIDEST if len(numbers) <= _WIDEST else _PART
-    return ''.join(part(numbers[i:i + size]) for i in range(0, len(numbers), size))
+    return [part(numbers[i:i + size]) for i in range(0, len(numbers), size)]
 
-def _section(records:Sequence[Mapping[str,Any]], name:str)->str:
+def _section(records:Sequence[Mapping[str,Any]], name:str)->list[Content]:
     "Heading and tables of one of the five."
-    seeds = by_line(records, TABLES[name].lines).values()
-    head = f'<h2>{name}: {escape(TABLES[name].title)}</h2>'
-    if not seeds: return f'{head}<p class="note">None of its models was asked for.</p>'
-    if name != 'B4': return head + _html(table(records, name), [*seeds])
+    seeds = [*by_line(records, TABLES[name].lines).values()]
+    head = heading(f'{name}: {TABLES[name].title}')
+    if not seeds: return [head, note('None of its models was asked for.')]
+    if name != 'B4': return [head, parted_table(table(records, name), seeds)]
     caption = (
         'R@1 of gated queries under gap, over the radius (left, with the steps of the training) and over the steps'
         ' (right, at the radius of the training). Solid: triplet; dashed: contrastive.'
     )
-    return (
-        head
-        + html_figure(png(both_curves(records)), caption)
-        + ''.join(_html(curve_table(records, what), [*seeds]) for what in ('eps', 'steps'))
-    )
+    tables = [parted_table(curve_table(records, what), seeds) for what in ('eps', 'steps')]
+    return [head, chart(both_curves(records), caption, kept=True), tables]
 
 def write_tuples(
     folder:Path,               # for example reports/tuples-glyphs-quick
     results:Mapping[str,Any],  # of `results`
 )->Path:                       # index.html
-    "Write index.html and results.json."
+    "Write what `report.blocks.publish` writes."
     records = results['records']
-    note = (
+    text = (
         'R@1 under attack counts queries that were right before it (gated); mAP@R counts all. Fold increase: R@1 under'
         ' PGD over that of natural training with the same loss, in brackets numerator and denominator; ≥ where natural'
         ' training has no hit and one hit stands in for none. The paper was read without its result tables: it speaks'
         ' of gains of 5 to 76 times, on data, networks and budgets of its own.'
     )
-    smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
-    page = ''.join(_section(records, name) for name in TABLES)
-    page += '<h2>Training</h2>' + html_figure(
-        png(curves(records)), 'Training, one thin line per seed. Distances that shrink together announce a collapse.'
-    )
-    return publish(
-        folder, results,
-        opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', words(records))
-        + f'<p class="note">{escape(note)}</p>{page}'
-        f'<h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}',
-    )
+    caption = 'Training, one thin line per seed. Distances that shrink together announce a collapse.'
+    sections = [*(_section(records, name) for name in TABLES), heading('Training'), chart(curves(records), caption)]
+    first = opening(results['title'], setting_line(results), words(records))
+    return publish(folder, results, [first, note(text), sections, ending(results)])

@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'reports_root', 'StoreError', 'write_atomic', 'to_json', '
            'sweep', 'locked', 'collect', 'write_results', 'read_results', 'share', 'finished_runs']
 
 # %% ../../nbs/runs/00_store.ipynb #0ca1b287
-import hashlib, json, os, platform, subprocess, threading, time
+import hashlib, io, json, math, os, platform, subprocess, threading, time, zipfile, zlib
 from _thread import interrupt_main
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import robust_dml
-from ..core import fingerprint, load_safetensors
+from ..core import fingerprint, load_safetensors, read_safetensors
 
 # %% ../../nbs/runs/00_store.ipynb #0b2c0b16
 def reports_root(
@@ -184,6 +184,29 @@ def _kept(run:'Run', name:str)->Any:
 
 
 # %% ../../nbs/runs/00_store.ipynb #0eb7113e
+_EXAMPLES = 'examples.safetensors' # of a run: pictures that a page shows
+
+def _archive(reports:Path)->Path:
+    "The file in which a folder of reports keeps the example images of its runs, for git."
+    return reports/'examples.zip'
+
+def _archived(reports:Path)->dict[str, bytes]:
+    "Files of example images by the address of their run."
+    path = _archive(reports)
+    if not path.is_file(): return {}
+    try:
+        with zipfile.ZipFile(path) as archive: return {name: archive.read(name) for name in archive.namelist()}
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, zlib.error) as error:
+        raise StoreError(
+            f'expected a zip archive of example images in {path}, found a damaged file ({error}); restore it with git'
+            f' checkout -- {path}'
+        ) from error
+
+def _example(run:'Run', name:str)->bytes|None:
+    "Example images of a run that the archive beside its store holds."
+    if name != _EXAMPLES or run.folder.parent.name != 'store': return None
+    return _archived(run.folder.parent.parent).get(run.address)
+
 @dataclass(frozen=True)
 class Run:
     "One run folder of the store."
@@ -192,12 +215,11 @@ class Run:
     @property
     def address(self)->str: return self.folder.name
 
-    def path(self, name:str)->Path:
-        "Where a file is, or would be: in the folder, or for example images among those that are shared."
-        own, shared = self.folder/name, self.folder.parent.parent/'examples'/f'{self.address}.safetensors'
-        return shared if name == 'examples.safetensors' and not own.is_file() and shared.is_file() else own
+    def path(self, name:str)->Path: return self.folder/name
 
-    def has(self, name:str)->bool: return self.path(name).is_file() or _kept(self, name) is not None
+    def has(self, name:str)->bool:
+        "Whether a file is in the folder, or what it says is kept for git."
+        return self.path(name).is_file() or _kept(self, name) is not None or _example(self, name) is not None
 
     def write(self, name:str, value:dict)->None: write_atomic(self.folder/name, to_json(_signed(value)))
 
@@ -281,12 +303,14 @@ def load_tensors(
     *names:str, # tensors that must be there
 )->dict[str,Tensor]:
     "Read tensors back; a clear error when the file is absent, changed, no safetensors file, or of another version."
-    if not run.has(name):
+    kept = None if run.path(name).is_file() else _example(run, name)
+    if kept is None and not run.has(name):
         raise FileNotFoundError(
             f'expected {run.folder/name}, found no such file; weights are not shared with the reports, delete the'
             f' folder {run.address} to train it again'
         )
-    found = load_safetensors(run.path(name), sha256=sha256)
+    if kept is None: found = load_safetensors(run.path(name), sha256=sha256)
+    else: found = read_safetensors(kept, _archive(run.folder.parent.parent)/run.address, sha256=sha256)
     if absent := [key for key in names if key not in found]:
         raise StoreError(
             f'expected {", ".join(absent)} in {run.folder/name}, found none; another version wrote it: delete the'
@@ -494,6 +518,20 @@ def collect(
 
 
 # %% ../../nbs/runs/00_store.ipynb #5d0c1e0b
+_UNDEFINED = {'number': 'NaN'} # of results.json, where null means nothing and is another thing
+
+def _marked(value:Any)->Any:
+    "The same with a mark for each number that is undefined."
+    if isinstance(value, float) and value != value: return dict(_UNDEFINED)
+    if isinstance(value, Mapping): return {str(k): _marked(v) for k, v in value.items()}
+    return [_marked(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+def _unmarked(value:Any, stands:float|None)->Any:
+    "The same with `stands` in place of each mark."
+    if value == _UNDEFINED: return stands
+    if isinstance(value, dict): return {k: _unmarked(v, stands) for k, v in value.items()}
+    return [_unmarked(v, stands) for v in value] if isinstance(value, list) else value
+
 def _packed(value:Any, path:Path)->Any:
     "The same with every run that the ledger holds replaced by its address and what the ledger does not say of it."
     if isinstance(value, list): return [_packed(v, path) for v in value]
@@ -502,7 +540,7 @@ def _packed(value:Any, path:Path)->Any:
     known = _quotable(record) if record else {}
     also = {k: v for k,v in value.items() if k not in known}
     without = [k for k in known if k not in value]
-    changed = [k for k in known if k in value and value[k] != known[k]]
+    changed = [k for k in known if k in value and _unmarked(value[k], None) != known[k]] # a run's file has no marks
     if not known or changed or len(without) > 2: return {k: _packed(v, path) for k,v in value.items()}
     return (
         dict(from_run=value['address']) | (dict(also=also) if also else {}) | (dict(without=without) if without else {})
@@ -527,12 +565,24 @@ def _unpacked(value:Any, path:Path)->Any:
     known = {k: v for k,v in _quotable(record).items() if k not in value.get('without', ())}
     return known | value.get('also', {})
 
+def _with_floats(value:Any, key:str='')->set[str]:
+    "Keys under which some number with a fraction stands."
+    if isinstance(value, float): return {key}
+    if isinstance(value, dict): return set().union(*(_with_floats(v, k) for k, v in value.items()))
+    return set().union(*(_with_floats(v, key) for v in value)) if isinstance(value, list) else set()
+
+def _guessed(value:Any, floats:set[str], key:str='')->Any:
+    "A file from before there were marks: null is an undefined number where its key has numbers elsewhere."
+    if value is None: return math.nan if key in floats else None
+    if isinstance(value, dict): return {k: _guessed(v, floats, k) for k, v in value.items()}
+    return [_guessed(v, floats, key) for v in value] if isinstance(value, list) else value
+
 def write_results(
     folder:Path,  # of one report
-    results:Mapping[str, Any], # JSON-able; NaN becomes null
+    results:Mapping[str, Any], # JSON-able, with NaN where a number is undefined and None where there is nothing
 )->None:
     "Write results.json: runs that the ledger of the reports holds by address, everything else in full."
-    plain = json.loads(to_json(results, compact=True))
+    plain = json.loads(to_json(dict(_marked(results), results_format=2), compact=True))
     write_atomic(Path(folder)/'results.json', to_json(_packed(plain, ledger_of(Path(folder).parent)), compact=True))
 
 def read_results(
@@ -540,7 +590,9 @@ def read_results(
     *keys:str,   # that the results must hold
 )->dict:
     "The results of a report in full; StoreError when they are damaged or a run is missing."
-    return _unpacked(Run(Path(folder)).read('results.json', *keys), ledger_of(Path(folder).parent))
+    found = Run(Path(folder)).read('results.json', *keys)
+    known = _unmarked(found, math.nan) if found.pop('results_format', 1) > 1 else _guessed(found, _with_floats(found))
+    return _unpacked(known, ledger_of(Path(folder).parent))
 
 _PICTURED = ('table1', 'table2', 'eat') # reports that show example queries
 
@@ -550,6 +602,14 @@ def _addresses(value:Any)->set[str]:
     if not isinstance(value, dict): return set()
     return {value['from_run']} if 'from_run' in value else set().union(*map(_addresses, value.values()))
 
+def _zipped(files:Mapping[str, bytes])->bytes:
+    "A zip archive that is the same whenever it is made."
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, 'w') as archive:
+        for name in sorted(files):
+            archive.writestr(zipfile.ZipInfo(name), files[name], zipfile.ZIP_DEFLATED, 9)
+    return whole.getvalue()
+
 def share(
     reports:Path,        # folder of the reports
     source:Path|str='',  # store to take runs from; empty: the one of `reports`
@@ -558,16 +618,16 @@ def share(
 )->list[str]:            # addresses that are new in the ledger
     "Bring everything that git keeps up to date: ledger, results by address, examples that a page shows."
     reports, new = Path(reports), collect(reports, source, unsigned=unsigned)
+    pictured:set[str] = set()
     for path in sorted(reports.glob('*/results.json')):
         results = read_results(path.parent)
         write_results(path.parent, results)
-        if results.get('experiment') not in _PICTURED: continue
-        for address in sorted(_addresses(Run(path.parent).read('results.json'))):
-            shown, kept = (
-                Path(source or reports / 'store') / address / 'examples.safetensors',
-                reports / 'examples' / f'{address}.safetensors'
-            )
-            if shown.is_file() and not kept.is_file(): write_atomic(kept, shown.read_bytes())
+        if results.get('experiment') in _PICTURED: pictured |= _addresses(Run(path.parent).read('results.json'))
+    with locked(Run(reports/'store'/'.examples')):
+        examples = _archived(reports)
+        files = {address: Path(source or reports/'store')/address/_EXAMPLES for address in pictured - examples.keys()}
+        more = {address: file.read_bytes() for address, file in files.items() if file.is_file()}
+        if more: write_atomic(_archive(reports), _zipped(examples | more))
     return new
 
 def finished_runs(
@@ -579,4 +639,3 @@ def finished_runs(
         Run(store / name)
         for name in sorted({*_ledger(ledger_of(reports)), *(p.parent.name for p in store.glob('*/result.json'))})
     ]
-

@@ -11,7 +11,6 @@ __all__ = ['KEYS', 'METRICS', 'READINGS', 'per_query', 'scored', 'Answers', 'ans
 import itertools, math, statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -24,9 +23,10 @@ from ..metrics.evaluate import Protocol, attack_batches, queries_and_gallery, re
 from .experiments import TABLE_DEFENSES, Cell, Plan, Study, cells, query_count, register, results
 from .experiments import train_cell
 from ..models.networks import checksum, embed_all, streamlined
-from ..report.pages import defence_name, html_figure, html_row, join_words, look, mean_spread, new_figure
-from ..report.pages import opening, png, table_box, theme
-from ..report.tables import COLUMNS, number_at, provenance_part, publish, setup_part
+from ..report.blocks import BREAK, Content, Tag, bad, below, bold, chart, defence_name, fold, heading, note
+from ..report.blocks import opening, para, plain_table, publish, warning
+from ..report.pages import join_words, look, mean_spread, new_figure, theme
+from ..report.tables import COLUMNS, ending, number_at, setting_line
 from ..metrics.scores import ARS_HEADINGS, HEADINGS, ars, ers
 from ..runs.store import Run, StoreError, read_lines, write_atomic
 from ..attacks.strong import WorstCase, outcomes, worst_case
@@ -472,20 +472,18 @@ def words(part:Mapping[str,Any])->str: # of `comparison`'s 'comparisons'
 # %% ../../nbs/study/03_compare.ipynb #e56b6be0
 _DIGITS = {c.name: c.digits for c in COLUMNS['table1']}
 
-def _short(lines:Sequence[Mapping[str,Any]], names:Mapping[str,str])->str: # names: label to HTML
+# names: label to what stands for it
+def _short(lines:Sequence[Mapping[str,Any]], names:Mapping[str,Content])->Tag:
     "A line per pair: mark, difference and its interval over the queries."
-    def cell(line):
+    def cell(line:Mapping[str, Any])->Content:
         digits = _DIGITS.get(line['metric'], 1)
-        text = f"{line['mark']}&nbsp;{_points(line['difference'], digits, '+')}"
-        return (
-            f'<b>{text}</b>' if line['mark'] == '●' else text
-        ) + f"<span class=\"sd\">{_range(line['queries'], digits).replace(' to ', ' to<br>')}</span>"
+        text = f"{line['mark']}\u00a0{_points(line['difference'], digits, '+')}"
+        low, _, high = _range(line['queries'], digits).partition(' to ')
+        return [bold(text) if line['mark'] == '●' else text, below(low, ' to', BREAK, high)]
     rows = [lines[i:i + len(METRICS)] for i in range(0, len(lines), len(METRICS))]
-    arrow = {1: '&nbsp;↑', -1: '&nbsp;↓'}
-    body = [html_row([f"{names[row[0]['first']]}<br>minus {names[row[0]['second']]}", *map(cell, row)]) for row in rows]
-    return table_box(
-        html_row(['Models', *(escape(m) + arrow[_BETTER[m]] for m in METRICS)], head=True), body, 'results'
-    )
+    arrow = {1: '\u00a0↑', -1: '\u00a0↓'}
+    body = [[[names[row[0]['first']], BREAK, 'minus ', names[row[0]['second']]], *map(cell, row)] for row in rows]
+    return plain_table(['Models', *(m + arrow[_BETTER[m]] for m in METRICS)], body, 'results')
 
 def frame(
     parts:Sequence[Mapping[str,Any]], # of `comparison`
@@ -513,131 +511,112 @@ def frame(
         ]
     )
 
-def _long(part:Mapping[str,Any])->str:
+def _long(part:Mapping[str,Any])->Tag:
     "All numbers of a setting, folded."
-    def row(line):
+    def row(line:Mapping[str, Any])->list[str]:
         d = _DIGITS.get(line['metric'], 1)
-        return html_row(
-            [
-                f"{escape(line['first'])} minus {escape(line['second'])}", escape(line['metric']),
-                *(_points(v, d) for v in line['values']), _points(line['difference'], d, '+'),
-                _range(line['queries'], d), _range(line['seeds'], d) if line['trainings'] > 1 else '–',
-                str(line['trainings']), _points(line['p'], 4), _points(line['holm'], 4),
-                f"{line['mark']} {READINGS[line['mark']]}"
-            ]
-        )
+        return [
+            f"{line['first']} minus {line['second']}", line['metric'], *(_points(v, d) for v in line['values']),
+            _points(line['difference'], d, '+'), _range(line['queries'], d),
+            _range(line['seeds'], d) if line['trainings'] > 1 else '–', str(line['trainings']),
+            _points(line['p'], 4), _points(line['holm'], 4), f"{line['mark']} {READINGS[line['mark']]}"
+        ]
     head = [
         'Models', 'Metric', 'First', 'Second', 'Difference', '95 %, queries', '95 %, trainings', 'Trainings', 'p',
         'p, corrected', 'Reading'
     ]
-    return (
-        "<details><summary>All"
-        f" numbers</summary>{table_box(html_row(head, head=True), [row(line) for line in part['pairs']])}</details>"
-    )
+    return fold('All numbers', plain_table(head, list(map(row, part['pairs']))))
 
 # %% ../../nbs/study/03_compare.ipynb #f601e063
-def _suite_table(lines:Sequence[Mapping[str,Any]], names:Mapping[str,str])->str:
+def _suite_table(lines:Sequence[Mapping[str,Any]], names:Mapping[str,Content])->Tag:
     "R@1 without attack, under each attack, and in a row of its own under all of them."
     rows = [
         ['no attack', *(_points(line['before']) for line in lines)],
-        *([escape(h), *(_points(line['each'][h]) for line in lines)] for h in lines[0]['each'])
+        *([h, *(_points(line['each'][h]) for line in lines)] for h in lines[0]['each'])
     ]
-    last = [
-        '<b>suite</b>',
-        *(f"<b>{_points(line['suite'])}</b><span class=\"sd\">{_range(line['interval'])}</span>" for line in lines)
-    ]
-    return table_box(
-        html_row(['R@1 (%)', *(names[line['label']] for line in lines)], head=True),
-        [html_row(row) for row in (*rows, last)], 'text'
-    )
+    last = [bold('suite'), *([bold(_points(line['suite'])), below(_range(line['interval']))] for line in lines)]
+    return plain_table(['R@1 (%)', *(names[line['label']] for line in lines)], [*rows, last], 'text')
 
-def _own_table(lines:Sequence[Mapping[str,Any]], names:Mapping[str,str])->str:
+def _own_table(lines:Sequence[Mapping[str,Any]], names:Mapping[str,Content])->Tag:
     "ERS and ARS beside what is needed to read them and this project's own score."
-    def cell(values, digits=1):
+    def cell(values:Sequence[float], digits:int=1)->str:
         mean, spread = mean_spread(values)
         return _points(mean, digits) + ('' if math.isnan(spread) else f' ± {_points(spread, digits)}')
     body = [
-        html_row(
-            [
-                names[line['label']], cell(line['r_at_1']), cell(line['gap'], 3), cell(line['ers']), cell(line['ars']),
-                f"<b>{cell(line['retained'])}</b>"
-            ]
-        )
+        [
+            names[line['label']], cell(line['r_at_1']), cell(line['gap'], 3), cell(line['ers']), cell(line['ars']),
+            bold(cell(line['retained']))
+        ]
         for line in lines
     ]
-    return table_box(
-        html_row(['Defence', 'R@1 (%)', 'Gap', 'ERS', 'ARS', "Retained robustness (this project's own)"], head=True),
-        body, 'text'
+    return plain_table(
+        ['Defence', 'R@1 (%)', 'Gap', 'ERS', 'ARS', "Retained robustness (this project's own)"], body, 'text'
     )
 
-def _section(part:Mapping[str,Any], models:Mapping[str,Sequence[Mapping]])->str:
+def _section(part:Mapping[str,Any], models:Mapping[str,Sequence[Mapping]])->list[Content]:
     "Everything about a setting."
     many, flagged = part['pairs'][0]['trainings'], {line['label']: line['collapsed'] for line in part['own']}
-    def flag(count):
-        return (
-            f' <span class="bad">collapsed{"" if count == many else f" in {count} of {many}"}</span>' if count else ''
-        )
-    names = {label: defence_name(rows[0]) + flag(flagged[label]) for label,rows in models.items()}
+    def flag(count:int)->Content:
+        return [' ', bad(f'collapsed{"" if count == many else f" in {count} of {many}"}')] if count else ''
+    names = {label: [defence_name(rows[0]), flag(flagged[label])] for label,rows in models.items()}
     readings = '; '.join(f'{mark} {text}' for mark,text in READINGS.items())
     seeds = (
         f'95 % t interval of the differences of {many} trainings with the same seeds'
         if many > 1
         else 'one training of each model, so nothing is known of the noise of the training'
     )
-    note = (
+    text = (
         'First minus second model, mean over the trainings, and below it the 95 % interval over the queries (the same'
         f' resamples for both models). {readings}. The arrow points to what is better for the defender. '
         f"Test: swap of the two models' outcomes of each query, {part['draws']:,} draws, two-sided, corrected by Holm"
         f" for the {len(part['pairs'])} rows of this table. Trainings: {seeds}."
     )
-    missing = (
-        ''
-        if part['own'][0]['retained']
-        else '<p class="warn">It needs natural training among the models; add natural to the defences.</p>'
-    )
-    return (
-        f"<h2>Setting {escape(part['setting'])}</h2><h3>All pairs</h3>{_short(part['pairs'], names)}<p"
-        f" class=\"note\">{escape(note)}</p>{_long(part)}<h3>The worst of the"
-        f" suite</h3>{_suite_table(part['suite'], names)}<p class=\"note\">suite: the share of queries whose R@1"
-        " survives every attack above it, with its 95 % interval over the"
-        " queries.</p>"
-        + html_figure(
-            png(plane(part['suite'], models).figure),
+    missing = 'It needs natural training among the models; add natural to the defences.'
+    return [
+        heading(f"Setting {part['setting']}"), heading('All pairs', 3), _short(part['pairs'], names), note(text),
+        _long(part), heading('The worst of the suite', 3), _suite_table(part['suite'], names),
+        note(
+            'suite: the share of queries whose R@1 survives every attack above it, with its 95 % interval over the'
+            ' queries.'
+        ),
+        chart(
+            plane(part['suite'], models).figure,
             'R@1 without attack against R@1 under the worst of the suite. Grey: equal harmonic mean of the two.'
-            ' Hollow: flagged as collapsed. Faint: single trainings.')
-        + "<h3>This"
-        " project's own score</h3><p>In no paper, and no part of a reproduced table. Retained robustness is ARS, times"
-        " the share of natural training's R@1 that is reached without attack, times the gap between the distances to"
-        f" other classes and to the own class, in units of {_GAP:g} and at most 1. It lies from 0 to 100; a model that"
-        " maps all images to one point has 0, while its ERS and ARS are"
-        f" high.</p>{missing}{_own_table(part['own'], names)}"
-    )
+            ' Hollow: flagged as collapsed. Faint: single trainings.',
+            kept=True,
+        ),
+        heading("This project's own score", 3),
+        para(
+            'In no paper, and no part of a reproduced table. Retained robustness is ARS, times the share of natural'
+            " training's R@1 that is reached without attack, times the gap between the distances to other classes and"
+            f' to the own class, in units of {_GAP:g} and at most 1. It lies from 0 to 100; a model that maps all'
+            ' images to one point has 0, while its ERS and ARS are high.'
+        ),
+        [] if part['own'][0]['retained'] else warning(missing), _own_table(part['own'], names)
+    ]
 
 # %% ../../nbs/study/03_compare.ipynb #b820c7a4
 def write_compare(
     folder:Path,               # for example reports/compare-glyphs-quick
     results:Mapping[str,Any],  # of `comparison`
 )->Path:                       # index.html
-    "Write index.html, results.json and compare.csv."
+    "Write compare.csv and what `report.blocks.publish` writes."
     models = by_setting(results['records'])
     said = [words(part) for part in results['comparisons']]
-    smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
     write_atomic(
         Path(folder) / 'compare.csv',
         frame(results['comparisons']).to_csv(index=False, lineterminator='\n', float_format='%.6g').encode()
     )
+    sections = [_section(part, models[part['setting']]) for part in results['comparisons']]
     return publish(
-        folder, results,
-        opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', said)
-        + ''.join(_section(part, models[part['setting']]) for part in results['comparisons'])
-        + f'<h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}',
+        folder, results, [opening(results['title'], setting_line(results), said), sections, ending(results)]
     )
 
 # %% ../../nbs/study/03_compare.ipynb #905fc22d
 register(Study(
     'compare', 'Models compared in pairs', TABLE_DEFENSES, more=('colo_steps',), check=check_pairs, compute=comparison,
     write=write_compare, words=lambda results: [words(part) for part in results['comparisons']],
-    frame=lambda results: frame(results['comparisons']).round(3), undefined=('comparisons',),
+    frame=lambda results: frame(results['comparisons']).round(3),
     about='Which differences between the rows of Table 1 are larger than the noise of queries and trainings, and how'
     ' many queries survive all attacks at once? The models are those of Table 1, shared through the store. Outcomes of'
     " single queries are not kept in git and are made again where they lack. At the end stands a score of this project's"

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
@@ -44,11 +43,12 @@ from .experiments import Study, outline, register, table_row, with_backbone, wit
 from ..metrics.retrieval import retrieval
 from ..models.networks import build, embed, embed_all, frozen, streamlined
 from ..attacks.loop import autograd_gradient
-from ..report.pages import document, facts_table, html_figure, html_row, new_figure, opening, png
-from ..report.pages import table_box, theme
+from ..report.blocks import Content, Tag, bullets, chart, code, facts_table, heading, note, opening, para
+from ..report.blocks import plain_table, publish
+from ..report.pages import new_figure, theme
 from ..neighbors import block_rows, kmeans, resolve_backend
 from ..metrics.scores import HEADINGS, PAPER_MINUTES
-from ..runs.store import Run, find_run, provenance, reports_root, write_atomic, write_results
+from ..runs.store import Run, find_run, provenance, reports_root, write_atomic
 from ..defenses.train import save_checkpoint, train
 from ..defenses.colo_tride import PARTS, PROFILES, step_factor
 
@@ -587,8 +587,7 @@ def _compute(plan, show): return cost_results(plan, show=show) # defined below
 register(Study(
     'cost', 'What the tables cost', TABLE_DEFENSES, check=_one_set, prepare=cost_plan,
     compute=_compute,
-    write=lambda folder, results: write_cost_report(folder, results), words=lambda results: [summary(results)],
-    undefined=('rows', 'rates', 'rehearsed', 'recorded', 'memory_check'), in_all='no'
+    write=lambda folder, results: write_cost_report(folder, results), words=lambda results: [summary(results)], in_all='no'
 ))
 
 # %% ../../nbs/study/08_cost.ipynb #190d36bc
@@ -1235,10 +1234,7 @@ def bars(
     return fig
 
 # %% ../../nbs/study/08_cost.ipynb #631c53cc
-def _table(head:Sequence[str], rows:Sequence[Sequence[str]])->str:
-    return table_box(html_row([*map(escape, head)], head=True), [html_row([*map(escape, row)]) for row in rows])
-
-def _cells_table(results, name)->str:
+def _cells_table(results, name)->list[Tag]:
     memory = results['memory'][name]
     rows = [
         (
@@ -1254,23 +1250,20 @@ def _cells_table(results, name)->str:
         f' Setting {setting} begins with natural epochs that its cells share: {duration(s)}.'
         for setting, s in warm.items()
     )
-    return (
-        f'<h3>{escape(name)}</h3><p>{w["train"]:,} images to train on, {w["test"]:,} in {w["test_classes"]:,} classes'
-        f' to test on. All cells for one seed: {duration(one)}'
-        + (f'; for {results["seeds"]}: {duration(results["seeds"]*one)}' if results["seeds"] > 1 else '')
-        + f'.{shared} Memory of an evaluation: {_gib(memory["evaluation"])}; of the images:'
-        f' {_gib(memory["images"])}.</p>'
-        + _table(
-            (
-                'Defence', 'Setting', 'Training', 'Evaluation', 'Updates', 'Image steps, training',
-                'Image steps, attacks', 'Memory, training'
-            ),
-            rows,
-        )
+    several = f'; for {results["seeds"]}: {duration(results["seeds"]*one)}' if results['seeds'] > 1 else ''
+    said = (
+        f'{w["train"]:,} images to train on, {w["test"]:,} in {w["test_classes"]:,} classes to test on. All cells for'
+        f' one seed: {duration(one)}{several}.{shared} Memory of an evaluation: {_gib(memory["evaluation"])}; of the'
+        f' images: {_gib(memory["images"])}.'
     )
+    head = [
+        'Defence', 'Setting', 'Training', 'Evaluation', 'Updates', 'Image steps, training', 'Image steps, attacks',
+        'Memory, training'
+    ]
+    return [heading(name, 3), para(said), plain_table(head, rows)]
 
-def _comparison(lines:Sequence[Mapping[str, Any]])->str:
-    return _table(
+def _comparison(lines:Sequence[Mapping[str, Any]])->Tag:
+    return plain_table(
         ('Run', 'All inner steps', 'Forecast', 'Measured', 'Difference'),
         [
             (
@@ -1281,30 +1274,28 @@ def _comparison(lines:Sequence[Mapping[str, Any]])->str:
         ],
     )
 
-def _paper_table(results)->str:
+def _paper_table(results)->list[Tag]:
     if results['preset'] != 'paper':
-        return (
-            '<p>The paper printed hours for its own settings; they stand beside the forecast with <code>-p preset'
-            ' paper</code>.</p>'
-        )
-    if not results['paper']: return '<p>Neither HM nor COLO-TRIDE is among the defences of this forecast.</p>'
+        said = 'The paper printed hours for its own settings; they stand beside the forecast with '
+        return [para(said, code('-p preset paper'), '.')]
+    if not results['paper']: return [para('Neither HM nor COLO-TRIDE is among the defences of this forecast.')]
     def ratio(x): return '–' if math.isnan(x) else f'{x:.2f}'
-    return (
-        '<p>Training on CUB, one seed. The paper: one RTX 3090. Hours depend on the machine, their ratio less so; the'
-        ' forecast counts all inner steps, so the ratio compares the upper bounds.</p>'
-        + _table(
-            ('Defence', 'Forecast', 'Relative to HM', 'Printed', 'Printed, relative to HM'),
-            [
-                (
-                    line['label'], duration(3600 * line['hours']), ratio(line['ratio']),
-                    f"{line['printed_hours']:.1f} h", ratio(line['printed_ratio'])
-                )
-                for line in results['paper']
-            ],
+    rows = [
+        (
+            line['label'], duration(3600 * line['hours']), ratio(line['ratio']), f"{line['printed_hours']:.1f} h",
+            ratio(line['printed_ratio'])
         )
-    )
+        for line in results['paper']
+    ]
+    return [
+        para(
+            'Training on CUB, one seed. The paper: one RTX 3090. Hours depend on the machine, their ratio less so; the'
+            ' forecast counts all inner steps, so the ratio compares the upper bounds.'
+        ),
+        plain_table(('Defence', 'Forecast', 'Relative to HM', 'Printed', 'Printed, relative to HM'), rows)
+    ]
 
-def _gpu_table(results, name)->str:
+def _gpu_table(results, name)->list[Tag]:
     "Hours of each cell of a data set on a CPU and on one GPU of each class."
     cards, work = results['gpu']['cards'], results['gpu']['work'][name]
     cpu = {
@@ -1329,33 +1320,30 @@ def _gpu_table(results, name)->str:
         totals = [total + s for total, s in zip(totals, seconds)]
         body.append([row['label'], row['setting'], *('–' if math.isnan(s) else duration(s) for s in seconds)])
     body.append(['All', '', *('–' if math.isnan(s) else duration(s) for s in totals)])
-    return (
-        f"<h3>{escape(name)}</h3><p>{escape(work['model'])}: {work['multiply_adds']/1e9:.2f} billion multiply-adds for"
-        f" one image of {work['side']} × {work['side']}.</p>{_table(head, body)}"
+    said = (
+        f"{work['model']}: {work['multiply_adds']/1e9:.2f} billion multiply-adds for one image of {work['side']} ×"
+        f" {work['side']}."
     )
+    return [heading(name, 3), para(said), plain_table(head, body)]
 
-def _gpu_section(results)->str:
+def _gpu_section(results)->list[Content]:
     "Hours on GPUs that were not there, with the assumption."
-    if 'gpu' not in results: return ''
+    if 'gpu' not in results: return []
     sources = [
         f"{card['name']}, {card['memory']:g} GB: {card['fp32']:g} TFLOP/s in float32, {card['bf16']:g} in bfloat16;"
         f" {card['source']}."
         for card in results['gpu']['cards']
     ]
-    items = ''.join(f'<li>{escape(text)}</li>' for text in sources)
-    note = (
+    text = (
         'A forecast from counted work, not measured: training and evaluation for one seed. Assumed is that the card'
         ' sustains the rate below, which was published for large batches of ResNet-50 at 224 × 224 in tuned code.'
         ' Reading images, comparisons with the gallery and the start of each kernel are not counted, and all inner'
         ' steps are. Expect more hours where these matter, fewer where HM or COLO-TRIDE leave inner steps out.'
     )
-    tables = ''.join(_gpu_table(results, name) for name in results['gpu']['work'])
-    return (
-        '<h2>On one GPU (forecast)</h2><p'
-        f' class="note">{escape(note)}</p><ul>{items}</ul>{_gpu_printed(results)}{tables}'
-    )
+    tables = [_gpu_table(results, name) for name in results['gpu']['work']]
+    return [heading('On one GPU (forecast)'), note(text), bullets(sources), _gpu_printed(results), tables]
 
-def _gpu_printed(results)->str:
+def _gpu_printed(results)->list[Tag]:
     "The forecast beside the hours that the paper prints for one RTX 3090."
     card = next(iter(results['gpu']['cards']))
     rows = [row for row in results['gpu']['work'].get('cub', {}).get('rows', ()) if row['defense'] in PAPER_MINUTES]
@@ -1364,53 +1352,52 @@ def _gpu_printed(results)->str:
         f" {PAPER_MINUTES[row['defense']]/60:.1f} h)"
         for row in rows
     ]
-    return (
-        f"<p>Training on CUB with the {escape(card['name'])}, the paper's card, in float32 with all inner steps:"
-        f" {escape('; '.join(parts))}.</p>"
-        if parts
-        else ''
+    said = (
+        f"Training on CUB with the {card['name']}, the paper's card, in float32 with all inner steps:"
+        f" {'; '.join(parts)}."
     )
+    return [para(said)] if parts else []
 
-def _page(results:Mapping[str, Any], picture:bytes)->str:
+def _title(results:Mapping[str, Any])->str:
+    return f'What the tables cost: {results["dataset"]}, preset {results["preset"]}'
+
+def _page(results:Mapping[str, Any])->list[Content]:
     "The whole page."
     caption, check = f'Forecast for {results["dataset"]}, one seed.', results['memory_check']
-    title = f'What the tables cost: {results["dataset"]}, preset {results["preset"]}'
-    recorded = (
-        '<h3>Runs in the store</h3><p>Finished runs of this plan, made on such a machine at some other'
-        f' time.</p>{_comparison(results["recorded"])}'
-        if results['recorded']
-        else ''
-    )
-    return document(
-        title,
-        opening(
-            title,
-            f'Measured on {results["device"]}, {results["threads"]} threads. Reading image files is not counted.',
-            [summary(results)]
-        )
-        + f'<h2>Where the time will go</h2>{html_figure(picture, caption)}'
-        f'<h2>Every cell</h2>{"".join(_cells_table(results, name) for name in results["rows"])}<p class="note">≤: HM'
-        f' and COLO-TRIDE may leave inner steps out; all are counted.</p>{_gpu_section(results)}'
-        '<h2>Beside real runs</h2><h3>Short runs</h3><p>Made after the calibration, on random images. Forecast: with'
-        f' the inner steps that were really made.</p>{_comparison(results["rehearsed"])}{recorded}'
-        f'<h3>Memory</h3><p>Two updates of {escape(check["defense"])} with {check["pairs"]} pairs in a process of their'
-        f' own: forecast {_gib(check["predicted"])}, measured {_gib(check["measured"])}.</p>'
-        '<h2>Beside the'
-        f' paper</h2>{_paper_table(results)}<h2>Configuration</h2>{facts_table(results["parameters"])}<h2>Provenance'
-        f'</h2>{facts_table(results["provenance"])}',
-    )
+    recorded = [
+        heading('Runs in the store', 3),
+        para('Finished runs of this plan, made on such a machine at some other time.'),
+        _comparison(results['recorded'])
+    ]
+    sub = f'Measured on {results["device"]}, {results["threads"]} threads. Reading image files is not counted.'
+    return [
+        opening(_title(results), sub, [summary(results)]),
+        heading('Where the time will go'), chart(bars(results), caption, kept=True),
+        heading('Every cell'), [_cells_table(results, name) for name in results['rows']],
+        note('≤: HM and COLO-TRIDE may leave inner steps out; all are counted.'), _gpu_section(results),
+        heading('Beside real runs'), heading('Short runs', 3),
+        para(
+            'Made after the calibration, on random images. Forecast: with the inner steps that were really made.'
+        ),
+        _comparison(results['rehearsed']), recorded if results['recorded'] else [], heading('Memory', 3),
+        para(
+            f'Two updates of {check["defense"]} with {check["pairs"]} pairs in a process of their own: forecast'
+            f' {_gib(check["predicted"])}, measured {_gib(check["measured"])}.'
+        ),
+        heading('Beside the paper'), _paper_table(results),
+        heading('Configuration'), facts_table(results['parameters']),
+        heading('Provenance'), facts_table(results['provenance'])
+    ]
 
 def write_cost_report(
     folder:Path,                # for example reports/cost-cub-paper
     results:Mapping[str, Any],  # of `cost_results`
 )->Path:                        # index.html
-    """Write index.html, cost.csv and results.json, each completely or not at all; the data set that was asked for first,
+    """Write cost.csv and what `report.blocks.publish` writes; the data set that was asked for first,
     the others in the order of the paper."""
     folder, order = Path(folder), dict.fromkeys((results['dataset'], *PAPER_SETS, *results['rows']))
     results = dict(results, rows={name: results['rows'][name] for name in order if name in results['rows']})
     write_atomic(
         folder / 'cost.csv', frame(results).to_csv(index=False, lineterminator='\n', float_format='%.6g').encode()
     )
-    write_results(folder, results)
-    write_atomic(folder/'index.html', _page(results, png(bars(results))).encode())
-    return folder/'index.html'
+    return publish(folder, {**results, 'title': _title(results)}, _page(results))

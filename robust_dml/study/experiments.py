@@ -227,10 +227,8 @@ class Study:
     write:Callable|None=None       # (folder, results) -> index.html; None: `write_table`
     words:Callable|None=None       # results -> sentences; None: those of a table
     frame:Callable|None=None       # results -> what a notebook shows beside the sentences
-    undefined:tuple[str,...]=()    # keys of the results below which null is an undefined number
     folder:str='{name}-{dataset}-{preset}'
     in_all:Literal['yes','last','no']='yes' # `run_all` runs it; 'last': it reads the reports of the others
-    again:bool=True                # its page can be written again from its results
 
     def lines(self, preset:str)->tuple[str,...]:
         "Its own lines in a preset."

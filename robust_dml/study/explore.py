@@ -29,9 +29,10 @@ from ..metrics.evaluate import queries_and_gallery, query_rows
 from .experiments import Cell, Plan, Study, cells, evaluation_config, query_count, register
 from .experiments import train_cell
 from ..models.networks import checksum, dtype_of, embed, embed_all, frozen, streamlined
+from ..report.blocks import as_markdown, facts_table, heading, opening, para, plain_table, sentences
 from ..report.pages import static
 from ..report.tables import png, theme
-from ..runs.store import Run, find_run, to_json, write_atomic
+from ..runs.store import find_run, write_atomic, write_results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -506,8 +507,8 @@ def _body(found:Mapping[str, Any])->str:
     )
 
 # %% ../../nbs/study/06_explore.ipynb #554d748c
-def _foot(found:Mapping[str, Any])->str:
-    "Where everything on the page comes from."
+def _origins(found:Mapping[str, Any])->dict[str, str]:
+    "Data, queries, attacks, models and software, each in a line."
     def run(m):
         return f"training {m['train']}, seed {m['seed']}, setting {m['setting']}; weights {m['weights'][:12]}; " + (
             f"the same as in {m['eval']}" if m['eval'] else 'no evaluation in the store was made on these weights'
@@ -527,7 +528,7 @@ def _foot(found:Mapping[str, Any])->str:
         ),
         **{m['label']: run(m) for m in found['models']},
     }
-    facts |= {
+    return facts | {
         'software' + (f' {k + 1}' if k else ''): ', '.join(
             [
                 f"Python {v.get('python')}", *(f'{name} {version}' for name, version in v.get('versions', {}).items()),
@@ -536,9 +537,12 @@ def _foot(found:Mapping[str, Any])->str:
         )
         for k, v in enumerate(versions.values())
     }
+
+def _foot(found:Mapping[str, Any])->str:
+    "Where everything on the page comes from."
     return (
         '<h2>Provenance</h2><dl>'
-        + ''.join(f'<dt>{escape(name)}</dt><dd>{escape(value)}</dd>' for name, value in facts.items())
+        + ''.join(f'<dt>{escape(name)}</dt><dd>{escape(value)}</dd>' for name, value in _origins(found).items())
         + '</dl><p class="note">Written by <code>make explore</code>; all numbers are in results.json beside this'
         ' page.</p>'
     )
@@ -546,14 +550,46 @@ def _foot(found:Mapping[str, Any])->str:
 # %% ../../nbs/study/06_explore.ipynb #10fd874b
 _LIMIT = 3_000_000 # bytes of a page
 
+def _kept_ltm(found:Mapping[str, Any], model:Mapping[str, Any])->list[str]:
+    "Queries whose first result is right, without an attack and under LTM at each radius, with the most steps."
+    steps, count = max(found['grid']['steps']), len(found['queries'])
+    before = sum(_first(found, model, r) for r in model['searches'] if r['attack'] == 'LTM')
+    after = [
+        sum(
+            _first(found, model, r)
+            for r in model['records']
+            if r['attack'] == 'LTM' and r['eps'] == eps and r['steps'] == steps
+        )
+        for eps in found['grid']['eps']
+    ]
+    return [f'{n} of {count}' for n in (before, *after)]
+
+def _summary(found:Mapping[str, Any])->list:
+    "What the page shows, without its pictures."
+    eps = [f'LTM, ε = {e}/255' for e in found['grid']['eps']]
+    rows = [[m['label'], *_kept_ltm(found, m)] for m in found['models']] if 'LTM' in found['grid']['attacks'] else []
+    said = f'Data {found["dataset"]}, preset {found["preset"]}.'
+    right = [heading('Queries whose first result is right'), plain_table(['Model', 'no attack', *eps], rows)]
+    return [
+        opening(found['title'], said, list(filter(None, [_head_line(found)]))),
+        right if rows else [],
+        heading('The page'),
+        para(
+            'The page is interactive: choose a query, a model, an attack, ε and the number of steps, and see what is'
+            ' found before and after. `make reports` builds it as index.html beside this file, from results.json.'
+        ),
+        heading('Provenance'), facts_table(_origins(found))
+    ]
+
 def write_explorer(
     folder:Path,              # for example reports/explorer-glyphs-quick
     found:Mapping[str, Any],  # of `explore_results`
 )->Path:                      # index.html
-    "Write index.html, which needs no other file, and results.json."
+    "Write index.html, which needs no other file, README.md and results.json."
     absent = [key for key in ('title', 'grid', 'images', 'models', 'sheets') if key not in found]
     if absent: raise ValueError(f'expected what explore_results returns, found no {", ".join(absent)}')
-    text = json.dumps(found, separators=(',', ':'), ensure_ascii=False).replace('<', '\\u003c')
+    shown = {k: v for k, v in found.items() if k != 'said'}
+    text = json.dumps(shown, separators=(',', ':'), ensure_ascii=False).replace('<', '\\u003c')
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy"'
         f' content="{_POLICY}"><meta name="viewport"'
@@ -566,10 +602,9 @@ def write_explorer(
             f'a page may have {_LIMIT:,} bytes, found {len(page):,}; ask for fewer queries, attacks or budgets with a'
             ' Grid of your own'
         )
-    numbers = (
-        json.dumps({k: v for k, v in found.items() if k != 'sheets'}, separators=(',', ':'), ensure_ascii=False) + '\n'
-    )
-    write_atomic(Path(folder)/'results.json', numbers.encode(errors='backslashreplace'))
+    blocks = _summary(found)
+    write_results(folder, {**shown, 'said': sentences(blocks)})
+    write_atomic(Path(folder)/'README.md', as_markdown(blocks).encode(errors='backslashreplace'))
     write_atomic(Path(folder)/'index.html', page)
     return Path(folder)/'index.html'
 
@@ -582,5 +617,5 @@ def _words(results:Mapping[str, Any])->list[str]:
 
 register(Study(
     'explore', 'Explorer: one search under attack', ('natural', 'hm', 'colo_tride:profile=official'),
-    compute=explore_results, write=write_explorer, words=_words, again=False, folder='explorer-{dataset}-{preset}'
+    compute=explore_results, write=write_explorer, words=_words, folder='explorer-{dataset}-{preset}'
 ))

@@ -9,15 +9,14 @@ __all__ = ['ranks', 'spearman', 'agreement', 'redraws', 'fairness', 'heat', 'wri
 import itertools, math, statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from ..core import kept_memory
 from ..metrics.scores import HEADINGS
-from ..report.pages import facts_table, html_figure, html_row, mean_spread, new_figure, opening, png
-from ..report.pages import table_box, theme
-from ..report.tables import publish, summary
+from ..report.blocks import chart, facts_table, heading, note, opening, para, plain_table, publish
+from ..report.pages import mean_spread, new_figure, theme
+from ..report.tables import summary
 from ..runs.store import provenance
 from .experiments import TABLE_DEFENSES, Plan, Study, cells, evaluate_cell, register, results
 
@@ -97,7 +96,7 @@ def write_fairness(
     folder:Path,
     results:Mapping[str, Any], # of `fairness`
 )->Path:                       # index.html
-    "Write index.html and results.json."
+    "Write what `report.blocks.publish` writes."
     names, table = [*results['agreement']], results['agreement']
     other = [h for h in names if h != 'TMA']
     with_tma = [table['TMA'][h] for h in other if not math.isnan(table['TMA'][h])]
@@ -110,56 +109,37 @@ def write_fairness(
         else f'{count} models are too few, or too much alike, for rank correlations.'
     ).replace('-', '−')
     body = [
-        html_row(
-            [
-                escape(row['label']), escape(row['setting']),
-                *(f'{v:.2f}' for score in ('ers', 'ars') for v in mean_spread(row[score]))
-            ]
-        )
+        [row['label'], row['setting'], *(f'{v:.2f}' for score in ('ers', 'ars') for v in mean_spread(row[score]))]
         for row in results['redraws']
     ]
-    lines = table_box(
-        html_row(
-            ['Defence', 'Setting', 'ERS, mean', 'ERS, standard deviation', 'ARS, mean', 'ARS, standard deviation'],
-            head=True
-        ),
-        body,
-    )
+    head = ['Defence', 'Setting', 'ERS, mean', 'ERS, standard deviation', 'ARS, mean', 'ARS, standard deviation']
     noise = {
         score: statistics.fmean(mean_spread(row[score])[1] for row in results['redraws']) for score in ('ers', 'ars')
     }
-    page = (
-        opening(
-            results['title'], '',
-            [
-                said,
-                (
-                    f'With other random targets the standard deviation of ERS is {noise["ers"]:.2f} points and that of'
-                    f' ARS {noise["ars"]:.2f}, mean over the models.'
-                ),
-            ],
-        )
-        + '<h2>Do the attacks'
-        ' agree?</h2>'
-        + html_figure(
-            png(heat(table)),
-            'Rank correlation of the rescaled attack results over the models;'
-            ' 1: the same order, −1: the opposite one.')
-        +
-        f'<h2>Noise of the random targets</h2>{lines}<p class="note">{len(results["redraws"][0]["ers"])} draws of the'
-        ' targets on the same queries.</p>'
-        '<h2>Hardness in place of'
-        ' collapseness</h2>'
-        f'{"".join(f"<p>{escape(text)}</p>" for text in summary(results))}'
-        f'<h2>Configuration</h2>{facts_table(results["parameters"])}<h2>Provenance</h2>'
-        f'{facts_table(results["provenance"])}'
+    targets = (
+        f'With other random targets the standard deviation of ERS is {noise["ers"]:.2f} points and that of'
+        f' ARS {noise["ars"]:.2f}, mean over the models.'
     )
+    page = [
+        opening(results['title'], '', [said, targets]), heading('Do the attacks agree?'),
+        chart(
+            heat(table),
+            'Rank correlation of the rescaled attack results over the models;'
+            ' 1: the same order, −1: the opposite one.',
+            kept=True,
+        ),
+        heading('Noise of the random targets'), plain_table(head, body),
+        note(f'{len(results["redraws"][0]["ers"])} draws of the targets on the same queries.'),
+        heading('Hardness in place of collapseness'), list(map(para, summary(results))),
+        heading('Configuration'), facts_table(results['parameters']),
+        heading('Provenance'), facts_table(results['provenance'])
+    ]
     return publish(folder, results, page)
 
 # %% ../../nbs/study/11_fairness.ipynb #dab187dd
 register(Study(
     'fairness', 'Are the scores fair?', (*TABLE_DEFENSES, 'colo_tride:profile=official+weighting=uniform'),
-    compute=fairness, write=write_fairness, words=summary, undefined=('agreement', 'redraws'),
+    compute=fairness, write=write_fairness, words=summary,
     about='Do the ten attacks order models alike, how much do ERS and ARS change when only the random targets are drawn'
     ' again, and what does hardness do in place of collapseness?'
 ))

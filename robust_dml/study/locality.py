@@ -8,15 +8,15 @@ __all__ = ['resistances', 'Point', 'points', 'plane', 'words', 'table', 'write_l
 # %% ../../nbs/study/05_locality.ipynb #de4c5939
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from ..core import need
-from ..report.pages import defence_name, html_figure, html_row, look, mean_spread, new_figure, number_cell
-from ..report.pages import opening, png, spread_text, table_box, theme
-from ..report.tables import RESISTANCE_COLUMNS, STATE_COLUMNS, TABLE1_COLUMNS, curves, number_at
-from ..report.tables import provenance_part, publish, setup_part
+from ..report.blocks import Content, chart, defence_name, heading, note, number_cell, opening, plain_table
+from ..report.blocks import publish
+from ..report.pages import look, mean_spread, new_figure, spread_text, theme
+from ..report.tables import RESISTANCE_COLUMNS, STATE_COLUMNS, TABLE1_COLUMNS, curves, ending, number_at
+from ..report.tables import setting_line
 from ..metrics.scores import ars_cells
 from .experiments import A, B, Study, register
 
@@ -139,49 +139,42 @@ def table(
     return need('pandas', 'a table').DataFrame(lines)
 
 # %% ../../nbs/study/05_locality.ipynb #1da6d099
-def _section(setting:str, records:Sequence[Mapping[str,Any]])->str:
+def _section(setting:str, records:Sequence[Mapping[str,Any]])->list[Content]:
     "Figure, table and training curves of a setting."
     sweep = points(records)
     shown = table(sweep)
     body = [
-        html_row([defence_name(p.records[0]), *(number_cell(text, False) for text in row[1:])])
-        for p, row in zip(sweep, shown.values.tolist())
+        [defence_name(p.records[0]), *map(number_cell, row[1:])] for p, row in zip(sweep, shown.values.tolist())
     ]
-    return (
-        f'<h2>Setting {escape(setting)}</h2>'
-        + html_figure(
-            png(plane(sweep).figure),
+    return [
+        heading(f'Setting {setting}'),
+        chart(
+            plane(sweep).figure,
             'Local against global resistance, the line in the order of w, the weight of the nearest negative. Faint:'
             ' single seeds. Hollow: flagged as collapsed.',
+            kept=True,
+        ),
+        plain_table([*shown], body, 'results'),
+        chart(
+            curves(records), 'Training, one thin line per seed. Distances that shrink together announce a collapse.'
         )
-        + table_box(html_row([*map(escape, shown)], head=True), body, 'results')
-        + html_figure(
-            png(curves(records)),
-            'Training, one thin line per seed. Distances that shrink together announce a collapse.'
-        )
-    )
+    ]
 
 def write_locality(
     folder:Path,               # for example reports/locality-glyphs-quick
     results:Mapping[str,Any],  # of `study.experiments.results`
 )->Path:                       # index.html
-    "Write index.html and results.json."
+    "Write what `report.blocks.publish` writes."
     settings = dict.fromkeys(r['setting'] for r in results['records'])
-    blocks = {s: [r for r in results['records'] if r['setting'] == s] for s in settings}
-    page = ''.join(_section(*block) for block in blocks.items())
-    said = [' '.join([f'Setting {s}.', *words(points(records))]) for s,records in blocks.items()]
-    note = (
+    parts = {s: [r for r in results['records'] if r['setting'] == s] for s in settings}
+    said = [' '.join([f'Setting {s}.', *words(points(records))]) for s,records in parts.items()]
+    text = (
         'Local: resistance (ARS) to GTM in its sound form. Global: mean resistance to QA+ and QA-. Resistance is 100'
         ' where an attack changes nothing and 0 where it reaches its goal. Loss and sweep are a construction of this'
         ' project, made to ask a question that the paper leaves to future work.'
     )
-    smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
-    return publish(
-        folder, results,
-        opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', said)
-        + f'<p class="note">{escape(note)}</p>{page}'
-        f'<h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}',
-    )
+    first = opening(results['title'], setting_line(results), said)
+    return publish(folder, results, [first, note(text), [_section(*part) for part in parts.items()], ending(results)])
 
 # %% ../../nbs/study/05_locality.ipynb #3035a280
 register(Study(

@@ -10,14 +10,14 @@ __all__ = ['check_reference', 'stored_seeds', 'every_row', 'reference', 'binomia
 import math, statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from ..metrics.scores import beside_printed, reference_source, reference_table
-from ..report.pages import defence_name, fixed_text, html_figure, html_row, in_255, join_words, look
-from ..report.pages import mean_spread, new_figure, number_cell, opening, png, spread_text, table_box, theme
-from ..report.tables import TABLE1_COLUMNS, number_at, provenance_part, publish, setup_part
+from ..report.blocks import Tag, bold, chart, code, defence_name, heading, note, number_cell, opening
+from ..report.blocks import plain_table, publish
+from ..report.pages import fixed_text, in_255, join_words, look, mean_spread, new_figure, spread_text, theme
+from ..report.tables import TABLE1_COLUMNS, ending, number_at
 from ..runs.store import finished_runs
 from .experiments import PARAMETERS, Plan, Study, cells, missing_cells, recipe, record, register
 from .experiments import results, study_of
@@ -245,7 +245,7 @@ def _queries(row:ReferenceRow, heading:str, images:int)->str:
     asked = images if _NUMBERS[heading].group == 'no attack' else row.records[0]['eval']['queries']
     return f'all {images:,}' if asked == images else f'{asked:,}'
 
-def _row_table(row:ReferenceRow, images:int)->str:
+def _row_table(row:ReferenceRow, images:int)->list[Tag]:
     "The fourteen numbers of a row."
     body = []
     for n in row.numbers:
@@ -255,43 +255,25 @@ def _row_table(row:ReferenceRow, images:int)->str:
         interval = ' to '.join(fixed_text(end, 1) for end in binomial_interval(n['ours'], queries)) if sampled else '–'
         printed = '–' if n['printed'] is None else fixed_text(n['printed'], digits)
         by = '–' if n['difference'] is None else _signed(n['difference'], digits)
-        inside = {True: 'yes', False: '<b>no</b>', None: '–'}[n['within']]
-        body.append(
-            html_row(
-                [
-                    escape(name), printed, number_cell(spread_text(n['ours'], spread, digits), False), by, inside,
-                    _queries(row, name, images), interval
-                ]
-            )
-        )
-    head = html_row(
-        [
-            'Number', 'Printed', 'Ours', 'Difference', 'Within two standard deviations', 'Queries',
-            '95 % interval of the queries'
-        ],
-        head=True,
-    )
-    return (
-        f"<h3>{defence_name(row.records[0])}, seeds"
-        f" {', '.join(str(r['seed']) for r in row.records)}</h3>{table_box(head, body)}"
-    )
+        inside = {True: 'yes', False: bold('no'), None: '–'}[n['within']]
+        ours = number_cell(spread_text(n['ours'], spread, digits))
+        body.append([name, printed, ours, by, inside, _queries(row, name, images), interval])
+    head = [
+        'Number', 'Printed', 'Ours', 'Difference', 'Within two standard deviations', 'Queries',
+        '95 % interval of the queries'
+    ]
+    seeds = ', '.join(str(r['seed']) for r in row.records)
+    return [heading([defence_name(row.records[0]), f', seeds {seeds}'], 3), plain_table(head, body)]
 
-def _open_rows(results:Mapping[str, Any])->str:
+def _open_rows(results:Mapping[str, Any])->list[Tag]:
     "Rows that lack seeds, with the command for each."
     lacking = [row for row in results['rows'] if len(row['seeds']) < _ENOUGH]
-    if not lacking: return ''
+    if not lacking: return []
     body = [
-        html_row(
-            [
-                escape(row['label']), ', '.join(map(str, row['seeds'])) or 'none',
-                f'<code>{escape(reference_command(results, row))}</code>'
-            ]
-        )
+        [row['label'], ', '.join(map(str, row['seeds'])) or 'none', code(reference_command(results, row))]
         for row in lacking
     ]
-    return '<h2>Still to compute</h2>' + table_box(
-        html_row(['Row', 'Seeds there', 'Command'], head=True), body, 'text fixed'
-    )
+    return [heading('Still to compute'), plain_table(['Row', 'Seeds there', 'Command'], body, 'text fixed')]
 
 def _sampled(results:Mapping[str, Any])->str:
     "How many queries were attacked."
@@ -303,7 +285,7 @@ def write_reference(
     folder:Path,                # for example reports/reference-fashion-paper
     results:Mapping[str, Any],  # of `reference`
 )->Path:                        # index.html
-    "Write index.html and results.json."
+    "Write what `report.blocks.publish` writes."
     rows, images = reference_rows(results), results['data']['test']['images']
     epochs = max(r['train']['config']['epochs'] for r in results['records'])
     attack, radius = results['attack'], in_255(next(iter(results['settings'].values()))['eps'])
@@ -319,30 +301,23 @@ def write_reference(
     beside, alone = [
         [row for row in rows if (row.numbers[0]['printed'] is None) == without] for without in (False, True)
     ]
-    note = (
+    text = (
         'Difference: our mean minus the printed number, which is one run without a spread. ± is the standard deviation'
         ' of our seeds, shown from three seeds on. The interval (binomial, Wilson) says how far a share of queries may'
         ' lie from that of all test images; a printed number between the two is no contradiction.'
     )
-    figure = (
-        html_figure(
-            png(gaps(rows)),
-            'Our mean minus the printed number; bars: two standard deviations of our seeds, where there are three. TMA'
-            ' × 100 and ES:D × 50, as in ERS.',
-        )
-        if beside
-        else ''
+    caption = (
+        'Our mean minus the printed number; bars: two standard deviations of our seeds, where there are three. TMA'
+        ' × 100 and ES:D × 50, as in ERS.'
     )
-    others = (
-        f"<h2>Rows without printed numbers</h2>{''.join(_row_table(row, images) for row in alone)}" if alone else ''
-    )
-    page = (
-        opening(results['title'], sub, reference_words(results), flagged)
-        + f'<h2>Printed and measured</h2>{figure}{"".join(_row_table(row, images) for row in beside)}'
-        f'<p class="note">{escape(note)}</p>{others}{_open_rows(results)}<h2>Source</h2><p'
-        f' class="note">{escape(reference_source())}</p>'
-        f'<h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>{provenance_part(results)}'
-    )
+    figure = [chart(gaps(rows), caption, kept=True)] if beside else []
+    others = [_row_table(row, images) for row in alone]
+    page = [
+        opening(results['title'], sub, reference_words(results), flagged), heading('Printed and measured'), figure,
+        [_row_table(row, images) for row in beside], note(text),
+        [heading('Rows without printed numbers'), *others] if alone else [],
+        _open_rows(results), heading('Source'), note(reference_source()), ending(results)
+    ]
     return publish(folder, results, page)
 
 # %% ../../nbs/study/07_reference.ipynb #bf0ceaf0

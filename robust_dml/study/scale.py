@@ -13,7 +13,6 @@ __all__ = ['INDEXES', 'SHARED', 'PARAMETERS', 'GALLERIES', 'FASTER', 'Curve', 'c
 import json, math, os, statistics, subprocess, sys, time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TYPE_CHECKING
 
@@ -31,10 +30,10 @@ from .cost import PAPER_SETS, image_steps, paper_workload, training_amounts
 from ..models.networks import build, dtype_of, embed, embed_all, frozen, streamlined
 from ..attacks.loop import autograd_gradient
 from ..runs.processes import leads, spread, traffic, wait
-from ..report.pages import facts_table, html_figure, html_row, new_figure, opening, png, table_box, theme
+from ..report.blocks import Content, Tag, chart, facts_table, heading, opening, para, plain_table, publish
+from ..report.pages import new_figure, theme
 from ..neighbors import knn
 from ..runs.store import provenance
-from ..report.tables import publish
 from ..defenses.base import make_defense
 
 if TYPE_CHECKING:
@@ -611,116 +610,122 @@ def _processes_panel(ax:'Axes', lines:Sequence[Mapping[str, Any]])->None:
     )
     ax.legend()
 
+def _clock(seconds:float)->str: return f'{seconds:.3g} s' if seconds >= 1 else f'{1000*seconds:.3g} ms'
+
+def _plain_rows(head:Sequence[str], rows:Sequence[Sequence[Any]])->Tag:
+    "A table of any values."
+    return plain_table(head, [[str(cell) for cell in row] for row in rows])
+
+def _indexes(results:Mapping[str, Any])->list[Content]:
+    "What approximate search answers under attack, a table for each model."
+    found:list[Content] = []
+    for m in results['models']:
+        head = [
+            'Index', 'Bytes per image', 'ms per query', 'Exact answer (%)',
+            *(f'R@1 {name} (%)' for name in m['indexes'][0]['r1'])
+        ]
+        rows = [
+            (
+                r['index'], f'{r["bytes"]:.0f}', f'{r["ms"]:.3f}', f'{r["same"]:.1f}',
+                *(f'{v:.1f}' for v in r['r1'].values())
+            )
+            for r in m['indexes']
+        ]
+        found += [heading(m['label'], 3), _plain_rows(head, rows)]
+    return found
+
+def _updates(results:Mapping[str, Any])->Tag:
+    "One update on many devices."
+    head = [
+        'Network', 'Devices', 'Network time', 'Embeddings', 'Image gradients', 'Weights', 'Update', 'Efficiency (%)',
+        'Longest'
+    ]
+    rows = [
+        (
+            f'x {u["times"]:,}', u['gpus'],
+            *(_clock(u[k]) for k in ('compute', 'embeddings', 'gradients', 'weights', 'total')),
+            f'{100*u["efficiency"]:.0f}', u['bottleneck']
+        )
+        for u in results['updates']
+    ]
+    return _plain_rows(head, rows)
+
+def _layouts(results:Mapping[str, Any])->Tag:
+    "A table of trainings on many devices."
+    rows = [
+        (
+            f'x {l["times"]:,}', l['gpus'], l['each'], l['at_once'], l['rounds'], f'{l["hours"]:,.1f}',
+            f'{100*l["efficiency"]:.0f}'
+        )
+        for l in results['layouts']
+    ]
+    return _plain_rows(
+        ['Network', 'Devices', 'Per training', 'Trainings at once', 'Rounds', 'Hours', 'Efficiency (%)'], rows
+    )
+
+def _processes(results:Mapping[str, Any])->list[Content]:
+    "What was measured with several processes; nothing where nothing was."
+    if not results['processes']: return []
+    def share(of): return f'{of["median"]:.0f} ({of["low"]:.0f} to {of["high"]:.0f})'
+    def typical(line, way): return _clock(statistics.median(r[way] for r in line['rounds']))
+    head = [
+        'Network', 'Images', 'Inner steps', 'Processes', 'One alone', 'All share it', 'Training: efficiency (%)',
+        'Each its own', 'Attacks: efficiency (%)'
+    ]
+    rows = [
+        (
+            l['network'], f'{l["images"]} of {l["size"]} x {l["size"]}', l['steps'], l['processes'],
+            typical(l, 'alone'), typical(l, 'shared'), share(l['training_pct']), typical(l, 'apart'),
+            share(l['attacks_pct'])
+        )
+        for l in results['processes']
+    ]
+    said = (
+        f'Measured: one update of ACT on {results["provenance"]["cores"]} cores, one thread for each process, in'
+        f' {len(results["processes"][0]["rounds"])} rounds of the three ways in turn; median and range of the rounds.'
+        f' The load average when it began was {results["load"]:.1f}; what is above 1 are other programs. Ratios of one'
+        ' round above 100 % are their doing.'
+    )
+    return [heading('Several processes on this machine'), para(said), _plain_rows(head, rows)]
+
 def write_scale(
     folder:Path,               # for example reports/scale-glyphs-quick
     results:Mapping[str, Any], # of `measure`
 )->Path:                       # index.html
-    "Write index.html and results.json."
-    s, p = results['search'], results['parameters']
-    def table(head, rows):
-        return table_box(html_row(head, head=True), [html_row([escape(str(c)) for c in row]) for row in rows])
-    def clock(seconds): return f'{seconds:.3g} s' if seconds >= 1 else f'{1000*seconds:.3g} ms'
-    indexes = ''.join(
-        f'<h3>{escape(m["label"])}</h3>'
-        + table(
-            [
-                'Index', 'Bytes per image', 'ms per query', 'Exact answer (%)',
-                *(f'R@1 {name} (%)' for name in m['indexes'][0]['r1'])
-            ],
-            [
-                (
-                    r['index'], f'{r["bytes"]:.0f}', f'{r["ms"]:.3f}', f'{r["same"]:.1f}',
-                    *(f'{v:.1f}' for v in r['r1'].values())
-                )
-                for r in m['indexes']
-            ],
-        )
-        for m in results['models']
-    )
-    galleries = table(
-        ['Images', 'Index', 'Memory (GB)', 'Computed time per query'],
-        [(f'{g["images"]:,}', g['index'], f'{g["gigabytes"]:.3g}', clock(g['seconds'])) for g in results['galleries']]
-    )
-    updates = table(
-        [
-            'Network', 'Devices', 'Network time', 'Embeddings', 'Image gradients', 'Weights', 'Update',
-            'Efficiency (%)', 'Longest'
-        ],
-        [
-            (
-                f'x {u["times"]:,}', u['gpus'],
-                *(clock(u[k]) for k in ('compute', 'embeddings', 'gradients', 'weights', 'total')),
-                f'{100*u["efficiency"]:.0f}', u['bottleneck']
-            )
-            for u in results['updates']
-        ],
-    )
-    layouts = table(
-        ['Network', 'Devices', 'Per training', 'Trainings at once', 'Rounds', 'Hours', 'Efficiency (%)'],
-        [
-            (
-                f'x {l["times"]:,}', l['gpus'], l['each'], l['at_once'], l['rounds'], f'{l["hours"]:,.1f}',
-                f'{100*l["efficiency"]:.0f}'
-            )
-            for l in results['layouts']
-        ],
-    )
-    def share(of): return f'{of["median"]:.0f} ({of["low"]:.0f} to {of["high"]:.0f})'
-    def typical(line, way): return clock(statistics.median(r[way] for r in line['rounds']))
-    shared = table(
-        [
-            'Network', 'Images', 'Inner steps', 'Processes', 'One alone', 'All share it', 'Training: efficiency (%)',
-            'Each its own', 'Attacks: efficiency (%)'
-        ],
-        [
-            (
-                l['network'], f'{l["images"]} of {l["size"]} x {l["size"]}', l['steps'], l['processes'],
-                typical(l, 'alone'), typical(l, 'shared'), share(l['training_pct']), typical(l, 'apart'),
-                share(l['attacks_pct'])
-            )
-            for l in results['processes']
-        ],
-    )
-    cores = results['provenance']['cores']
-    measured = (
-        f'<h2>Several processes on this machine</h2><p>Measured: one update of ACT on {cores} cores, one thread for'
-        f' each process, in {len(results["processes"][0]["rounds"])} rounds of the three ways in turn; median and range'
-        f' of the rounds. The load average when it began was {results["load"]:.1f}; what is above 1 are other programs.'
-        f' Ratios of one round above 100 % are their doing.</p>{shared}'
-        if results['processes']
-        else ''
-    )
-    held = (
-        ''
-        if math.isnan(s['held'])
-        else (
-            f' The largest gallery was predicted from the smaller ones with an error of {100*s["held"]:+.0f} %.'
-            .replace('-', '−')
-        )
-    )
-    body = (
-        opening(results['title'], '', words(results))
-        + html_figure(
-            png(sizes_figure(results)),
-            f'Left: measured and extended.{held} Middle: computed. Right: measured, with the range of the rounds.'
-        )
-        + measured
-        + f'<h2>Approximate search under attack</h2><p>Measured on {results["images"]:,} images; the attacks climb'
-        f' against the exact gallery, then every index answers the same queries.</p>{indexes}'
-        '<h2>Galleries</h2><p>Computed: the measured seconds of one comparison in exact search times the comparisons'
-        f' of a query, {results["dim"]} dimensions. A comparison with a PQ code costs less, a jump between lists'
-        f' more.</p>{galleries}'
-        f'<h2>One update of {escape(results["job"]["name"])}</h2><p>Computed from one measured image step on one'
-        f' device; {p["bandwidth"]:g} GB/s and {p["latency"]:g} µs between devices are assumptions.</p>{updates}'
-        f'<h2>A table of {p["trainings"]} trainings</h2><p>Computed: the number of devices per training that finishes'
-        f' the table soonest.</p>{layouts}'
-        f'<h2>Configuration</h2>{facts_table(dict(p, **results["job"]))}<h2>Provenance</h2>'
-        f'{facts_table(results["provenance"])}'
-    )
-    return publish(folder, results, body)
+    "Write what `report.blocks.publish` writes."
+    p, held = results['parameters'], results['search']['held']
+    galleries = [
+        (f'{g["images"]:,}', g['index'], f'{g["gigabytes"]:.3g}', _clock(g['seconds'])) for g in results['galleries']
+    ]
+    said = f' The largest gallery was predicted from the smaller ones with an error of {100*held:+.0f} %.'
+    known = '' if math.isnan(held) else said.replace('-', '−')
+    caption = f'Left: measured and extended.{known} Middle: computed. Right: measured, with the range of the rounds.'
+    page = [
+        opening(results['title'], '', words(results)), chart(sizes_figure(results), caption, kept=True),
+        _processes(results), heading('Approximate search under attack'),
+        para(
+            f'Measured on {results["images"]:,} images; the attacks climb against the exact gallery, then every index'
+            ' answers the same queries.'
+        ),
+        _indexes(results), heading('Galleries'),
+        para(
+            'Computed: the measured seconds of one comparison in exact search times the comparisons of a query,'
+            f' {results["dim"]} dimensions. A comparison with a PQ code costs less, a jump between lists more.'
+        ),
+        _plain_rows(['Images', 'Index', 'Memory (GB)', 'Computed time per query'], galleries),
+        heading(f'One update of {results["job"]["name"]}'),
+        para(
+            f'Computed from one measured image step on one device; {p["bandwidth"]:g} GB/s and {p["latency"]:g} µs'
+            ' between devices are assumptions.'
+        ),
+        _updates(results), heading(f'A table of {p["trainings"]} trainings'),
+        para('Computed: the number of devices per training that finishes the table soonest.'), _layouts(results),
+        heading('Configuration'), facts_table(dict(p, **results['job'])),
+        heading('Provenance'), facts_table(results['provenance'])
+    ]
+    return publish(folder, results, page)
 
 # %% ../../nbs/study/09_scale.ipynb #61d1a0f7
 register(Study(
-    'scale', 'Past one machine', prepare=checked, compute=measure, write=write_scale, words=words,
-    undefined=('search', 'models', 'galleries', 'updates', 'layouts'), in_all='no'
+    'scale', 'Past one machine', prepare=checked, compute=measure, write=write_scale, words=words, in_all='no'
 ))

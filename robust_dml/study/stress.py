@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from html import escape
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TYPE_CHECKING
@@ -26,9 +25,9 @@ from ..metrics.evaluate import query_rows, queries_and_gallery
 from .experiments import TABLE_DEFENSES, Cell, Plan, Study, alone, cells, evaluate_cell
 from .experiments import query_count, register, results, train_cell
 from ..models.networks import dtype_of, embed_all, streamlined
-from ..report.pages import defence_legend, html_figure, html_row, look, mean_spread, new_figure, opening
-from ..report.pages import png, table_box, theme
-from ..report.tables import provenance_part, publish, setup_part
+from ..report.blocks import Content, bold, chart, heading, note, opening, para, plain_table, publish, warning
+from ..report.pages import defence_legend, look, mean_spread, new_figure, theme
+from ..report.tables import ending, setting_line
 from ..runs.store import Run, append_line, open_run, read_lines
 from ..attacks.strong import APGD, LTM_NEAREST, adaptive, over_eps, over_steps, run_strong, three
 
@@ -420,54 +419,45 @@ def _average(values)->float:
     return math.fsum(known)/len(known) if known else math.nan
 
 # %% ../../nbs/study/04_stress.ipynb #b7761d69
-def _section(setting, records)->str:
+def _section(setting:str, records:Sequence[Mapping[str, Any]])->list[Content]:
     "Table and curves of a setting."
     head, *rows = stress_table(records)
-    strong = [
-        html_row([f'<b>{escape(cell)}</b>' if row[0].startswith('All of them') else escape(cell) for cell in row])
-        for row in rows
-    ]
+    strong = [[bold(cell) for cell in row] if row[0].startswith('All of them') else row for row in rows]
     flagged = ', '.join(dict.fromkeys(r['label'] for r in records if r['eval']['collapsed']))
-    note = (
-        f'<p class="note">Flagged as collapsed, so that its R@1 under attack means nothing: {escape(flagged)}.</p>'
-        if flagged
-        else ''
-    )
-    said = f'<p>{escape(beyond_es(records))}</p>' if any(not r['eval']['collapsed'] for r in records) else ''
-    return (
-        '<h2>Setting'
-        f' {escape(setting)}</h2>{said}{table_box(html_row([*map(escape, head)], head=True), strong, "fixed")}{note}'
-        + html_figure(
-            png(stress_curves(records)),
+    doubt = [note(f'Flagged as collapsed, so that its R@1 under attack means nothing: {flagged}.')] if flagged else []
+    said = [para(beyond_es(records))] if any(not r['eval']['collapsed'] for r in records) else []
+    return [
+        heading(f'Setting {setting}'), said, plain_table(head, strong, 'fixed'), doubt,
+        chart(
+            stress_curves(records),
             'R@1 under ES over the radius (left) and over the number of steps at the radius of the setting (right),'
             ' mean over the seeds.',
+            kept=True,
         )
-    )
+    ]
 
 def write_stress(
     folder:Path,               # for example reports/stress-glyphs-quick
     results:Mapping[str, Any], # of `stress_results`
 )->Path:                       # index.html
-    "Write index.html and results.json."
+    "Write what `report.blocks.publish` writes."
     effort, sections = results['effort'], {
         r['setting']: [q for q in results['records'] if q['setting'] == r['setting']] for r in results['records']
     }
     first, *rest = words(results)
-    note = (
+    text = (
         f"R@1 in percent on {effort['queries']} queries of the test set, mean ± standard deviation over the seeds."
         " Questions: images that the model is asked for, per query. White-box searches take"
         f" {results['attack']['steps']} steps, the one with restarts {effort['restarts']} times as many. Noise draws"
         f" corners of the ball; universal: one perturbation for all, learned on {effort['learn']} other images; made"
         " on: images of ES made on another model of the same setting and seed."
     )
-    smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
     return publish(
         folder, results,
-        opening(results["title"], f'Data {results["dataset"]}, preset {results["preset"]}.{smoke}', [first])
-        + ''.join(f'<p class="warn">{escape(text)}</p>' for text in rest)
-        + ''.join(_section(*item) for item in sections.items())
-        + f'<p class="note">{escape(note)}</p><h2>Configuration</h2>{setup_part(results)}<h2>Provenance</h2>'
-          f'{provenance_part(results)}',
+        [
+            opening(results['title'], setting_line(results), [first]), list(map(warning, rest)),
+            [_section(*item) for item in sections.items()], note(text), ending(results)
+        ],
     )
 
 # %% ../../nbs/study/04_stress.ipynb #ee5153fc

@@ -14,8 +14,8 @@ from typing import Any
 
 from ..core import kept_memory
 from ..metrics.scores import PAPER_MINUTES
-from ..report.pages import defence_name, facts_table, html_row, join_words, mean_spread, opening, table_box
-from ..report.tables import publish
+from ..report.blocks import defence_name, facts_table, heading, note, opening, plain_table, publish
+from ..report.pages import join_words, mean_spread
 from ..runs.store import provenance
 from .experiments import A, Plan, Study, cells, defense, outline, register, train_cell, trained_as
 
@@ -69,30 +69,21 @@ def write_timing(
     folder:Path,                # for example reports/timing-glyphs-quick
     results:Mapping[str, Any],  # of `timing`
 )->Path:                        # index.html
-    "Write index.html and results.json."
+    "Write what `report.blocks.publish` writes."
     rows, saved = timing_rows(results['trainings']), 1 - PAPER_MINUTES['colo_tride']/PAPER_MINUTES['hm']
-    def number(v, form): return '–' if math.isnan(v) else format(v, form)
+    def number(v:float, form:str)->str: return '–' if math.isnan(v) else format(v, form)
     body = [
-        html_row(
-            [
-                defence_name(dict(row['first'], label=row['label'])), str(row['trainings']),
-                number(row['seconds'], '.1f'), number(row['spread'], '.1f'),
-                number(100 * (1 - row['ratio']), '+.0f').replace('-', '−'), f"{row['image_steps']:,.0f}",
-                f"{100*row['share']:.0f}"
-            ]
-        )
+        [
+            defence_name(dict(row['first'], label=row['label'])), str(row['trainings']), number(row['seconds'], '.1f'),
+            number(row['spread'], '.1f'), number(100 * (1 - row['ratio']), '+.0f').replace('-', '−'),
+            f"{row['image_steps']:,.0f}", f"{100*row['share']:.0f}"
+        ]
         for row in rows
     ]
-    table = table_box(
-        html_row(
-            [
-                'Defence', 'Trainings', 'Seconds, mean', 'Standard deviation', 'Less time than HM (%)', 'Image steps',
-                'Inner steps made (%)'
-            ],
-            head=True,
-        ),
-        body,
-    )
+    head = [
+        'Defence', 'Trainings', 'Seconds, mean', 'Standard deviation', 'Less time than HM (%)', 'Image steps',
+        'Inner steps made (%)'
+    ]
     said = ' '.join(
         f"{row['label']} takes {100*abs(1 - row['ratio']):.0f} % {'less' if row['ratio'] < 1 else 'more'} time than HM."
         for row in rows
@@ -107,13 +98,15 @@ def write_timing(
         f'Preset {results["preset"]}, {results["device"]}. The paper: {PAPER_MINUTES["hm"]} and'
         f' {PAPER_MINUTES["colo_tride"]} minutes, {100*saved:.0f} % less.'
     )
-    page = (
-        opening(results['title'], sub, [said, made])
-        + f'{table}<p class="note">Image steps: images moved times inner steps that were really made; an inner search'
-        ' may end before its last step. Inner steps made: mean over the epochs.</p>'
-        f'<h2>Configuration</h2>{facts_table(results["parameters"])}<h2>Provenance</h2>'
-        f'{facts_table(results["provenance"])}'
-    )
+    page = [
+        opening(results['title'], sub, [said, made]), plain_table(head, body),
+        note(
+            'Image steps: images moved times inner steps that were really made; an inner search may end before its last'
+            ' step. Inner steps made: mean over the epochs.'
+        ),
+        heading('Configuration'), facts_table(results['parameters']),
+        heading('Provenance'), facts_table(results['provenance'])
+    ]
     return publish(folder, results, page)
 
 # %% ../../nbs/study/10_timing.ipynb #73f293cf
@@ -126,6 +119,6 @@ register(Study(
     changes=dict(
         settings=(replace(A, name='T', step_size=4/255, steps=32, colo_steps=16),), seeds=(0, 1, 2, 3, 4), epochs=2
     ),
-    compute=timing, write=write_timing, words=_words, undefined=('trainings',),
+    compute=timing, write=write_timing, words=_words,
     about='Trains HM with 32 inner steps and COLO-TRIDE with 16, five times each in turn, and compares the seconds.'
 ))

@@ -12,7 +12,6 @@ __all__ = ['IMAGES', 'SLACK', 'RULE', 'CANDIDATES', 'QUERIES', 'OWN', 'Rows', 'o
 import csv, io, itertools, json, math, statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
@@ -26,10 +25,11 @@ from ..defenses.lines import SCALED, Setting, entry_of, resolve, tuned
 from .experiments import Cell, Plan, Study, check_split, defense, describe, outline, parameters
 from .experiments import plan, record, register
 from ..runs.jobs import only_inline
-from ..report.pages import defence_legend, defence_name, facts_table, html_figure, html_row, look
-from ..report.pages import new_figure, opening, png, table_box, theme
+from ..report.blocks import Content, Tag, below, chart, defence_name, facts_table, heading, note, opening
+from ..report.blocks import para, plain_table, publish
+from ..report.pages import defence_legend, look, new_figure, theme
 from ..runs.store import Run, provenance, read_results, to_json, write_atomic
-from ..report.tables import publish
+from ..report.tables import setting_line
 from ..defenses.colo_tride import PROFILES
 
 if TYPE_CHECKING: from matplotlib.axes import Axes
@@ -261,7 +261,7 @@ def _compute(tuning, show): return tune(tuning, show=show) # defined below
 register(Study(
     'tune', 'Tuning with one budget', prepare=prepare,
     compute=_compute, write=lambda folder, results: write_tuning(folder, results),
-    words=lambda results: summary(results), undefined=('r1', 'ars', 'ers', 'mean_distance')
+    words=lambda results: summary(results)
 ))
 
 # %% ../../nbs/study/01_tuning.ipynb #75b14b1f
@@ -494,76 +494,57 @@ def to_csv(lines:Sequence[Mapping[str, Any]])->bytes: # of `table`
     return file.getvalue().encode()
 
 # %% ../../nbs/study/01_tuning.ipynb #9e5ddfd0
-def _spread(lines:Sequence[Mapping[str, Any]], key:str)->str:
+def _spread(lines:Sequence[Mapping[str, Any]], key:str)->Content:
     values = [line[key] for line in lines]
-    return f'{statistics.fmean(values):.1f}' + (
-        f'<span class="sd">±{statistics.stdev(values):.1f}</span>' if len(values) > 1 else ''
-    )
+    spread = below(f'±{statistics.stdev(values):.1f}') if len(values) > 1 else ''
+    return [f'{statistics.fmean(values):.1f}', spread]
 
-def _who(method:str, setting:str)->str:
+def _who(method:str, setting:str)->Content:
     "The first cell of a row: a method and its setting."
-    return f'{defence_name(_looks(method))}<span class="sd">{escape(setting)}</span>'
+    return [defence_name(_looks(method)), below(setting)]
 
-def _confirmed(results:Mapping[str, Any])->str:
+def _confirmed(results:Mapping[str, Any])->Tag:
     "Defaults and chosen settings on the test classes."
     body = []
     for method,taken in results['chosen'].items():
         plain, tuned = _pairs(results, method)
         for candidate,lines in (({}, plain), (taken['candidate'], tuned))[:1 if plain == tuned else 2]:
             flags = sum(line['collapsed'] for line in lines)
-            body.append(
-                html_row(
-                    [
-                        _who(method, words(candidate)), *(_spread(lines, key) for key in ('r1', 'ars', 'ers')),
-                        f"{_mean(lines, 'mean_distance'):.3f}", f'{flags} of {len(lines)}',
-                        f"{_mean(lines, 'image_steps'):,.0f}"
-                    ]
-                )
-            )
-    return table_box(
-        html_row(
-            ['Method and setting', 'R@1 (%)', 'ARS', 'ERS', 'Mean distance', 'Collapsed', 'Image steps per training'],
-            head=True
-        ),
-        body,
+            body.append([
+                _who(method, words(candidate)), *(_spread(lines, key) for key in ('r1', 'ars', 'ers')),
+                f"{_mean(lines, 'mean_distance'):.3f}", f'{flags} of {len(lines)}',
+                f"{_mean(lines, 'image_steps'):,.0f}"
+            ])
+    return plain_table(
+        ['Method and setting', 'R@1 (%)', 'ARS', 'ERS', 'Mean distance', 'Collapsed', 'Image steps per training'], body
     )
 
-def _tried(results:Mapping[str, Any])->str:
+def _tried(results:Mapping[str, Any])->Tag:
     "Every candidate on the held-out classes."
     body = [
-        html_row(
-            [
-                _who(line['method'], line['setting']), line['R@1'], line['ARS'], line['ERS'], line['mean distance'],
-                line['collapsed'], line['front'], line['chosen'], f"{line['image steps']:,}"
-            ]
-        )
+        [
+            _who(line['method'], line['setting']), line['R@1'], line['ARS'], line['ERS'], line['mean distance'],
+            line['collapsed'], line['front'], line['chosen'], f"{line['image steps']:,}"
+        ]
         for line in table(results)
         if line['classes'] == 'held-out'
     ]
-    return table_box(
-        html_row(
-            [
-                'Method and setting', 'R@1 (%)', 'ARS', 'ERS', 'Mean distance', 'Collapsed', 'On the front', 'Chosen',
-                'Image steps'
-            ],
-            head=True,
-        ),
-        body,
-    )
+    head = [
+        'Method and setting', 'R@1 (%)', 'ARS', 'ERS', 'Mean distance', 'Collapsed', 'On the front', 'Chosen',
+        'Image steps'
+    ]
+    return plain_table(head, body)
 
-def _spent(results:Mapping[str, Any])->str:
+def _spent(results:Mapping[str, Any])->Tag:
     "What the search cost each method."
     body = []
     for method in results['chosen']:
         steps = [p['image_steps'] for p in _of(results['points'], method)]
         body.append(
-            html_row(
-                [defence_name(_looks(method)), str(len(steps)), f'{steps[0]:,}', f'{max(steps):,}', f'{sum(steps):,}']
-            )
+            [defence_name(_looks(method)), str(len(steps)), f'{steps[0]:,}', f'{max(steps):,}', f'{sum(steps):,}']
         )
-    return table_box(
-        html_row(['Method', 'Candidates', 'Image steps, default', 'Image steps, most', 'Image steps, all'], head=True),
-        body
+    return plain_table(
+        ['Method', 'Candidates', 'Image steps, default', 'Image steps, most', 'Image steps, all'], body
     )
 
 # %% ../../nbs/study/01_tuning.ipynb #aca180c4
@@ -571,13 +552,12 @@ def write_tuning(
     folder:Path,               # for example reports/tune-glyphs-quick
     results:Mapping[str, Any], # of `tune`
 )->Path:                       # index.html
-    "Write index.html, table.csv and results.json."
+    "Write table.csv and what `report.blocks.publish` writes."
     s, c = results['search'], results['confirmation']
     data = {
         side: f"{s['data'][side]['images']} images of {s['data'][side]['classes']} classes"
         for side in ('train', 'test')
     }
-    smoke = ' This preset only tests the code, its numbers mean nothing.' if results['preset'] == 'smoke' else ''
     first = (
         'Each marker is a setting, the line joins a method\'s front, the ring is the chosen setting, a white dot the'
         ' default, a hollow marker a collapsed model, the dashed line the R@1 that is asked for. '
@@ -587,26 +567,29 @@ def write_tuning(
         'Hollow: the default; filled: the chosen setting; small: single seeds. Farther right and farther up is better,'
         ' except for models whose mean distance is near 0: they resist because nothing in them can move.'
     )
-    page = (
-        opening(
-            results['title'],
-            f'Data {results["dataset"]}, preset {results["preset"]}, ε = {255*results["setting"]["eps"]:g}/255.{smoke}',
-            summary(results)[::-1]
-        )
-        + f'<h2>The rule</h2><p>{escape(results["rule"])} It was fixed before the search.</p><h2>Fronts on held-out'
-        f' training classes</h2>{html_figure(png(fronts(results).figure), first)}{_tried(results)}'
-        f'<p class="note">Trained on {data["train"]}, judged on {data["test"]}, all of the training side: {s["limit"]}'
-        f' queries, {s["steps"]} steps of {255*s["step_size"]:.3g}/255. × is a factor of the method\'s default.</p>'
-        '<h2>Confirmation on the test'
-        f' classes</h2>{html_figure(png(moves(results).figure), second)}{_confirmed(results)}<p'
-        f' class="note">{c["epochs"]} epochs on all training classes; {c["limit"]} queries, {c["steps"]} steps of'
-        f' {255*c["step_size"]:.3g}/255; mean over the seeds ± their sample standard deviation.</p>'
-        f'<h2>Budget</h2><p>No training may make more image steps than {results["budget"]:,}, those that the default HM'
-        f' may make; HM and COLO-TRIDE may end an inner loop early.</p>{_spent(results)}<h3>What was drawn'
-        f' from</h3>{facts_table(results["spaces"])}'
-        f'<h2>Configuration</h2>{facts_table(results["parameters"])}<h2>Provenance</h2>'
-        f'{facts_table(results["provenance"])}'
-    )
+    radius = f'ε = {255*results["setting"]["eps"]:g}/255'
+    page = [
+        opening(results['title'], setting_line(results, radius), summary(results)[::-1]), heading('The rule'),
+        para(f'{results["rule"]} It was fixed before the search.'), heading('Fronts on held-out training classes'),
+        chart(fronts(results).figure, first, kept=True), _tried(results),
+        note(
+            f'Trained on {data["train"]}, judged on {data["test"]}, all of the training side: {s["limit"]} queries,'
+            f' {s["steps"]} steps of {255*s["step_size"]:.3g}/255. × is a factor of the method\'s default.'
+        ),
+        heading('Confirmation on the test classes'), chart(moves(results).figure, second), _confirmed(results),
+        note(
+            f'{c["epochs"]} epochs on all training classes; {c["limit"]} queries, {c["steps"]} steps of'
+            f' {255*c["step_size"]:.3g}/255; mean over the seeds ± their sample standard deviation.'
+        ),
+        heading('Budget'),
+        para(
+            f'No training may make more image steps than {results["budget"]:,}, those that the default HM may make; HM'
+            ' and COLO-TRIDE may end an inner loop early.'
+        ),
+        _spent(results), heading('What was drawn from', 3), facts_table(results['spaces']),
+        heading('Configuration'), facts_table(results['parameters']),
+        heading('Provenance'), facts_table(results['provenance'])
+    ]
     write_atomic(Path(folder)/'table.csv', to_csv(table(results)))
     return publish(folder, results, page)
 

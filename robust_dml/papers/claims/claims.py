@@ -418,7 +418,7 @@ def page(
     claims:Sequence[Claim]=CLAIMS,
     studies:Iterable[str]=STUDIES,
 )->Path:                               # index.html
-    "Write claims.md, claims/index.html and claims/results.json, from finished reports only."
+    "Write claims/: page, README and results, from finished reports only."
     if not Path(reports).is_dir():
         raise FileNotFoundError(
             f'expected a folder of reports, found none at {reports}; run make table1 or name another folder with -p out'
@@ -430,6 +430,6 @@ def page(
 register(Study(
     'claims', 'The claims of the three papers', compute=lambda plan, show: claims_results(plan.reports),
     write=lambda folder, results: write_claims(Path(folder).parent, results),
-    words=lambda results: [summary(results)], undefined=('claims', 'beaten', 'watched', 'contrasts', 'readings'), folder='claims',
+    words=lambda results: [summary(results)], folder='claims',
     in_all='last'
 ))

@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['Cells', 'BENIGN', 'SAME_ROW', 'SAME_HEADING', 'FALLING', 'NEAR_ZERO', 'ABOUT', 'NO_GAIN', 'SETS', 'RANK', 'RECALL',
-           'EQUATIONS', 'GAINS', 'SHIFTS', 'FIGURE_5', 'ERRATA', 'APPENDIX', 'Key', 'printed', 'Span', 'span', 'apart',
-           'Check', 'row_checks', 'rows', 'possible', 'side', 'verdict', 'recompute', 'not_recomputed',
-           'implied_before', 'order_violations', 'repeated', 'disagreements', 'Repair', 'repairs', 'Fact', 'Claim',
-           'Printed', 'above', 'within', 'claims', 'errata_results', 'summary', 'to_csv', 'draw_scores', 'write_errata',
-           'asked', 'natural_triplets', 'check_lines', 'appendix_results', 'appendix_figures', 'appendix_summary',
-           'write_appendix']
+           'ERRATA_TITLE', 'EQUATIONS', 'GAINS', 'SHIFTS', 'FIGURE_5', 'ERRATA', 'APPENDIX', 'APPENDIX_TITLE', 'Key',
+           'printed', 'Span', 'span', 'apart', 'Check', 'row_checks', 'rows', 'possible', 'side', 'verdict',
+           'recompute', 'not_recomputed', 'implied_before', 'order_violations', 'repeated', 'disagreements', 'Repair',
+           'repairs', 'Fact', 'Claim', 'Printed', 'above', 'within', 'claims', 'errata_results', 'summary', 'to_csv',
+           'draw_scores', 'write_errata', 'asked', 'natural_triplets', 'check_lines', 'appendix_results',
+           'appendix_figures', 'appendix_summary', 'write_appendix']
 
 # %% ../../../nbs/papers/colo_tride/01_errata.ipynb #1216c27d
 import bisect, csv, io, itertools, math, statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -29,11 +28,12 @@ from ...triplets.distances import normalise, paired_distance
 from ...study.experiments import BUILT_IN, Study, folder_name, natural, recipe, register
 from ...triplets.mining import semihard
 from ...models.networks import build, embed_all
-from ...report.pages import document, facts_table, html_figure, html_row, maths, new_figure, opening, png
-from ...report.pages import table_box, theme
+from ...report.blocks import BREAK, Content, Formula, Picture, Tag, bad, below, bold, chart, facts_table, heading
+from ...report.blocks import note, opening, para, plain_table, publish, slanted, tag
+from ...report.pages import new_figure, theme
 from ...metrics.scores import _RANGES, ARS_HEADINGS, HEADINGS, PAPER_MINUTES, ars, ars_cells
 from ...metrics.scores import constant_before, ers, paper_table
-from ...runs.store import provenance, write_atomic, write_results
+from ...runs.store import provenance, write_atomic
 from ...defenses.train import train
 
 if TYPE_CHECKING:
@@ -835,199 +835,162 @@ def draw_scores(
 def _short(defense:str)->str: return defense.split(' (')[0]
 
 # %% ../../../nbs/papers/colo_tride/01_errata.ipynb #370c0d10
-def _document(title:str, sub:str, said:Sequence[str], *parts:str)->str:
-    "A page in the style of the reports; `parts` are HTML, the others text."
-    return document(title, opening(title, sub, said) + ''.join(parts))
-
-def _table(head:Sequence[str], body:Sequence[Sequence[str]], kind:str='')->str:
-    "A table of HTML cells."
-    return table_box(html_row([*map(escape, head)], head=True), [html_row(cells) for cells in body], kind)
-
-def _judged(verdict:str)->str:
-    return f'<span class="bad">{escape(verdict)}</span>' if verdict in ('contradicted', 'outside') else escape(verdict)
+def _judged(verdict:str)->Content: return bad(verdict) if verdict in ('contradicted', 'outside') else verdict
 
 def _number(x:float, digits:int=2, form:str='')->str:
     return '–' if math.isnan(x) else f'{round(x, digits) + 0.:{form}.{digits}f}'.replace('-', '−')
 
-def _claims_table(results:Mapping[str, Any])->str:
+def _claims_table(results:Mapping[str, Any])->Tag:
     mark = {True: '✓', False: '✗', None: '?'}
-    def evidence(facts:Sequence[Mapping[str, Any]])->str:
-        return ''.join(
-            f'<span style="display:inline-block;margin-right:1.4em"><span aria-hidden="true">{mark[f["holds"]]}</span>'
-            f' {escape(f["text"])}</span>'
-            for f in facts
-        )
-    return _table(
-        ('Verdict', 'Sentence, in our words', 'Evidence'),
-        [
-            (f'{c["number"]}&ensp;{_judged(c["verdict"])}', escape(c['text']), evidence(c['facts']))
-            for c in results['claims']
-        ],
-        'text',
-    )
-
-def _score_table(results:Mapping[str, Any], name:str)->str:
-    lines = [l for l in results['scores'] if l['check'] == name]
-    return _table(
-        ('Row', 'Table', 'Printed', 'Recomputed', 'Possible', 'Difference', 'Verdict'),
-        [
-            (
-                escape(f'{l["dataset"]} {l["defense"]}'), str(l['table']), escape(l['printed']), _number(l['computed']),
-                f'{_number(l["low"])} to {_number(l["high"])}', _number(l['difference'], 2, '+'), _judged(l['verdict'])
+    def evidence(facts:Sequence[Mapping[str, Any]])->list[Content]:
+        return [
+            tag(
+                'span', tag('span', mark[f['holds']], aria_hidden='true'), f' {f["text"]}',
+                style='display:inline-block;margin-right:1.4em'
             )
-            for l in lines
-        ],
-    )
+            for f in facts
+        ]
+    rows = [
+        ([f'{c["number"]}\u2002', _judged(c['verdict'])], c['text'], evidence(c['facts'])) for c in results['claims']
+    ]
+    return plain_table(('Verdict', 'Sentence, in our words', 'Evidence'), rows, 'text')
 
-def _resistance_table(results:Mapping[str, Any])->str:
+def _score_table(results:Mapping[str, Any], name:str)->Tag:
+    rows = [
+        (
+            f'{l["dataset"]} {l["defense"]}', str(l['table']), l['printed'], _number(l['computed']),
+            f'{_number(l["low"])} to {_number(l["high"])}', _number(l['difference'], 2, '+'), _judged(l['verdict'])
+        )
+        for l in results['scores']
+        if l['check'] == name
+    ]
+    return plain_table(('Row', 'Table', 'Printed', 'Recomputed', 'Possible', 'Difference', 'Verdict'), rows)
+
+def _resistance_table(results:Mapping[str, Any])->Tag:
     "One line per row, one column per attack: printed above recomputed."
     by = {(l['dataset'], l['defense'], l['heading']): l for l in results['scores'] if l['check'].startswith('ARS of')}
     names = list(dict.fromkeys(k[:2] for k in by))
-    def cell(l:Mapping[str, Any])->str:
-        text = escape(l['printed'])
-        return (
-            f'<span class="bad">{text}</span>' if l['verdict'] == 'outside' else text
-        ) + f'<span class="sd">{_number(l["computed"])}</span>'
-    return _table(
-        ('Row', *ARS_HEADINGS),
-        [
-            (escape(' '.join(row)), *(cell(by[*row, h]) if (*row, h) in by else '–' for h in ARS_HEADINGS))
-            for row in names
-        ],
-    )
+    def cell(row:tuple[str, str], h:str)->Content:
+        if (*row, h) not in by: return '–'
+        l = by[*row, h]
+        return [bad(l['printed']) if l['verdict'] == 'outside' else l['printed'], below(_number(l['computed']))]
+    rows = [(' '.join(row), *(cell(row, h) for h in ARS_HEADINGS)) for row in names]
+    return plain_table(('Row', *ARS_HEADINGS), rows)
 
 # %% ../../../nbs/papers/colo_tride/01_errata.ipynb #f1f91843
-def _repair_table(line:Mapping[str, Any])->str:
+def _repair_table(line:Mapping[str, Any])->list[Tag]:
     def change(r:Mapping[str, Any])->str:
         if r['kind'] == 'replacement':
-            return (
-                f'{escape(r["cells"][0])}: {escape(" to ".join(dict.fromkeys(r["values"])))} in place of'
-                f' {escape(r["printed"][0])}'
-            )
-        return (
-            f'{escape(r["cells"][0])} ({escape(r["printed"][0])}) with {escape(r["cells"][1])}'
-            f' ({escape(r["printed"][1])})'
-        )
+            return f'{r["cells"][0]}: {" to ".join(dict.fromkeys(r["values"]))} in place of {r["printed"][0]}'
+        return f'{r["cells"][0]} ({r["printed"][0]}) with {r["cells"][1]} ({r["printed"][1]})'
     body = [
-        (escape(r['kind']), change(r), escape(', '.join(r['mends'])), escape('; '.join(r['also'])))
+        (r['kind'], change(r), ', '.join(r['mends']), '; '.join(r['also']))
         for r in sorted(line['repairs'], key=lambda r: (-len(r['mends']), not r['also'], r['kind'] == 'replacement'))
     ]
-    return f'<h3>{escape(line["dataset"])} {escape(line["defense"])}</h3><p>{line["tried"]} swaps tried.</p>' + (
-        _table(('Kind', 'Change', 'Mends', 'Also printed as'), body, 'text')
-        if any(b[3] for b in body)
-        else (
-            _table(('Kind', 'Change', 'Mends'), [b[:3] for b in body], 'text')
-            if body
-            else '<p>No single change mends a score.</p>'
-        )
-    )
+    head = ('Kind', 'Change', 'Mends', 'Also printed as')
+    first = [heading(f'{line["dataset"]} {line["defense"]}', 3), para(f'{line["tried"]} swaps tried.')]
+    if not body: return [*first, para('No single change mends a score.')]
+    columns = 4 if any(b[3] for b in body) else 3
+    return [*first, plain_table(head[:columns], [b[:columns] for b in body], 'text')]
 
-def _before_table(results:Mapping[str, Any])->str:
+def _before_table(results:Mapping[str, Any])->list[Tag]:
     lines = [l for l in results['before'] if not l['fits']]
     fits = [l for l in results['before'] if l['fits']]
-    return (
-        f'<p>{len(fits)} of {len(results["before"])} pairs of result and resistance agree with the constants 50 and 1'
-        ' and the printed R@1. The others imply another value before the attack; where no rank can have it, one of the'
-        ' two cells is wrong.</p>'
-        + _table(
-            ('Row', 'Attack', 'Implied value', 'Value of the formula'),
-            [
-                (
-                    escape(f'{l["dataset"]} {l["defense"]}'), l['heading'],
-                    f'{_number(l["low"])} to {_number(l["high"])}', f'{l["taken"]:g}'
-                )
-                for l in lines
-            ],
-            'text',
+    rows = [
+        (
+            f'{l["dataset"]} {l["defense"]}', l['heading'], f'{_number(l["low"])} to {_number(l["high"])}',
+            f'{l["taken"]:g}'
         )
+        for l in lines
+    ]
+    return [
+        para(
+            f'{len(fits)} of {len(results["before"])} pairs of result and resistance agree with the constants 50 and 1'
+            ' and the printed R@1. The others imply another value before the attack; where no rank can have it, one of'
+            ' the two cells is wrong.'
+        ),
+        plain_table(('Row', 'Attack', 'Implied value', 'Value of the formula'), rows, 'text')
+    ]
+
+def _twice_table(results:Mapping[str, Any])->Tag:
+    def cell(c:Mapping[str, Any])->list[Content]: return [f'{c["cell"]}: ', bold(c['printed'])]
+    def others(cells:Sequence[Mapping[str, Any]])->list[Content]:
+        return [[BREAK if k else '', cell(c)] for k, c in enumerate(cells)]
+    return plain_table(
+        ('First', 'and elsewhere'), [(cell(g[0]), others(g[1:])) for g in results['disagreements']], 'text'
     )
 
-def _twice_table(results:Mapping[str, Any])->str:
-    return _table(
-        ('First', 'and elsewhere'),
-        [
-            (
-                f'{escape(g[0]["cell"])}: <b>{escape(g[0]["printed"])}</b>',
-                '<br>'.join(f'{escape(c["cell"])}: <b>{escape(c["printed"])}</b>' for c in g[1:])
-            )
-            for g in results['disagreements']
-        ],
-        'text',
-    )
+ERRATA_TITLE = 'Errata: the paper checked against its own tables'
 
-def _errata_page(results:Mapping[str, Any], picture:bytes)->str:
-    order = (
-        _table(
-            ('Kind', 'Cells', 'What is wrong'),
-            [(l['kind'], escape('; '.join(l['cells'])), escape(l['detail'])) for l in results['order']], 'text'
-        )
-        if results['order']
-        else (
-            '<p>All hold: R@1 ≤ R@2, R@1 after an attack ≤ R@1 before it, every number in the range of its heading.</p>'
-        )
+def _errata_page(results:Mapping[str, Any])->list[Content]:
+    rows = [(l['kind'], '; '.join(l['cells']), l['detail']) for l in results['order']]
+    holds = para(
+        'All hold: R@1 ≤ R@2, R@1 after an attack ≤ R@1 before it, every number in the range of its heading.'
     )
     caption = (
         'Recomputed minus printed scores. Bars: what is possible when every number is rounded as far as its digits'
         ' allow. Grey stripe: the rounding of the printed score. T3, T4: rows of Tables 3 and 4.'
     )
-    return _document(
-        'Errata: the paper checked against its own tables',
-        'Tables 1 to 4 of COLO-TRIDE, as printed. Every verdict is computed from the printed cells.',
-        [summary(results)],
-        '<h2>Sentences against tables</h2><p>A sentence is contradicted if one comparison of printed numbers is false'
-        ' (✗), and holds if all are true (✓). Sentences with several readings have a line for each. Ours are three'
-        f' thresholds: “near zero” is below {NEAR_ZERO:g} %, “about the same R@1” within {ABOUT:g} points, “no'
-        f' robustness” a gain below {NO_GAIN:g} points.</p>',
-        _claims_table(results),
-        '<h2>Scores against numbers</h2><p>A printed number stands for every value that rounds to it. <i>Possible</i>'
-        ' is the range of the score over all of these; a score outside is <i>outside</i> whatever the rounding'
-        ' was.</p>',
-        html_figure(picture, caption),
-        '<h3>ERS, from the ten results</h3>',
-        _score_table(results, 'ERS'),
-        '<h3>Averaged ARS, from the eight resistances beside it</h3>',
-        _score_table(results, 'mean of the ARS'),
-        '<h3>Averaged ARS, from results and constants</h3><p>Initial ranks 50 and 1, initial R@1 as printed.</p>',
-        _score_table(results, 'ARS from the results'),
-        '<h3>Single resistances of Table 2</h3><p>Printed, and below it recomputed from Table 1 with the'
-        ' constants.</p>',
-        _resistance_table(results),
-        '<h3>What the resistances imply</h3>',
-        _before_table(results),
-        '<h3>Scores that cannot be recomputed</h3>',
-        _table(
-            ('Score', 'Printed', 'Reason'),
-            [(escape(l['cell']), escape(l['printed']), escape(l['reason'])) for l in results['not_recomputed']], 'text'
+    return [
+        opening(
+            ERRATA_TITLE, 'Tables 1 to 4 of COLO-TRIDE, as printed. Every verdict is computed from the printed cells.',
+            [summary(results)]
         ),
-        '<h2>Changes that would mend a score</h2><p>All swaps of two numbers of a row, all swaps with the neighbouring'
-        ' rows of the same column, and all other values of one number. Listed is what makes an impossible score'
-        ' possible and breaks no other; a single score is easily mended by accident, so weigh a line by how much it'
-        ' mends and whether its value is printed elsewhere.</p>',
-        *(_repair_table(line) for line in results['repairs']),
-        '<h2>Printed twice</h2>',
-        f'<p>{results["repeated"]} quantities are printed more than once; these have different values.</p>',
+        heading('Sentences against tables'),
+        para(
+            'A sentence is contradicted if one comparison of printed numbers is false (✗), and holds if all are true'
+            ' (✓). Sentences with several readings have a line for each. Ours are three thresholds: “near zero” is'
+            f' below {NEAR_ZERO:g} %, “about the same R@1” within {ABOUT:g} points, “no robustness” a gain below'
+            f' {NO_GAIN:g} points.'
+        ),
+        _claims_table(results),
+        heading('Scores against numbers'),
+        para(
+            'A printed number stands for every value that rounds to it. ', slanted('Possible'),
+            ' is the range of the score over all of these; a score outside is ', slanted('outside'),
+            ' whatever the rounding was.'
+        ),
+        chart(draw_scores(results), caption, kept=True),
+        heading('ERS, from the ten results', 3), _score_table(results, 'ERS'),
+        heading('Averaged ARS, from the eight resistances beside it', 3), _score_table(results, 'mean of the ARS'),
+        heading('Averaged ARS, from results and constants', 3),
+        para('Initial ranks 50 and 1, initial R@1 as printed.'), _score_table(results, 'ARS from the results'),
+        heading('Single resistances of Table 2', 3),
+        para('Printed, and below it recomputed from Table 1 with the constants.'), _resistance_table(results),
+        heading('What the resistances imply', 3), _before_table(results),
+        heading('Scores that cannot be recomputed', 3),
+        plain_table(
+            ('Score', 'Printed', 'Reason'),
+            [(l['cell'], l['printed'], l['reason']) for l in results['not_recomputed']], 'text'
+        ),
+        heading('Changes that would mend a score'),
+        para(
+            'All swaps of two numbers of a row, all swaps with the neighbouring rows of the same column, and all other'
+            ' values of one number. Listed is what makes an impossible score possible and breaks no other; a single'
+            ' score is easily mended by accident, so weigh a line by how much it mends and whether its value is printed'
+            ' elsewhere.'
+        ),
+        [_repair_table(line) for line in results['repairs']],
+        heading('Printed twice'),
+        para(f'{results["repeated"]} quantities are printed more than once; these have different values.'),
         _twice_table(results),
-        '<h2>Order</h2>',
-        order,
-        '<h2>Provenance</h2>',
-        facts_table(results['provenance']),
-    )
+        heading('Order'), plain_table(('Kind', 'Cells', 'What is wrong'), rows, 'text') if rows else holds,
+        heading('Provenance'), facts_table(results['provenance'])
+    ]
 
 def write_errata(
     folder:Path,               # for example reports/errata
     results:Mapping[str, Any], # of `errata_results`
 )->Path:                       # index.html
-    "Write index.html, errata.csv and results.json, each completely or not at all."
+    "Write errata.csv and what `report.blocks.publish` writes."
     folder = Path(folder)
     write_atomic(folder/'errata.csv', to_csv(results))
-    write_results(folder, results)
-    write_atomic(folder/'index.html', _errata_page(results, png(draw_scores(results))).encode())
-    return folder/'index.html'
+    return publish(folder, {**results, 'title': ERRATA_TITLE}, _errata_page(results))
 
 # %% ../../../nbs/papers/colo_tride/01_errata.ipynb #0aa3cfc2
 register(Study(
     'errata', 'Errata of the paper', compute=lambda plan, show: errata_results(), write=write_errata,
-    words=lambda results: [summary(results)], undefined=('scores', 'before'), folder='errata'
+    words=lambda results: [summary(results)], folder='errata'
 ))
 
 # %% ../../../nbs/papers/colo_tride/01_errata.ipynb #54421535
@@ -1142,26 +1105,42 @@ def check_lines(
     return lines
 
 # %% ../../../nbs/papers/colo_tride/01_errata.ipynb #ef21cfa0
+def _kept_check(check:theory.Check)->dict[str, Any]:
+    "What the figure of single triplets needs, ready for JSON."
+    def rounded(values:torch.Tensor)->list[float]: return [round(v, 6) for v in values.tolist()]
+    shifts = dict(predicted=check.predicted_shift, exact=check.exact_shift)
+    return dict(theta=rounded(check.theta), **{
+        kind: {scheme: rounded(getattr(schemes, scheme)) for scheme in theory.MOVED} for kind, schemes in shifts.items()
+    })
+
+def _check_of(kept:Mapping[str, Any])->theory.Check:
+    "What `_kept_check` was given; gains are not kept."
+    def schemes(kind:str)->theory.Schemes:
+        return theory.Schemes(**{scheme: torch.tensor(kept[kind][scheme]) for scheme in theory.MOVED})
+    none = theory.Schemes(*[torch.empty(0)]*3)
+    return theory.Check(torch.tensor(kept['theta']), schemes('predicted'), schemes('exact'), none, none)
+
+APPENDIX_TITLE = 'Appendix A: shifts of a triplet under attack'
+
 def appendix_results(
     parameters:Mapping[str, Any], # of `asked`
     *,
     show:bool=True,               # progress bar
-)->tuple[dict[str, Any], theory.Check]: # ready for JSON; single triplets for the figure
-    "All tables of the page, and one check in full."
+)->dict[str, Any]:                # ready for JSON
+    "All tables of the page, and one check triplet by triplet."
     t, card = natural_triplets(parameters['dataset'], preset=parameters['preset'], seed=parameters['seed'], show=show)
     gen = generator(parameters['seed'], 'sphere')
     random = theory.Points(*(normalise(torch.randn(1000, 64, generator=gen).double()) for _ in range(3)))
     shown = {k: v for k, v in parameters.items() if k != 'out'} | {'dataset': card['dataset']}
-    results = dict(
-        parameters=shown, angles=theory.angle_table(), random=check_lines(random), real=check_lines(t), triplets=card,
-        theta=torch.rad2deg(theory.angle(t, space='sphere')).mean().item(), provenance=provenance()
+    return dict(
+        title=APPENDIX_TITLE, parameters=shown, angles=theory.angle_table(), random=check_lines(random),
+        real=check_lines(t), triplets=card, theta=torch.rad2deg(theory.angle(t, space='sphere')).mean().item(),
+        provenance=provenance(), single=_kept_check(theory.check_triplets(t, h=GAINS[1], shift=SHIFTS[1]))
     )
-    return results, theory.check_triplets(t, h=GAINS[1], shift=SHIFTS[1])
 
 def appendix_figures(
     results:Mapping[str, Any],
-    check:theory.Check|None=None, # single triplets; None: without real.png
-)->dict[str, tuple[bytes, str]]:  # file name to (PNG, caption)
+)->dict[str, Picture]:        # by name
     "All figures of the page with their captions."
     with theme():
         sketch, geometry, ratio, views, real = (
@@ -1178,53 +1157,46 @@ def appendix_figures(
                 )
         theory.draw_ratio(ratio.subplots(), [(l['theta'], l['R exact']) for l in results['angles']])
         theory.draw_views(*views.subplots(1, 2))
-        if check:
-            shifts, ratios = real.subplots(1, 2)
-            theory.draw_check(shifts, ratios, check)
+        shifts, ratios = real.subplots(1, 2)
+        theory.draw_check(shifts, ratios, _check_of(results['single']))
     n, lost = results['triplets']['triplets'], 'Reconstructed: the printed figure is not at hand, '
-    made = {
-        'figure1.png': (
-            png(sketch),
-            (
-                'Figure 1, a sketch on the unit circle. All three attacks raise the hardness of the same triplet by'
-                f' 0.7; SIP moves each point about half as far as CAP or ANP. Ways are arcs, to scale. {lost}its'
-                ' message is.'
-            ),
+    return dict(
+        figure1=chart(
+            sketch,
+            'Figure 1, a sketch on the unit circle. All three attacks raise the hardness of the same triplet by'
+            f' 0.7; SIP moves each point about half as far as CAP or ANP. Ways are arcs, to scale. {lost}its'
+            ' message is.',
+            kept=True,
         ),
-        'figure5.png': (
-            png(geometry),
-            (
-                'Figure 5 (a) to (f): the geometry of Appendix A for a gain of 0.8. Above the general case (b, d, f),'
-                ' below the special one (a, c, e). Grey and solid: before, coloured and dashed: after; arrows to'
-                f' scale, lengths s by bisection on the exact hardness. {lost}panels and angles follow the text.'
-            ),
+        figure5=chart(
+            geometry,
+            'Figure 5 (a) to (f): the geometry of Appendix A for a gain of 0.8. Above the general case (b, d, f),'
+            ' below the special one (a, c, e). Grey and solid: before, coloured and dashed: after; arrows to'
+            f' scale, lengths s by bisection on the exact hardness. {lost}panels and angles follow the text.',
+            kept=True,
         ),
-        'ratio.png': (
-            png(ratio),
-            'R of eq. (26) over the angle, for triplets in the plane. Dots: exact, by bisection for a gain of 0.0001.'
+        ratio=chart(
+            ratio,
+            'R of eq. (26) over the angle, for triplets in the plane. Dots: exact, by bisection for a gain of 0.0001.',
         ),
-        'views.png': (
-            png(views),
-            (
-                'Two ways to compare. Left, the view of Appendix A: all schemes are to gain the same, and SIP moves'
-                ' each point least. Right, the view of an attack with a fixed radius: all points may move equally far,'
-                ' and SIP gains most.'
-            ),
+        views=chart(
+            views,
+            'Two ways to compare. Left, the view of Appendix A: all schemes are to gain the same, and SIP moves'
+            ' each point least. Right, the view of an attack with a fixed radius: all points may move equally far,'
+            ' and SIP gains most.',
+            kept=True,
         ),
-    }
-    if check:
-        made['real.png'] = (
-            png(real, dpi=110),
-            (
-                f'{n} semihard test triplets of a trained network, gain {GAINS[1]:g}. Left: exact shifts on the sphere'
-                ' against h/k. Right: their ratio over the angle; the dashed line is 2.'
-            ),
-        )
-    return made
+        real=chart(
+            real,
+            f'{n} semihard test triplets of a trained network, gain {GAINS[1]:g}. Left: exact shifts on the sphere'
+            ' against h/k. Right: their ratio over the angle; the dashed line is 2.',
+            dpi=110,
+        ),
+    )
 
 # %% ../../../nbs/papers/colo_tride/01_errata.ipynb #9753711a
-def _angles_table(results:Mapping[str, Any])->str:
-    return _table(
+def _angles_table(results:Mapping[str, Any])->Tag:
+    return plain_table(
         ('θ', 's of ANP / h', 's of CAP / h', 's of SIP / h', 'R exact', 'R formula'),
         [
             (f'{l["theta"]:g}°', *(f'{l[k]:.4f}' for k in ('anp', 'cap', 'sip', 'R exact', 'R formula')))
@@ -1232,35 +1204,31 @@ def _angles_table(results:Mapping[str, Any])->str:
         ],
     )
 
-def _check_table(lines:Sequence[Mapping[str, float]])->str:
+def _check_table(lines:Sequence[Mapping[str, float]])->list[Tag]:
     "Both views at several sizes."
-    def pair(l:Mapping[str, float], what:str, scheme:str)->str:
-        return (
-            f'{_number(l[f"exact {what} {scheme}"], 4)}<span'
-            f' class="sd">{_number(l[f"predicted {what} {scheme}"], 4)}</span>'
+    def pair(l:Mapping[str, float], what:str, scheme:str)->Content:
+        return [_number(l[f'exact {what} {scheme}'], 4), below(_number(l[f'predicted {what} {scheme}'], 4))]
+    target = [
+        (
+            f'{l["h"]:g}', *(pair(l, 'shift', s) for s in theory.MOVED),
+            [_number(l['R exact'], 3), below(_number(l['R predicted'], 3))], _number(l['R least'], 3),
+            str(l['out of reach'])
         )
-    target = _table(
-        ('Gain h', 'ANP', 'CAP', 'SIP', 'R', 'least R', 'Out of reach'),
-        [
-            (
-                f'{l["h"]:g}', *(pair(l, 'shift', s) for s in theory.MOVED),
-                f'{_number(l["R exact"], 3)}<span class="sd">{_number(l["R predicted"], 3)}</span>',
-                _number(l['R least'], 3), str(l['out of reach'])
-            )
-            for l in lines
-        ],
-    )
-    budget = _table(
-        ('Shift s', 'ANP', 'CAP', 'SIP', 'Largest'),
-        [
-            (
-                f'{l["shift"]:g}', *(pair(l, 'gain', s) for s in theory.MOVED),
-                max(theory.MOVED, key=lambda s: l[f'exact gain {s}']).upper()
-            )
-            for l in lines
-        ],
-    )
-    return f'<h3>Fixed target: shift of each moved point</h3>{target}<h3>Fixed budget: gain of hardness</h3>{budget}'
+        for l in lines
+    ]
+    budget = [
+        (
+            f'{l["shift"]:g}', *(pair(l, 'gain', s) for s in theory.MOVED),
+            max(theory.MOVED, key=lambda s: l[f'exact gain {s}']).upper()
+        )
+        for l in lines
+    ]
+    return [
+        heading('Fixed target: shift of each moved point', 3),
+        plain_table(('Gain h', 'ANP', 'CAP', 'SIP', 'R', 'least R', 'Out of reach'), target),
+        heading('Fixed budget: gain of hardness', 3),
+        plain_table(('Shift s', 'ANP', 'CAP', 'SIP', 'Largest'), budget)
+    ]
 
 def appendix_summary(results:Mapping[str, Any])->str:
     "What comes out, in a few sentences."
@@ -1274,65 +1242,57 @@ def appendix_summary(results:Mapping[str, Any])->str:
         f' {real["exact gain anp"]:.3f}: the statement is about a fixed target, not about a fixed budget.'
     )
 
-_ON_SPHERE = (
-    f'<p>On the unit sphere a chord {maths("d")} grows by only {maths("c = sqrt{1 − d^2/4}")} per arc:'
-    f' {maths("k_A = sqrt{c_p^2 + c_n^2 − 2 c_p c_n cos θ}")}, {maths("k_C = c_p + c_n")}. That {maths("R ≥ 2")} uses'
-    ' only that gains are positive, and stays.</p>'
+_ON_SPHERE = para(
+    'On the unit sphere a chord ', Formula('d'), ' grows by only ', Formula('c = sqrt{1 − d^2/4}'), ' per arc: ',
+    Formula('k_A = sqrt{c_p^2 + c_n^2 − 2 c_p c_n cos θ}'), ', ', Formula('k_C = c_p + c_n'), '. That ',
+    Formula('R ≥ 2'), ' uses only that gains are positive, and stays.'
 )
 
-def _appendix_page(results:Mapping[str, Any], figures:Mapping[str, tuple[bytes, str]])->str:
-    equations = _table(
+def _appendix_page(results:Mapping[str, Any], figures:Mapping[str, Picture])->list[Content]:
+    def written(formulas:Sequence[str])->list[Content]:
+        return [[', \u2003' if k else '', Formula(formula)] for k, formula in enumerate(formulas)]
+    equations = plain_table(
         ('Equation', 'Formula', 'Meaning'),
-        [(number, ', &emsp;'.join(map(maths, formulas)), meaning) for number, formulas, meaning in EQUATIONS],
-        'text fixed'
+        [(number, written(formulas), meaning) for number, formulas, meaning in EQUATIONS], 'text fixed'
     )
-    legend = (
-        '<p class="note">Means over the triplets. Upper number: exact; lower, grey: first-order formula. Out of reach:'
-        ' triplets in which a scheme cannot reach the gain on a straight way; they are left out of the shifts.</p>'
+    legend = note(
+        'Means over the triplets. Upper number: exact; lower, grey: first-order formula. Out of reach: triplets in'
+        ' which a scheme cannot reach the gain on a straight way; they are left out of the shifts.'
     )
-    return _document(
-        'Appendix A: shifts of a triplet under attack',
-        'COLO-TRIDE attacks the anchor (ANP) and the other two points (CAP) in turns; the usual attack moves all three'
-        ' (SIP).',
-        [appendix_summary(results)],
-        html_figure(*figures['figure1.png']),
-        '<h2>Formulas</h2><p>The printed forms are lost in the text at hand; these follow from first-order geometry and'
-        ' agree with what the text says about them. θ is the angle at the anchor between the ways to positive and'
-        ' negative, '
-        + f'{maths("u_p")} and {maths("u_n")} are the unit vectors of these ways, {maths("s")} is the shift of every'
-        ' moved point.</p>',
-        equations,
-        _ON_SPHERE,
-        '<h2>Geometry</h2>',
-        html_figure(*figures['figure5.png']),
-        '<h2>The ratio</h2>',
-        html_figure(*figures['ratio.png']),
-        '<p>Planar triplets with both distances one, a gain of 0.0001.</p>',
-        _angles_table(results),
-        '<h2>Fixed target or fixed budget</h2>',
-        html_figure(*figures['views.png']),
-        '<h2>Real triplets</h2><p>Semihard test triplets of a network trained without defence on'
-        f' {escape(results["triplets"]["dataset"])}, moved on the unit sphere; their mean angle is'
-        f' {results["theta"]:.0f}°. Points move freely here: what a network lets images do is another question.</p>',
-        html_figure(*figures['real.png']),
-        legend,
-        _check_table(results['real']),
-        '<h2>Random triplets</h2><p>1000 triplets on the unit sphere in 64 dimensions.</p>',
-        _check_table(results['random']),
-        '<h2>Configuration</h2>',
+    return [
+        opening(
+            APPENDIX_TITLE,
+            'COLO-TRIDE attacks the anchor (ANP) and the other two points (CAP) in turns; the usual attack moves all'
+            ' three (SIP).',
+            [appendix_summary(results)]
+        ),
+        figures['figure1'], heading('Formulas'),
+        para(
+            'The printed forms are lost in the text at hand; these follow from first-order geometry and agree with what'
+            ' the text says about them. θ is the angle at the anchor between the ways to positive and negative, ',
+            Formula('u_p'), ' and ', Formula('u_n'), ' are the unit vectors of these ways, ', Formula('s'),
+            ' is the shift of every moved point.'
+        ),
+        equations, _ON_SPHERE, heading('Geometry'), figures['figure5'], heading('The ratio'), figures['ratio'],
+        para('Planar triplets with both distances one, a gain of 0.0001.'), _angles_table(results),
+        heading('Fixed target or fixed budget'), figures['views'], heading('Real triplets'),
+        para(
+            'Semihard test triplets of a network trained without defence on'
+            f' {results["triplets"]["dataset"]}, moved on the unit sphere; their mean angle is {results["theta"]:.0f}°.'
+            ' Points move freely here: what a network lets images do is another question.'
+        ),
+        figures['real'], legend, _check_table(results['real']), heading('Random triplets'),
+        para('1000 triplets on the unit sphere in 64 dimensions.'), _check_table(results['random']),
+        heading('Configuration'),
         facts_table({'parameters': results['parameters'], 'triplets': results['triplets']}),
-        '<h2>Provenance</h2>',
-        facts_table(results['provenance']),
-    )
+        heading('Provenance'), facts_table(results['provenance'])
+    ]
 
 def write_appendix(
     folder:Path,               # for example reports/appendix_a
-    results:Mapping[str, Any], # first value of `appendix_results`
-    figures:Mapping[str, tuple[bytes, str]], # of `appendix_figures`
+    results:Mapping[str, Any], # of `appendix_results`
 )->Path:                       # index.html
-    "Write index.html, results.json and figures/*.png, each completely or not at all."
-    folder = Path(folder)
-    for name, (data, _) in figures.items(): write_atomic(folder/'figures'/name, data)
-    write_results(folder, results)
-    write_atomic(folder/'index.html', _appendix_page(results, figures).encode())
-    return folder/'index.html'
+    "Write single figures/*.png and what `report.blocks.publish` writes."
+    folder, figures = Path(folder), appendix_figures(results)
+    for name, picture in figures.items(): write_atomic(folder/'figures'/f'{name}.png', picture.data)
+    return publish(folder, {**results, 'title': APPENDIX_TITLE}, _appendix_page(results, figures))
