@@ -77,8 +77,10 @@ def join_words(parts:Sequence[str])->str:
     return parts[0] if len(parts) == 1 else ', '.join(parts[:-1]) + ' and ' + parts[-1]
 
 def slug(text:str)->str:
-    "A file name from a label."
-    return re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-') or 'x'
+    "A file name from a label; where letters are lost, with a few digits that tell it from others."
+    plain = re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')
+    if plain and text.isascii() and len(plain) <= 60: return plain
+    return f'{plain[:50].strip("-") or "x"}-{fingerprint(text)[:6]}'
 
 def report_name(kind:str, *names:str, key:str='')->str:
     """The name of a report's folder: readable, of bounded length, and its own for other names or another `key` (where
