@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFENSES', 'ATTACKS', 'DATASETS', 'BACKBONES', 'fingerprint', 'generator', 'check_between', 'check_choice',
-           'check_finite', 'check_images', 'typed', 'check_known', 'listed', 'pick_device', 'option_types',
+           'check_finite', 'check_images', 'typed', 'check_known', 'listed', 'pick_device', 'given', 'option_types',
            'check_option', 'read_option', 'meant', 'Reference', 'is_reference', 'source_of', 'refer', 'Registry',
            'need', 'progress', 'Stopwatch', 'in_halves', 'kept_memory', 'read_safetensors', 'load_safetensors']
 
@@ -179,6 +179,15 @@ def pick_device(
             f" {str(error).splitlines()[0][:120]}"
         ) from None
     return asked
+
+def given(
+    namespace:Mapping[str,Any], # globals() of a run notebook, or a dict
+    defaults:Mapping[str,Any],  # its parameters
+    own:Collection[str]=('results',), # variables of the notebook itself
+)->dict[str, Any]:              # every parameter, of the type of its default
+    "The parameters of a run; ValueError names what is unknown or of a wrong type."
+    check_known(namespace, defaults, own)
+    return {name: typed(name, namespace.get(name, default), default) for name,default in defaults.items()}
 
 # %% ../nbs/00_core.ipynb #1e6182aa
 def option_types(

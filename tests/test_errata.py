@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from robust_dml import core
 from robust_dml.papers.colo_tride import errata
 from robust_dml.papers.colo_tride.errata import Key
 from robust_dml.metrics.scores import ARS_HEADINGS, HEADINGS, ars, ars_cells, constant_before, ers
@@ -270,9 +271,9 @@ def test_appendix_page(tmp_path):
 @pytest.mark.parametrize(
     'given, words',
     [
-        (dict(datset='x'), 'unknown parameter datset'), (dict(seed='1'), 'seed must be of type int'),
-        (dict(seed=True), 'seed must be of type int')
+        (dict(datset='x'), 'unknown parameter datset'), (dict(seed='1'), 'seed must be a whole number'),
+        (dict(seed=True), 'seed must be a whole number')
     ],
 )
 def test_parameters(given, words):
-    with pytest.raises(ValueError, match=words): errata.asked(given, errata.APPENDIX)
+    with pytest.raises(ValueError, match=words): core.given(given, errata.APPENDIX)

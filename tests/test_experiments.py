@@ -112,7 +112,7 @@ def test_equal_runs_have_one_address(out):
     'entry, words',
     [
         ('colo_tride:lambda=3', 'has no switch lambda'), ('hm:phase=cap', 'hm has no switch phase'),
-        ('colo_tride:lam', 'lam=10'), ('cola', "'natural', 'act'")
+        ('colo_tride:lam', 'lam=10'), ('cola', 'one of natural, act')
     ],
 )
 def test_bad_lines(entry, words, out):
@@ -316,3 +316,33 @@ def test_a_folder_that_is_called_like_a_set_is_not_that_set(tmp_path, name, monk
 def test_a_folder_with_a_long_name_gets_a_report(tmp_path):
     assert len(experiments.folder_name(Path('x'*250))) == 40
     assert experiments.folder_name(Path('фото 1')) == 'фото-1' and experiments.folder_name(Path('a#b?%20')) == 'a-b-20'
+
+
+OWN = """
+from robust_dml.report.tables import Layout
+from robust_dml.study.experiments import Study
+
+mine = Study('mine', 'A table of my own', ('natural', 'act'), layout=Layout('table2'))
+"""
+
+
+def test_a_study_of_ones_own_by_its_place(tmp_path, monkeypatch):
+    "Registered by module:study, run and written like the others."
+    (tmp_path/'my_study.py').write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    asked = dict(study='my_study:mine', preset='smoke', limit=12, out=str(tmp_path/'out'))
+    try:
+        study, plan = experiments.by_name(asked)
+        page = study.page(plan.folder, study.run(plan, show=False))
+        lines = (page.parent/'table.csv').read_text().splitlines()
+        assert page.parent.name == 'mine-glyphs-smoke' and 'Averaged ARS' in lines[0] and len(lines) == 3
+        assert gallery.rewrite(page.parent) == page
+    finally: STUDIES.pop('mine', None)
+
+
+@pytest.mark.parametrize('name, words', [
+    ('lamda', "found 'lamda'; did you mean 'lambda'?"), ('tuples', 'run nbs/run_tuples.ipynb or make tuples'),
+    ('errata', 'run nbs/run_errata.ipynb'), ('my_study', 'study must be one of table1')])
+def test_a_study_that_cannot_be_run_by_name_is_one_sentence(name, words):
+    with pytest.raises(ValueError, match=re.escape(words)) as error: experiments.by_name(dict(study=name))
+    assert '\n' not in str(error.value)

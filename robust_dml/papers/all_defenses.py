@@ -106,10 +106,7 @@ register(Study(
     ),
     check=fitted, compute=_compute,
     write=lambda folder, results: write_all(folder, results), words=lambda results: words(_of_first(results)),
-    frame=lambda results: leaders(_of_first(results)),
-    about='Every defence of the three papers on the same data, seeds and attack strength: ERS and ARS, and inference by'
-    ' clustering under attack. The tables of the papers themselves are made by `table1` to `table4`, `tuples` and'
-    ' `eat`.'
+    frame=lambda results: leaders(_of_first(results))
 ))
 
 # %% ../../nbs/papers/02_all_defenses.ipynb #f30172d0

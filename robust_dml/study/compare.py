@@ -616,9 +616,5 @@ def write_compare(
 register(Study(
     'compare', 'Models compared in pairs', TABLE_DEFENSES, more=('colo_steps',), check=check_pairs, compute=comparison,
     write=write_compare, words=lambda results: [words(part) for part in results['comparisons']],
-    frame=lambda results: frame(results['comparisons']).round(3),
-    about='Which differences between the rows of Table 1 are larger than the noise of queries and trainings, and how'
-    ' many queries survive all attacks at once? The models are those of Table 1, shared through the store. Outcomes of'
-    " single queries are not kept in git and are made again where they lack. At the end stands a score of this project's"
-    ' own, which a collapse does not raise.'
+    frame=lambda results: frame(results['comparisons']).round(3)
 ))

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from ..attacks.suite import FIXED, SUITE, further_attacks
 from ..data.archives import is_archive, load
-from ..core import DATASETS, check_choice, check_known, is_reference, kept_memory, listed, meant, pick_device
-from ..core import refer, typed
+from ..core import DATASETS, check_choice, given, is_reference, kept_memory, listed, meant, pick_device, refer
+from ..core import typed
 from ..data.sets import QueryGallery, Split
 from ..defenses.base import Defense, make_defense
 from ..defenses.eat import ProxyDefense, network
@@ -172,8 +172,7 @@ def parameters(
     namespace:dict, # globals() of a run notebook, or a dict of parameters
 )->dict:            # every parameter, checked for name and type
     "The parameters of a run; ValueError names what is unknown and lists what is valid."
-    check_known(namespace, PARAMETERS, ('results',))
-    found = {name: typed(name, namespace.get(name, default), default) for name,default in PARAMETERS.items()}
+    found = given(namespace, PARAMETERS)
     _check_numbers(found)
     return found
 
@@ -219,8 +218,6 @@ class Study:
     more:tuple[str,...]=()         # lines that `small` and `medium` add
     layout:tables.Layout=tables.Layout() # of the table
     examples:bool=False            # the page shows queries under attack
-    about:str=''                   # what is asked
-    note:str=''                    # how to read what comes out
     check:Callable|None=None       # a plan -> the plan to run; refuses what cannot be computed
     prepare:Callable|None=None     # parameters -> plan, where the lines are not those of the tables; None: `plan`
     compute:Callable|None=None     # (plan, show=) -> results, JSON-able; None: `results`
@@ -341,36 +338,21 @@ _RANGE = 'colo_tride:profile=paper_range'
 _RANGES = (_RANGE, *(f'{_RANGE}+{pair}' for pair in ('miner_margin=linear', 'miner_margin=const', 'lam=5', 'lam=10')))
 register(Study(
     'switches', "The official code, one switch at a time turned to the paper's text", ('colo_tride', *_SWITCHED), (B,),
-    quick=1000, more=_RANGES[1:], layout=tables.Layout(about_assisting=True),
-    about='The official profile of COLO-TRIDE, and the same with one switch at a time turned to what the paper says.',
-    note="Each line differs from the first by one switch; the paper's text turns all of them. Differences within the"
-    ' spread of the seeds say nothing.'
+    quick=1000, more=_RANGES[1:], layout=tables.Layout(about_assisting=True)
 ))
 register(Study(
     'paper_switches',
     "The paper's text, one switch at a time turned to the official code, and values that neither uses",
     ('colo_tride:profile=paper', *_SWITCHED_BACK, *_FURTHER), (B,), quick=1000,
-    layout=tables.Layout(about_assisting=True),
-    about="The paper's text of COLO-TRIDE, the same with one switch at a time turned to what the official code does,"
-    ' and values that neither of them uses.',
-    note='Each line differs from the first by one switch. Lines that end in the same weights are named: a switch that'
-    ' acts only when C ≥ 0 cannot act where C of the watched triplets never gets there. Differences within the spread'
-    ' of the seeds say nothing.'
+    layout=tables.Layout(about_assisting=True)
 ))
 register(Study(
     'hard_triplets', 'Share and hardness of hard triplets: the naive adversary on triplets of four miners',
-    tuple(f'naive_sip:miner={m}' for m in ('random', 'semihard', 'softhard', 'hardest')), (B,),
-    about='The naive adversary on triplets of four miners, from hardly any hard triplets to nothing but hard ones: does'
-    ' the collapse come faster and deeper?',
-    note='A triplet is hard when its positive is farther than its negative. The training log holds their share and'
-    ' their mean hardness, epoch by epoch, before the perturbation; `make claims` holds both against the distances.'
+    tuple(f'naive_sip:miner={m}' for m in ('random', 'semihard', 'softhard', 'hardest')), (B,)
 ))
 register(Study(
     'lambda', 'The attention factor λ of the collapseness',
-    tuple(f'colo_tride:profile=official+lam={lam}' for lam in (0, 1, 2, 5, 10, 20)), (B,),
-    about='COLO-TRIDE by the official code with collapseness that looks evenly (λ = 0, the plain hardness) or ever more'
-    ' at few triplets (λ = 20).',
-    note='The paper uses 10 on CUB, 9.5 on CARS and 2 on SOP.'
+    tuple(f'colo_tride:profile=official+lam={lam}' for lam in (0, 1, 2, 5, 10, 20)), (B,)
 ))
 register(Study(
     'early_disabling', 'The share of epochs without assist',
@@ -378,10 +360,7 @@ register(Study(
         f'colo_tride:profile=paper+collapse_eval=per_step+assist_start_frac={share}'
         for share in (0, 0.25, 0.5, 0.75, 1)
     ),
-    (B,), layout=tables.Layout(about_assisting=True),
-    about='The share of the epochs in which assist is disabled, from none to all.',
-    note="The number is missing from the paper's text as we have it; a third is this project's default. C is measured"
-    ' at every inner step, where it can turn positive.'
+    (B,), layout=tables.Layout(about_assisting=True)
 ))
 register(Study(
     'baselines', 'Further baselines',
@@ -389,10 +368,7 @@ register(Study(
         'natural', 'est', 'ses', 'minmax', 'free', 'multi_similarity', 'act', 'hm', 'hm:source=random',
         'hm:source=semihard', 'hm:pseudo=0', 'hm:pseudo=g_B', 'hm:pseudo=g_2', 'hm:pseudo=g_1/2'
     ),
-    (A,), quick=1000,
-    about='The defences that the paper compares with only in part: EST, SES, min-max, free adversarial training, robust'
-    ' training with the multi-similarity loss, and HM with other miners and pseudo-hardness.',
-    note='Min-max is HM towards a destination out of reach, and collapses in the literature.'
+    (A,), quick=1000
 ))
 register(Study(
     'limits', 'Where COLO-TRIDE does not hold: schedules and inner steps',
@@ -401,11 +377,7 @@ register(Study(
         'colo_tride:profile=official', 'colo_tride:profile=official+step_schedule=const+miner_margin=const',
         'colo_tride:profile=official+steps=8', 'colo_tride:profile=official+anp_main=attack'
     ),
-    (B,),
-    about='COLO-TRIDE, HM and the naive adversary with and without the two schedules, with 4 and with 8 inner steps.',
-    note='A pair of lines differs by one component: COLO on top of the schedules, the schedules without COLO and under'
-    ' it, twice the inner steps. Setting B, where a naive adversary collapses: ε = 48/255, from a naturally trained'
-    ' model. `make claims` puts the differences and their noise into sentences.'
+    (B,)
 ))
 
 # %% ../../nbs/study/00_experiments.ipynb #3b17c2d9

@@ -139,7 +139,5 @@ def write_fairness(
 # %% ../../nbs/study/11_fairness.ipynb #dab187dd
 register(Study(
     'fairness', 'Are the scores fair?', (*TABLE_DEFENSES, 'colo_tride:profile=official+weighting=uniform'),
-    compute=fairness, write=write_fairness, words=summary,
-    about='Do the ten attacks order models alike, how much do ERS and ARS change when only the random targets are drawn'
-    ' again, and what does hardness do in place of collapseness?'
+    compute=fairness, write=write_fairness, words=summary
 ))

@@ -181,10 +181,5 @@ register(Study(
     'locality', 'Local against global resistance, over the weight of the nearest negative',
     tuple(f'topweighted:top={w}' for w in (0, 0.25, 0.5, 0.75, 1)), (replace(A, name='L', warm_epochs=B.warm_epochs),),
     write=write_locality, words=lambda results: words(points(results['records'])),
-    frame=lambda results: table(points(results['records'])),
-    about='Adversarial training on a loss between the nearest negative of every anchor (w = 1) and all the others'
-    ' (w = 0), measured by GTM, which asks for one wrong image in front, and by QA, which moves images anywhere in the'
-    ' ranking. The paper leaves the relation of local and global robustness to future work.',
-    note='Read the mean distance and the flag of collapse first: a model whose images all look alike resists every'
-    ' attack.'
+    frame=lambda results: table(points(results['records']))
 ))

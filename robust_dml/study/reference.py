@@ -324,7 +324,5 @@ def write_reference(
 register(Study(
     'reference', "Beside the numbers that the reference code's authors print",
     ('natural', 'act', 'est', 'colo_tride', 'hm'), check=check_reference, compute=reference, write=write_reference,
-    words=reference_words, in_all='no',
-    about='Trains the rows for which the authors of the reference code print numbers on Fashion-MNIST, and holds our'
-    ' seeds against those numbers.'
+    words=reference_words, in_all='no'
 ))

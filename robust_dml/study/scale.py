@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks.suite import SUITE, picked, run_attack
-from ..core import Stopwatch, check_between, check_choice, check_known, generator, need, pick_device, typed
+from ..core import Stopwatch, check_between, check_choice, generator, given, need, pick_device
 from ..data.sets import ImageSet, glyphs
 from ..defenses.base import Clock
 from ..triplets.distances import normalise
@@ -429,8 +429,7 @@ def checked(
     namespace:Mapping[str, Any], # globals() of the run notebook, or a dict
 )->dict[str, Any]:
     "The parameters of a run; ValueError names what is unknown or out of range."
-    check_known(namespace, PARAMETERS, ('results',))
-    p = {name: typed(name, namespace.get(name, default), default) for name,default in PARAMETERS.items()}
+    p = given(namespace, PARAMETERS)
     for name, low in (
         ('images', 4000), ('queries', 1), ('gpus', 1), ('trainings', 1), ('bandwidth', 1e-3), ('latency', 0.0),
         ('speed', 0.0), ('processes', 1)

@@ -463,8 +463,5 @@ def write_stress(
 # %% ../../nbs/study/04_stress.ipynb #ee5153fc
 register(Study(
     'stress', 'Stress: stronger, blind and borrowed attacks', TABLE_DEFENSES, compute=stress_results,
-    write=write_stress, words=words,
-    about='Attacks outside the ten on the models of Table 1: stronger ones, black boxes that see only answers, and blind'
-    ' ones; and how R@1 falls with ε and with the number of steps. If gradients are honest, whoever has less than the'
-    ' gradients takes fewer queries. Where that fails, the ten attacks flatter the model.'
+    write=write_stress, words=words
 ))

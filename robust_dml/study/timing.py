@@ -119,6 +119,5 @@ register(Study(
     changes=dict(
         settings=(replace(A, name='T', step_size=4/255, steps=32, colo_steps=16),), seeds=(0, 1, 2, 3, 4), epochs=2
     ),
-    compute=timing, write=write_timing, words=_words,
-    about='Trains HM with 32 inner steps and COLO-TRIDE with 16, five times each in turn, and compares the seconds.'
+    compute=timing, write=write_timing, words=_words
 ))

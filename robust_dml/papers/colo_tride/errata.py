@@ -8,8 +8,8 @@ __all__ = ['Cells', 'BENIGN', 'SAME_ROW', 'SAME_HEADING', 'FALLING', 'NEAR_ZERO'
            'printed', 'Span', 'span', 'apart', 'Check', 'row_checks', 'rows', 'possible', 'side', 'verdict',
            'recompute', 'not_recomputed', 'implied_before', 'order_violations', 'repeated', 'disagreements', 'Repair',
            'repairs', 'Fact', 'Claim', 'Printed', 'above', 'within', 'claims', 'errata_results', 'summary', 'to_csv',
-           'draw_scores', 'write_errata', 'asked', 'natural_triplets', 'check_lines', 'appendix_results',
-           'appendix_figures', 'appendix_summary', 'write_appendix']
+           'draw_scores', 'write_errata', 'natural_triplets', 'check_lines', 'appendix_results', 'appendix_figures',
+           'appendix_summary', 'write_appendix']
 
 # %% ../../../nbs/papers/colo_tride/01_errata.ipynb #1216c27d
 import bisect, csv, io, itertools, math, statistics
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 import torch
 
 from . import theory
-from ...core import generator
+from ...core import generator, given
 from ...data.sets import load, pair_batches
 from ...triplets.distances import normalise, paired_distance
 from ...study.experiments import BUILT_IN, Study, folder_name, natural, recipe, register
@@ -1020,24 +1020,6 @@ EQUATIONS = (  # number, formulas in the notation of `report.pages.maths`, meani
 GAINS, SHIFTS = (.01, .05, .2), (.01, .05, .2) # sizes at which real triplets are checked
 FIGURE_5 = {'anp': 'ab', 'cap': 'cd', 'sip': 'ef'} # letters of the special case, θ = π, and of the general one
 
-def asked(
-    namespace:Mapping[str, Any], # globals() of the run notebook
-    defaults:Mapping[str, Any],  # name to default
-)->dict[str, Any]:
-    "The parameters of one of the two notebooks, checked for name and type."
-    plain = {
-        k
-        for k, v in namespace.items()
-        if isinstance(v, (str, int, float, bool, list, tuple, dict)) and not k.startswith('_')
-    }
-    unknown = sorted(plain - defaults.keys() - {'In', 'Out', 'results'})
-    if unknown: raise ValueError(f'unknown parameter {", ".join(unknown)}; the valid ones are {", ".join(defaults)}')
-    found = {k: namespace.get(k, v) for k, v in defaults.items()}
-    for k, v in found.items():
-        if type(v) is not type(defaults[k]):
-            raise ValueError(f'parameter {k} must be of type {type(defaults[k]).__name__}, found {v!r}')
-    return found
-
 ERRATA = dict(out='')
 APPENDIX = dict(dataset='glyphs', preset='smoke', seed=0, out='')
 
@@ -1123,7 +1105,7 @@ def _check_of(kept:Mapping[str, Any])->theory.Check:
 APPENDIX_TITLE = 'Appendix A: shifts of a triplet under attack'
 
 def appendix_results(
-    parameters:Mapping[str, Any], # of `asked`
+    parameters:Mapping[str, Any], # of `APPENDIX`, by `core.given`
     *,
     show:bool=True,               # progress bar
 )->dict[str, Any]:                # ready for JSON
