@@ -8,7 +8,7 @@ SETS = (
     'glyphs, omniglot, cub, cars, sop, inshop, grocery, mnist, fashion, the path of a folder of class folders, or'
     ' module:function of your own'
 )
-BACKBONES = 'small, c2f2, resnet18, resnet34, resnet50, googlenet, convnext_tiny, efficientnet_b0, mobilenet_v2'
+BACKBONES = 'small, c2f2, resnet18, resnet34, resnet50, googlenet, convnext_tiny, efficientnet_b0, mobilenet_v2, torchvision:NAME, timm:NAME or module:function'
 STUDIES = (
     'switches, paper_switches, hard_triplets, lambda, early_disabling, limits, baselines, locality, stress, compare,'
     ' fairness, timing, all_defenses'

@@ -15,7 +15,8 @@ from robust_dml.models import networks
 from robust_dml.data.sets import ImageSet
 from robust_dml.defenses.base import act
 from robust_dml.metrics.evaluate import evaluate
-from robust_dml.models.networks import MODELS, build, embed, embed_all, foldable, frozen, headless, streamlined
+from robust_dml.core import BACKBONES
+from robust_dml.models.networks import build, embed, embed_all, foldable, frozen, headless, streamlined
 from robust_dml.models.networks import train_mode
 from robust_dml.attacks.loop import pgd
 from robust_dml.defenses.train import train
@@ -30,7 +31,7 @@ def images(n=2, channels=3, size=64):
 def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', BACKBONES.names())
 @pytest.mark.parametrize('channels, size', [(1, 28), (3, 64)])
 def test_every_network_embeds(name, channels, size):
     if (name, size) in (('c2f2', 64), ('convnext_tiny', 28)):

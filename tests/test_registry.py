@@ -106,5 +106,6 @@ def test_every_record_makes_its_defense():
         assert made.name == of.name and set(made.options) <= set(of.options)
         assert of.label and (of.source or name == 'natural')
         assert all(made.options[k] == v for k, v in of.fixed.items() if k != 'profile')
-    looks = [look for _, of in DEFENSES.items() for look in of.looks.values()]
+    # one version of COLO-TRIDE has two names, and one look
+    looks = [look for n, of in DEFENSES.items() for p, look in of.looks.items() if (n, p) != ('colo_steps', 'paper')]
     assert len(set(looks)) == len(looks) > 30

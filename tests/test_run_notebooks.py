@@ -101,10 +101,10 @@ def test_defaults_are_those_of_the_modules():
 def test_the_comments_name_what_there_is():
     from robust_dml.data.archives import SETS
     from robust_dml.defenses.colo_tride import PROFILES
-    from robust_dml.models.networks import MODELS
+    from robust_dml.core import BACKBONES
     from robust_dml.study.experiments import BUILT_IN, PRESETS
     for name, known in (('dataset', (*BUILT_IN, *SETS)), ('profile', (*PROFILES, 'tuned')), ('preset', PRESETS),
-                        ('backbone', MODELS)):
+                        ('backbone', BACKBONES.names())):
         assert {*known} <= {*re.findall(r'\w+', parameters.TABLE[name][1])}, name
 
 

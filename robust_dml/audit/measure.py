@@ -32,7 +32,7 @@ from ..data.sets import ImageSet, _some, alike, class_folders, labelled, left_ou
 from ..triplets.distances import paired_distance
 from ..metrics.evaluate import Protocol, _thumbnails, check_size, evaluate, queries_and_gallery, query_rows
 from ..models.networks import EmbeddingNet, _named, _replace, checksum, dtype_of, embed, embed_all, frozen
-from ..models.networks import _HOOKS, _constants, a_few, proven
+from ..models.networks import _HOOKS, IMAGENET, a_few, proven
 from ..models.identity import behaviour, code_of, differs
 from ..models.weights import Weights, fill, kind_of, load_whole, part, read_checkpoint, unprefixed
 from ..report.blocks import Content, Picture, Tag, bold, bullets, chart, facts_table, heading, note, opening
@@ -440,7 +440,7 @@ def _constants_of(kind:str, net:nn.Module, name:str, weights:str)->tuple[tuple[f
     known = need('torchvision.models', f'the model {kind}:{name}').get_model_weights(name).__members__
     if weights in known and hasattr(ready := known[weights].transforms(), 'mean'):
         return tuple(ready.mean), tuple(ready.std), f'as torchvision notes for {weights}'
-    return *_constants('resnet18', 3), 'those of ImageNet, which torchvision trains with'
+    return *IMAGENET, 'those of ImageNet, which torchvision trains with'
 
 def _from_zoo(kind:str, name:str, weights:str, seed:int)->tuple[nn.Module, tuple]:
     "A network of torchvision or timm without its classifier, and `_constants_of` it."
@@ -489,7 +489,7 @@ def load_model(
     path, zoo = Path(model).expanduser(), kind in ('torchvision', 'timm')
     check_choice('normalise', normalise, ('', 'imagenet', 'none'))
     constants: tuple = ()
-    if normalise == 'imagenet': constants = (*_constants('resnet18', 3), 'those of ImageNet, as asked for')
+    if normalise == 'imagenet': constants = (*IMAGENET, 'those of ImageNet, as asked for')
     if path.is_file() or not (colon and name) and path.suffix in ('.pt', '.pth', '.pt2'):
         if weights: raise ValueError(f'weights must be empty for {model}, which has its own, found {weights}')
         net = _from_file(path, trust)

@@ -120,7 +120,7 @@ class Ensemble(nn.Module):
         return joined(normalise(member(x)) for member in self.members)
 
 def ensemble(
-    name:str,    # one of `models.networks.MODELS`
+    name:str,    # of `models.networks.backbone_named`
     *,
     members:int, # M
     classes:int, # training classes, a proxy of each member for each
@@ -839,7 +839,7 @@ def has_proxies(
 
 def network(
     defense:Defense, # decides between one network and an ensemble with proxies
-    name:str,        # one of `models.networks.MODELS`
+    name:str,        # of `models.networks.backbone_named`
     *,
     classes:int,     # training classes
     **options,       # of `models.networks.build`

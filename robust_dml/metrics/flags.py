@@ -21,7 +21,7 @@ from ..core import check_between, generator
 from ..data.sets import ImageSet
 from ..triplets.distances import paired_distance
 from .retrieval import first_match_rank
-from ..models.networks import _constants, dtype_of, embed, frozen
+from ..models.networks import IMAGENET, dtype_of, embed, frozen
 from ..attacks.strong import run_strong
 
 # %% ../../nbs/metrics/03_flags.ipynb #736c90cf
@@ -78,7 +78,7 @@ def standardised(
 )->Tensor:    # (B, C, H, W) float, of mean about 0
     """Images as networks without a normalisation of their own expect them: ImageNet's constants for three channels,
     else 0.5."""
-    mean, std = _constants('resnet18', 3) if x.shape[1] == 3 else ((.5,)*x.shape[1],)*2
+    mean, std = IMAGENET if x.shape[1] == 3 else ((.5,)*x.shape[1],)*2
     return (x - x.new_tensor(mean).view(1, -1, 1, 1))/x.new_tensor(std).view(1, -1, 1, 1)
 
 def check_range(

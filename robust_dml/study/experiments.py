@@ -34,7 +34,7 @@ from ..defenses.lines import TABLE_DEFENSES, Setting
 from ..defenses.lines import defense_of, table_lines, table_row, versions
 from ..metrics.evaluate import Protocol, evaluate, examples
 from ..runs.jobs import executor, run_jobs, stoppable
-from ..models.networks import MODELS, checksum
+from ..models.networks import backbone_named, checksum
 from ..runs.processes import joined, leads, wait
 from ..metrics.scores import paper_table
 from ..neighbors import resolve_backend
@@ -440,14 +440,11 @@ def _data(p:dict, r:Recipe)->Split:
 
 def with_backbone(
     recipe:Recipe,
-    backbone:str, # one of `models.networks.MODELS`; '' keeps the recipe's
+    backbone:str, # of `models.networks.backbone_named`; '' keeps the recipe's
 )->Recipe:
     "The recipe with another network; ConvNeXt takes no images below 32 x 32."
     if not backbone: return recipe
-    return replace(
-        recipe, model=check_choice('backbone', backbone, MODELS),
-        size=max(recipe.size, 32) if backbone == 'convnext_tiny' else recipe.size
-    )
+    return replace(recipe, model=backbone, size=max(recipe.size, backbone_named(backbone).least))
 
 def with_budget(
     recipe:Recipe,
@@ -611,7 +608,9 @@ def training_config(
     r = plan.recipe
     usual = dict(optimizer='adam', schedule='const', head_lr=0.)
     further = {name: getattr(r, name) for name,value in usual.items() if getattr(r, name) != value}
-    if defense.code: further['code'] = defense.code # the source of a user's own
+    # the source of a user's own
+    if defense.code: further['code'] = defense.code
+    if code := backbone_named(r.model).code: further['model_code'] = code
     if r.head_lr == r.lr: further.pop('head_lr', None)
     return further | dict(
         format=1, data=plan.card['checksum'], size=r.size, crop=r.crop, channels=r.channels, model=r.model,

@@ -335,7 +335,7 @@ def paper_job(
 # %% ../../nbs/study/09_scale.ipynb #7c1de0a4
 def timed_rounds(
     *,
-    network:str,   # key of `models.networks.MODELS`
+    network:str,   # of `models.networks.backbone_named`
     size:int,      # side of the images
     channels:int,
     images:int,    # of a batch
