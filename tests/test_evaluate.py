@@ -162,7 +162,7 @@ def test_folding_changes_no_number_of_a_deep_network(images, monkeypatch):
     options = dict(ATTACK, steps=2, limit=6)
     few = sets.ImageSet(images.test.images[:60], images.test.labels[:60], images.test.classes[:5])
     fast = evaluate(net.double(), few, **options)
-    monkeypatch.setattr(module, 'streamlined', lambda model, compiled=False: model)
+    monkeypatch.setattr(module, 'faster', lambda model, dataset, device: model)
     plain = evaluate(net, few, **options)
     for part in ('benign', 'before', 'after', 'indicators'):
         assert getattr(fast, part) == pytest.approx(getattr(plain, part), abs=1e-7)
