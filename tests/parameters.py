@@ -146,7 +146,8 @@ LISTS = {
             tune_limit=('0', 'attacked queries of the search; 0: 250'),
             draw=('0', 'seed of the held-out classes and of the random settings')
         ),
-        defenses='comma-separated: act, hm, colo_tride, naive_tride, naive_sip; empty: all five',
+        defenses='comma-separated: act, hm, colo_tride, naive_tride, naive_sip, or module:function of your own; empty: the'
+        ' five',
         seeds="comma-separated, of the confirmation; the search trains with the first; empty: the preset's",
         profile="the default COLO-TRIDE: official or paper; empty: the preset's first",
         epochs="epochs of the confirmation; 0: the preset's",

@@ -8,6 +8,7 @@ from robust_dml.core import DEFENSES
 from robust_dml.defenses.base import Defense, make_defense, method
 from robust_dml.defenses.lines import Setting, defense_of, table_lines, table_row, versions
 from robust_dml.report.pages import look
+from robust_dml.study import experiments, tuning
 
 SOFT = '''
 from robust_dml.defenses.base import act
@@ -109,3 +110,16 @@ def test_every_record_makes_its_defense():
     # one version of COLO-TRIDE has two names, and one look
     looks = [look for n, of in DEFENSES.items() for p, look in of.looks.items() if (n, p) != ('colo_steps', 'paper')]
     assert len(set(looks)) == len(looks) > 30
+
+
+def test_an_own_defense_is_tuned_with_the_same_budget(lab):
+    parameters = dict(preset='smoke', dataset='glyphs', backend='torch', out='out')
+    plan = experiments.plan('table1', experiments.parameters(parameters))
+    found = tuning.candidates('own_lab:soft', 4, plan=plan, seed=0)
+    drawn = {key for candidate in found for key in candidate}
+    assert found[0] == {} and len(found) == 4 and drawn <= {'eps', 'step_size', 'steps', 'margin'}
+    cell = tuning.cell_of('own_lab:soft', found[1], plan, 0)
+    assert cell.defense.startswith('own_lab:soft+') and experiments.defense(cell, plan.recipe).name == 'own_lab:soft'
+    assert tuning.longest('own_lab:soft', plan.recipe.settings[0]) == tuning.longest('hm', plan.recipe.settings[0])
+    with pytest.raises(ValueError, match="method must be one of 'act', 'hm'"): tuning.moved_images('est')
+    with pytest.raises(ValueError, match="own_lab must have sofd"): tuning.moved_images('own_lab:sofd')
