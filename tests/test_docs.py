@@ -210,7 +210,7 @@ def test_sentences_are_those_of_the_reports(name):
     sentence, page = results.sentence_of(name), ' '.join(results.said(name))
     assert len(sentence) > 30 and sentence.endswith('.')
     assert all(part in page for part in re.split(r'(?<=\.)\s+(?=[A-Z])', sentence))
-    assert (ROOT/'nbs'/f'run_{results.experiments()[name]}.ipynb').exists()
+    assert notebooks.run_notebook(results.experiments()[name]).exists()
 
 
 def test_collapse_is_not_left_out():

@@ -63,6 +63,13 @@ def run(file:Path)->tuple[int, int]:
     return passed, failed
 
 
+def build_pages()->None:
+    "Pages of the committed reports that are not built yet, for git keeps none."
+    from robust_dml.papers import gallery
+    for folder in gallery.report_folders(HERE.parent.parent/'reports'):
+        if not (folder/'index.html').is_file(): gallery.rewrite(folder)
+
+
 def main(names)->int:
     if why := installed():
         required = os.environ.get('CI_REQUIRE_BROWSER') == '1'
@@ -74,6 +81,7 @@ def main(names)->int:
             f'expected names of {", ".join(f.name.removesuffix(".test.mjs") for f in sorted(HERE.glob("*.test.mjs")))},'
             f' found {", ".join(names)}'
         )
+    if {'report', 'explorer'} & {f.name.removesuffix('.test.mjs') for f in files}: build_pages()
     passed, failed = map(sum, zip(*map(run, files)))
     print(f'{passed} passed, {failed} failed')
     return int(failed > 0)
