@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from robust_dml.papers import gallery
 from robust_dml.report import blocks, tables
 from robust_dml.study.experiments import STUDIES
-from robust_dml.runs.store import read_results, to_json
+from robust_dml.runs.store import Run, read_results, to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT/'reports'
@@ -170,10 +171,9 @@ def made_up_reports(folder):
         ),
         ('train-2', dict(data='9876543210', defense='act|x', seed=0), dict(log=[])),
     ):
-        run = folder/'store'/name
-        run.mkdir(parents=True)
-        (run/'card.json').write_bytes(to_json(dict(kind=name.split('-')[0], config=config)))
-        (run/'result.json').write_bytes(to_json(result))
+        run = Run(folder/'store'/name)
+        run.write('card.json', dict(kind=name.split('-')[0], config=config))
+        run.write('result.json', result)
     (folder/'store'/'eval-2').mkdir()
     (folder/'store'/'eval-2'/'result.json').write_text('{')  # damaged
     blocks.publish(
@@ -282,3 +282,39 @@ def test_slider_mixes_clean_and_attacked(tmp_path):
         and 'type="range"' in done
         and '>25 %<' in done
     )
+
+
+@pytest.mark.parametrize(
+    'text', [
+        '', '{', '[]', '[1]', '3', 'null', '"a"', '{"records": 3}', '{"records": [{"label": 3}]}', '{"records": "abc"}',
+        '{"said": 3}', '{"said": [3]}', '{"title": []}', '{"dataset": {}}', '{"experiment": 7}', '{"points": [[1]]}',
+        '{"records": [{"label": "a", "train": {"address": []}}]}', '{"from_run": "eval-9"}', '{"content": "0"}',
+        '{"records": [{"from_run": 3}]}', '{"a":' * 2000, '\ufeff{}', '{"dataset": "\\ud800"}',
+    ],
+)
+def test_a_damaged_or_foreign_folder_does_not_break_the_last_cell(tmp_path, text):
+    made_up_reports(tmp_path)
+    (tmp_path/'other').mkdir()
+    (tmp_path/'other'/'results.json').write_text(text, encoding='utf-8')
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        page = gallery.write_gallery(tmp_path)
+    assert 'table1-a-smoke' in page.read_text()
+    left = [str(w.message) for w in said if 'is left out of the list' in str(w.message)]
+    assert all('other' in sentence for sentence in left)
+
+
+@pytest.mark.parametrize('card', [3, [], {}, dict(kind=3, config=[]), dict(kind='train', config=dict(data=[], options=3))])
+@pytest.mark.parametrize('result', [3, [], {}, dict(benign=3, ers='a'), dict(benign={'R@1': 'x'}, ars=[])])
+def test_a_foreign_run_does_not_break_the_list(tmp_path, card, result):
+    made_up_reports(tmp_path)
+    for name in ('train-9', 'eval-9'):
+        run = Run(tmp_path/'store'/name)
+        for file, value in (('card.json', card), ('result.json', result)):
+            if isinstance(value, dict): run.write(file, value)
+            else:
+                run.folder.mkdir(parents=True, exist_ok=True)
+                (run.folder/file).write_bytes(to_json(value))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        assert 'table1-a-smoke' in gallery.write_gallery(tmp_path).read_text()

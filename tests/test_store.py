@@ -1,4 +1,5 @@
 """Run folders shared by processes: locks, their death, and damage to what was stored."""
+import errno
 import json
 import math
 import os
@@ -203,10 +204,38 @@ def test_no_flipped_bit_is_read(tmp_path):
         assert all({k: line.get(k) for k in value} == value for line in found), (i, found)
 
 
-def test_results_from_before_there_were_hashes(tmp_path):
-    (tmp_path/'r.json').write_text('{"a": 1}')
-    (tmp_path/'q').write_text('{"a": 1}\n{"a": 2}\n')
-    assert Run(tmp_path).read('r.json', 'a') == dict(a=1) and read_lines(Run(tmp_path), 'q') == [dict(a=1), dict(a=2)]
+def test_a_result_without_a_hash_is_refused_in_a_store(tmp_path):
+    "Whoever edits a number can delete the line with the hash as well."
+    run = open_run(tmp_path, 'eval', dict(seed=0))
+    run.write('result.json', dict(r1=38.3))
+    append_line(run, 'queries.jsonl', dict(r1=38.3))
+    edited = json.loads((run.folder/'result.json').read_text()) | dict(r1=99.9)
+    del edited['content']
+    (run.folder/'result.json').write_text(json.dumps(edited))
+    (run.folder/'queries.jsonl').write_text('{"r1": 99.9}\n')
+    with pytest.raises(StoreError, match='with a hash of its content.*found none'): run.read('result.json')
+    with pytest.raises(StoreError, match='with a hash of its content.*found none'): store.described(run)
+    with pytest.raises(StoreError, match='a line with a hash of its content'): read_lines(run, 'queries.jsonl')
+    assert run.read('result.json', unsigned=True) == dict(r1=99.9)
+
+
+def test_lines_that_two_processes_wrote_count_once(tmp_path):
+    run = Run(tmp_path)
+    for seconds in (1., 2.): append_line(run, 'q', dict(attack='ES', start=0, after=[1], seconds=seconds))
+    append_line(run, 'q', dict(attack='ES', start=8, after=[1], seconds=1.))
+    assert [r['start'] for r in read_lines(run, 'q')] == [0, 8]
+    append_line(run, 'q', dict(attack='ES', start=0, after=[2], seconds=1.))
+    assert [r['after'] for r in read_lines(run, 'q', unique=('attack', 'start'))] == [[1], [1]]
+    assert len(read_lines(run, 'q')) == 3
+
+
+def test_a_file_system_that_may_only_be_read_is_named(tmp_path, monkeypatch):
+    "Removing the part that was never written fails as well, and must not hide the sentence."
+    def refuse(*_, **__): raise OSError(errno.EROFS, 'Read-only file system')
+    monkeypatch.setattr(store.Path, 'unlink', refuse)
+    monkeypatch.setattr('builtins.open', refuse)
+    with pytest.raises(StoreError, match='expected to write .*Read-only file system'):
+        store.write_atomic(tmp_path/'a.json', b'1')
 
 
 def test_not_a_number_has_a_hash(tmp_path):

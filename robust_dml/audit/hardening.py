@@ -28,7 +28,7 @@ from ..report.blocks import Content, Tag, bold, chart, code, facts_table, headin
 from ..report.blocks import plain_table, publish, tag
 from ..report.pages import fixed_text, report_name
 from ..report.tables import STATE_COLUMNS, TABLE1_COLUMNS, Column, curves
-from ..runs.store import Run, provenance, reports_root, save_tensors, write_atomic
+from ..runs.store import Run, locked, provenance, reports_root, save_tensors, write_atomic
 from ..defenses.train import train
 
 # %% ../../nbs/audit/02_hardening.ipynb #1bc82899
@@ -242,10 +242,11 @@ def harden(
     judged = judged._replace(source=f'{place} held out')
     write_list(run.folder/'held_out.csv', judged) # for the reader; the audits take the names as they are
     before = audit(model, judged, name=name, **common)
-    done = train(
-        net, pictures, chosen, epochs=epochs, pairs=pairs, lr=lr, weight_decay=weight_decay, seed=seed, device=device,
-        run=run, show=show, desc=f'harden by {defense}'
-    )
+    with locked(run):
+        done = train(
+            net, pictures, chosen, epochs=epochs, pairs=pairs, lr=lr, weight_decay=weight_decay, seed=seed,
+            device=device, run=run, show=show, desc=f'harden by {defense}'
+        )
     after = audit(net, judged, name=f'{name} {defense}', **common)
     folder = reports_root(out)/report_name('harden', Path(place).name, name, defense, key=place)
     sha = save_tensors(Run(folder), 'hardened.safetensors', dict(portable(net).state_dict()))

@@ -40,7 +40,8 @@ from ..report.blocks import para, plain_table, publish, table_box, table_row, ta
 from ..report.pages import clock_text, fixed_text, in_255, in_pixels, new_figure, png, report_name, theme
 from ..report.tables import ATTACK_WORDS, BENIGN_COLUMNS, strip
 from ..neighbors import knn
-from ..runs.store import Run, StoreError, append_line, load_tensors, open_run, provenance, read_lines
+from ..runs.store import Run, StoreError, append_line, load_tensors, locked, open_run, provenance
+from ..runs.store import read_lines
 from ..runs.store import reports_root, save_tensors, to_json, write_atomic
 from ..attacks.strong import GOALS, LTM_NEAREST, R_AT_1, WorstCase, curve, curve_line, outcomes, over_eps
 from ..attacks.strong import over_steps, worst_case
@@ -1124,9 +1125,8 @@ def _report(task:Task, name:str, notes:Sequence[str], folder:Path)->Audit:
     evaluation = _kept(task.run, 'evaluation.json', partial(_evaluation, task))
     queries, gallery = _searched(task)
     curves = _kept(task.run, 'curves.json', partial(_curves, task, queries, gallery))
-    records, rows = read_lines(task.run, 'queries.jsonl'), query_rows(
-        len(queries.id), limit=task.protocol.limit, seed=task.protocol.seed
-    )
+    records = read_lines(task.run, 'queries.jsonl', unique=('attack', 'start'))
+    rows = query_rows(len(queries.id), limit=task.protocol.limit, seed=task.protocol.seed)
     worst = worst_case(records)
     headings, data = list(worst.each), task.pictures.dataset
     clean = outcomes(sorted(records, key=lambda r: r['start']))['before', headings[0]]
@@ -1268,7 +1268,7 @@ def audit(
     if show and not task.run.has('evaluation.json'): _announce(task, pace)
     place = listed.source + (f'\n{os.path.abspath(queries)}' if queries else '')
     folder = reports_root(out)/report_name('audit', Path(listed.source).name, name, key=place)
-    return _report(task, name, notes + list(listed.notes) + more, folder)
+    with locked(run): return _report(task, name, notes + list(listed.notes) + more, folder)
 
 # %% ../../nbs/audit/00_measure.ipynb #3c6bd6a9
 PARAMETERS = MappingProxyType(

@@ -43,8 +43,8 @@ from ..attacks.loop import autograd_gradient
 from ..report.blocks import Content, Tag, chart, heading, note, opening, plain_table, publish
 from ..report.pages import fixed_text, join_words, look, mean_spread, new_figure, spread_text, theme
 from ..report.tables import curves, ending, setting_line
-from ..runs.store import Run, append_line, described, load_tensors, open_run, read_lines, save_tensors
-from ..runs.store import write_atomic
+from ..runs.store import Run, append_line, described, load_tensors, locked, open_run, read_lines
+from ..runs.store import save_tensors, write_atomic
 from ..defenses.train import train
 from .tuples import budgets, by_line, parted_table, _setting
 
@@ -271,10 +271,18 @@ def memory(
         plan.reports, 'memory',
         dict(format=1, **{key: wanted[0][2][key] for key in ('model', 'shape', 'gallery', 'precision', 'device')})
     )
-    known = {fingerprint(r['task']): r['bytes'] for r in read_lines(run, 'peaks.jsonl')}
-    missing = [task for _,_,task in wanted if fingerprint(task) not in known]
-    for task,found in measured_apart(missing):
-        known[fingerprint(task)] = found; append_line(run, 'peaks.jsonl', dict(task=task, bytes=found))
+    def peaks(): return {fingerprint(r['task']): r['bytes'] for r in read_lines(run, 'peaks.jsonl')}
+    def missing(known): return [task for _,_,task in wanted if fingerprint(task) not in known]
+    if not missing(known := peaks()): return _peaks_of(wanted, known)
+    with locked(run):
+        known = peaks() # another process may have been here
+        for task,found in measured_apart(missing(known)):
+            known[fingerprint(task)] = found
+            append_line(run, 'peaks.jsonl', dict(task=task, bytes=found))
+    return _peaks_of(wanted, known)
+
+def _peaks_of(wanted, known)->dict[str, dict[str, int]]:
+    "Bytes by line and by what was done, of all that was measured."
     return {
         line: {
             what: known[key] for other, what, task in wanted if other == line and (key := fingerprint(task)) in known

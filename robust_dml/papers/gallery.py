@@ -7,12 +7,13 @@ __all__ = ['report_folders', 'list_reports', 'list_runs', 'write_gallery', 'refr
            'run_all']
 
 # %% ../../nbs/papers/04_gallery.ipynb #5e3fb97e
-import math, os
+import math, os, warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ..study import compare, cost, explore, fairness, locality, reference, scale, stress, timing, tuning
 from . import all_defenses, eat, tuples
@@ -34,23 +35,45 @@ def report_folders(
 def _kind(folder:Path, results:Mapping[str, Any])->str:
     return results.get('experiment') or folder.name.partition('-')[0]
 
+# what a damaged folder, or one of another program, makes of reading it
+_FOREIGN = (StoreError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError)
+
+def _without(what:Path|str, error:BaseException)->None:
+    "Say in one sentence what is left out: one damaged folder must not keep a run from its last cell."
+    why = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+    warnings.warn(f'{what} is left out of the list of reports: {why}')
+
+def _words(results:Mapping[str, Any], *names:str)->dict[str, str]:
+    "Texts of a report; TypeError where something else stands in their place."
+    found = {name: results.get(name) or '' for name in names}
+    if wrong := [name for name, value in found.items() if not isinstance(value, str)]:
+        raise TypeError(f'expected text as {", ".join(wrong)} in results.json, found something else')
+    return found
+
+def _listed(folder:Path)->dict[str, Any]:
+    "What the list says of one report."
+    results = read_results(folder)
+    if not isinstance(results, Mapping):
+        raise TypeError(f'expected a mapping in {folder/"results.json"}, found {type(results).__name__}')
+    words = _words(results, 'title', 'experiment', 'dataset', 'preset')
+    records = [r for r in results.get('records') or results.get('trainings') or () if isinstance(r, Mapping)]
+    said, labels = next(iter(results.get('said', ())), ''), [r['label'] for r in records if 'label' in r]
+    if not all(isinstance(text, str) for text in (said, *labels)):
+        raise TypeError(f'expected text as said and label in {folder/"results.json"}, found something else')
+    return dict(
+        folder=folder.name, title=words['title'] or folder.name, said=said, experiment=_kind(folder, results),
+        dataset=words['dataset'], preset=words['preset'], defences=list(dict.fromkeys(labels)),
+        runs=_quoted(records, results)
+    )
+
 def list_reports(
     reports:Path,
 )->list[dict[str, Any]]: # folder, title, said, experiment, dataset, preset, defences, runs
-    "Every report with what it says first."
+    "Every report with what it says first; what cannot be read is left out with a warning."
     found = []
     for folder in report_folders(reports):
-        results = read_results(folder)
-        records = [r for r in results.get('records') or results.get('trainings') or () if isinstance(r, Mapping)]
-        found.append(
-            dict(
-                folder=folder.name, title=results.get('title') or folder.name,
-                said=next(iter(results.get('said', ())), ''), experiment=_kind(folder, results),
-                dataset=results.get('dataset', ''), preset=results.get('preset', ''),
-                defences=list(dict.fromkeys(r['label'] for r in records if 'label' in r)),
-                runs=_quoted(records, results)
-            )
-        )
+        try: found.append(_listed(folder))
+        except _FOREIGN as error: _without(folder, error)
     return found
 
 def _quoted(records:Sequence[Mapping[str, Any]], results:Mapping[str, Any])->dict[str, str]:
@@ -74,9 +97,15 @@ def _lines(*parts:Any)->Iterable[Mapping[str, Any]]:
 def _cards(reports:Path)->dict[str, tuple[dict, dict]]: # address to card and result
     "Every finished run of the store; a damaged one is left out, its reader will say so."
     found = {}
-    for run in finished_runs(reports):
-        if run.has('card.json') and run.has('result.json'):
-            with suppress(StoreError): found[run.address] = (run.read('card.json'), run.read('result.json'))
+    try: runs = finished_runs(reports)
+    except _FOREIGN as error:
+        _without('the ledger', error)
+        return {}
+    for run in runs:
+        with suppress(*_FOREIGN):
+            if not (run.has('card.json') and run.has('result.json')): continue
+            card, result = run.read('card.json', 'config', 'kind'), run.read('result.json')
+            if isinstance(card['config'], Mapping) and isinstance(result, Mapping): found[run.address] = (card, result)
     return found
 
 def _settings(training:Mapping[str, Any], test:Mapping[str, Any])->str:
@@ -99,9 +128,14 @@ def list_runs(
     cards, names = _cards(reports), {}
     quoted = {address: [r for r in listed if address in r['runs']] for address in cards}
     for address, (card, _) in cards.items():
-        for r in quoted[address]: names.setdefault(card['config'].get('data'), r['dataset'])
-    tested = {card['config'].get('train') for card, _ in cards.values() if card['kind'] != 'train'}
-    return [_run(address, cards, quoted, names) for address in cards if address not in tested]
+        for r in quoted[address]: names.setdefault(str(card['config'].get('data')), r['dataset'])
+    tested = {str(card['config'].get('train')) for card, _ in cards.values() if card['kind'] != 'train'}
+    found = []
+    for address in cards:
+        if address in tested: continue
+        try: found.append(_run(address, cards, quoted, names))
+        except _FOREIGN as error: _without(address, error)
+    return found
 
 def _run(
     address: str, cards: Mapping[str, tuple[dict, dict]], quoted: Mapping[str, list], names: Mapping[str, str]
@@ -116,7 +150,7 @@ def _run(
         address=address, kind=card['kind'], defence=label or str(training.get('defense', '')).replace('_', ' '),
         dataset=names.get(data, data[:8]), seed=training.get('seed', ''), settings=_settings(training, card['config']),
         r1=(result.get('benign') or {}).get('R@1'), ers=result.get('ers'), ars=result.get('ars'),
-        collapsed=result.get('collapsed'), experiments=list(dict.fromkeys(r['experiment'] for r in by)),
+        collapsed=result['collapsed'] if isinstance(result.get('collapsed'), bool) else None, experiments=list(dict.fromkeys(r['experiment'] for r in by)),
         presets=list(dict.fromkeys(r['preset'] for r in by if r['preset'])), folders=[r['folder'] for r in by]
     )
 
@@ -131,7 +165,7 @@ def _card(r:Mapping[str, Any])->Tag:
     "A report."
     tags = _tags(dataset=[r['dataset']], preset=[r['preset']], experiment=[r['experiment']], defence=r['defences'])
     sub = ', '.join(filter(None, (r['experiment'], r['dataset'], r['preset'])))
-    title = heading(link(r['title'], f'{r["folder"]}/index.html'), 3)
+    title = heading(link(r['title'], f'{quote(r["folder"])}/index.html'), 3)
     return tag('div', title, note(sub), tag('p', _short(r['said'])), kind='card', **tags)
 
 def _short(text:str, most:int=260)->str:
@@ -142,7 +176,7 @@ def _line(r:Mapping[str, Any])->Tag:
     "A run."
     tags = _tags(dataset=[r['dataset']], preset=r['presets'], experiment=r['experiments'], defence=[r['defence']])
     def number(v): return '–' if not isinstance(v, (int, float)) or math.isnan(v) else fixed_text(v, 1)
-    links = [[' ' if k else '', link(name, f'{name}/index.html')] for k, name in enumerate(r['folders'])]
+    links = [[' ' if k else '', link(name, f'{quote(name)}/index.html')] for k, name in enumerate(r['folders'])]
     flag = {True: bad('yes'), False: 'no'}.get(r['collapsed'], '–')
     cells = [
         r['defence'], r['dataset'], str(r['seed']), number(r['r1']), number(r['ers']), number(r['ars']), flag,

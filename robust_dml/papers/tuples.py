@@ -161,10 +161,11 @@ def fit(plan:Plan, line:str, seed:int, *, show:bool=True)->nn.Module:
     r, chosen = plan.recipe, defence(plan, line)
     model = build(r.model, dim=r.dim, size=r.crop or r.size, channels=r.channels, seed=seed, weights=r.weights or None)
     run = open_run(plan.reports, 'train', training_config(plan, chosen, seed, epochs=r.epochs))
-    train(
-        model, plan.data.train, chosen, epochs=r.epochs, seed=seed, **training_options(r), device=plan.device, run=run,
-        show=show, desc=f'train {LINES[line].label}, seed {seed}'
-    )
+    with alone(run, 'result.json', 'model.safetensors'):
+        train(
+            model, plan.data.train, chosen, epochs=r.epochs, seed=seed, **training_options(r), device=plan.device,
+            run=run, show=show, desc=f'train {LINES[line].label}, seed {seed}'
+        )
     return model
 
 def measure(

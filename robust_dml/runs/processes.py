@@ -7,7 +7,7 @@ __all__ = ['process_count', 'process_index', 'leads', 'ProcessLost', 'check_star
            'everyone', 'agreed', 'check_same', 'shares', 'spread', 'traffic']
 
 # %% ../../nbs/runs/02_processes.ipynb #d1e652f7
-import importlib, json, os, socket, sys
+import importlib, json, os, socket, sys, threading, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,7 +22,18 @@ from torch.func import functional_call
 from ..core import check_choice, need
 
 # %% ../../nbs/runs/02_processes.ipynb #1c1ace94
-def _started()->int: return int(os.environ.get('WORLD_SIZE', 1))
+_LAUNCHER = ('RANK', 'MASTER_ADDR', 'MASTER_PORT') # what a launcher says besides
+
+def _started()->int:
+    "Processes of this launch, by the launcher's own word."
+    said = os.environ.get('WORLD_SIZE', '').strip() or '1'
+    if not said.isdecimal() or int(said) < 1:
+        raise RuntimeError(
+            f'WORLD_SIZE must be the number of processes that a launcher started, found {said[:40]!r}; remove it from'
+            ' the environment (unset WORLD_SIZE) to work in one process'
+        )
+    return int(said)
+
 def _is_joined()->bool: return dist.is_available() and dist.is_initialized()
 
 def process_count()->int:
@@ -83,6 +94,33 @@ def _own_gpu(device:str)->None:
         )
     torch.cuda.set_device(number)
 
+def _check_launcher()->None:
+    "Refuse a number of processes that nobody started."
+    if absent := [name for name in _LAUNCHER if not os.environ.get(name)]:
+        raise RuntimeError(
+            f'expected a launcher behind WORLD_SIZE={_started()}, found no {", ".join(absent)}; start the program with'
+            f' `torchrun --standalone --nproc_per_node {_started()}`, or remove WORLD_SIZE from the environment'
+        )
+
+def _meet(backend:str, timeout:float, patience:float=10.)->None:
+    "Join the other processes; signals are heard while they are awaited, and after `patience` seconds a sentence says so."
+    failed:list[BaseException] = []
+    gpu = torch.cuda.current_device() if backend == 'nccl' else None
+    def work():
+        try:
+            if gpu is not None: torch.cuda.set_device(gpu)
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        except BaseException as error: failed.append(error)
+    thread, end = threading.Thread(target=work, daemon=True), time.monotonic() + patience
+    thread.start()
+    while thread.is_alive():
+        thread.join(.1)
+        if end and time.monotonic() > end:
+            place = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
+            print(f'waiting at {place} for the other of {_started()} processes', file=sys.stderr, flush=True)
+            end = 0.
+    if failed: raise failed[0]
+
 @contextmanager
 def joined(
     device:str='cpu',           # what the processes compute on
@@ -97,9 +135,10 @@ def joined(
         return
     cuda = torch.device(device).type == 'cuda'
     if cuda: _own_gpu(device)
+    _check_launcher()
     # its functions keep the group that they find as their default, so they are imported while there is none
     importlib.import_module('torch.distributed.nn.functional')
-    with _talking(): dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(seconds=timeout))
+    with _talking(): _meet('nccl' if cuda else 'gloo', timeout)
     try:
         yield
         wait()

@@ -10,7 +10,7 @@ __all__ = ['METHODS', 'reports_root', 'StoreError', 'write_atomic', 'to_json', '
 # %% ../../nbs/runs/00_store.ipynb #0ca1b287
 import hashlib, io, json, math, os, platform, subprocess, threading, time, zipfile, zlib
 from _thread import interrupt_main
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -56,7 +56,7 @@ def write_atomic(
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True) if part.parent.is_dir() else None
+        with suppress(OSError): part.unlink(missing_ok=True) # of a file system that may only be read, too
         raise _unwritable(path, error) from error
 
 def _unwritable(path:Path, error:OSError)->StoreError:
@@ -87,8 +87,13 @@ def _signed(value:dict)->dict:
     "The same with a hash of its content."
     return dict(value, content=hashlib.sha256(to_json(value)).hexdigest())
 
-def _verified(value:dict, path:Path, line:str='')->dict:
-    "The content of what `_signed` returned; StoreError when it is another one."
+def _verified(value:dict, path:Path, line:str='', required:bool=False)->dict:
+    "The content of what `_signed` returned; StoreError when it is another one, or has no hash where one is required."
+    if required and not (isinstance(value, dict) and 'content' in value):
+        raise StoreError(
+            f'expected {line or "a file"} with a hash of its content in {path}, found none: it was edited, or is older'
+            ' than the hashes; delete it and run again (an old store enters the ledger by collect with unsigned=True)'
+        )
     if not isinstance(value, dict) or 'content' not in value: return value
     plain = {key: v for key,v in value.items() if key != 'content'}
     if _signed(plain)['content'] != value['content']:
@@ -97,7 +102,6 @@ def _verified(value:dict, path:Path, line:str='')->dict:
             ' delete it and run again'
         )
     return plain
-
 
 # %% ../../nbs/runs/00_store.ipynb #5d0c1e03
 def ledger_of(
@@ -223,10 +227,14 @@ class Run:
 
     def write(self, name:str, value:dict)->None: write_atomic(self.folder/name, to_json(_signed(value)))
 
-    def read(self, name:str, *keys:str)->dict:
-        "Value of a JSON file that must hold `keys`; StoreError when it is broken."
+    @property
+    def stored(self)->bool: return self.folder.parent.name == 'store'
+
+    def read(self, name:str, *keys:str, unsigned:bool=False)->dict:
+        """Value of a JSON file that must hold `keys`; StoreError when it is broken, or without a hash in a store, unless
+        `unsigned`."""
         path = self.folder/name
-        try: value = _verified(json.loads(path.read_text(encoding='utf-8')), path)
+        try: value = _verified(json.loads(path.read_bytes()), path, required=self.stored and not unsigned)
         except FileNotFoundError as error:
             value = _kept(self, name)
             if value is None: raise StoreError(f'expected {path}, found no such file; run again') from error
@@ -266,13 +274,15 @@ def read_lines(
     run:Run,
     name:str, # file of JSON lines
     *keys:str,# that every record must hold
+    unique:Sequence[str]=(), # keys that tell records apart: of several that agree in them the first counts
 )->list[dict]:
-    "Records of a file of JSON lines; an unfinished last line is removed from the file."
+    """Records of a file of JSON lines, each once, whatever time it took; an unfinished last line is removed from the
+    file."""
     path, kept = run.folder/name, _kept(run, name) or []
     if not path.is_file(): return kept
     whole, cut, tail = path.read_bytes().rpartition(b'\n')
     if tail: write_atomic(path, whole + cut)
-    try: found = [_verified(json.loads(line), path, 'a line') for line in whole.split(b'\n') if line]
+    try: found = [_verified(json.loads(line), path, 'a line', run.stored) for line in whole.split(b'\n') if line]
     except (ValueError, RecursionError) as error:
         raise StoreError(
             f'expected JSON lines in {path}, found a damaged line ({error}); delete the file and run again'
@@ -283,7 +293,16 @@ def read_lines(
             f'expected {", ".join(absent)} in every line of {path}, found a line without; another version wrote it:'
             ' delete the file and run again'
         )
-    return [record for record in kept if record not in found] + found
+    return _each_once([record for record in kept if record not in found] + found, unique)
+
+def _each_once(records:list[dict], unique:Sequence[str])->list[dict]:
+    "Records without those that say the same again: two processes once wrote one file."
+    first = {}
+    for record in records:
+        known = record if isinstance(record, dict) else dict(value=record)
+        told = {k: v for k, v in known.items() if k in unique or not unique and k != 'seconds'}
+        first.setdefault(to_json(told), record)
+    return list(first.values())
 
 # %% ../../nbs/runs/00_store.ipynb #e588ae38
 def save_tensors(
@@ -462,14 +481,8 @@ _TIMES = ('seconds', 'parts') # of a result; two equal runs differ in them
 def _record(run:Run, unsigned:bool)->dict:
     "A finished run as the ledger holds it."
     files = {name: run.folder/name for name in ('card.json', 'result.json')}
-    for path in files.values() if not unsigned else ():
-        if path.is_file() and b'"content"' not in path.read_bytes():
-            raise StoreError(
-                f'expected a file with a hash of its content, found {path} without; a store from before there were'
-                ' hashes is read with unsigned=True'
-            )
-    card = run.read('card.json', 'kind', 'config', 'provenance')
-    result = run.read('result.json') if files['result.json'].is_file() else None
+    card = run.read('card.json', 'kind', 'config', 'provenance', unsigned=unsigned)
+    result = run.read('result.json', unsigned=unsigned) if files['result.json'].is_file() else None
     weights = (result or {}).get('sha256') or (result or {}).get('weights') or ''
     record = dict(
         address=run.address, kind=card['kind'], config=card['config'], provenance=card['provenance'], sha256=weights,
@@ -515,7 +528,6 @@ def collect(
                 )
         if new: write_atomic(path, b''.join(lines[address] for address in sorted(lines)))
     return new
-
 
 # %% ../../nbs/runs/00_store.ipynb #5d0c1e0b
 _UNDEFINED = {'number': 'NaN'} # of results.json, where null means nothing and is another thing
