@@ -2,7 +2,7 @@
 
 Started by `torchrun`, this file is the program of the processes: it does the work of `REMOTE` and writes what it found.
 """
-import json, os, socket, subprocess, sys
+import json, os, signal, socket, subprocess, sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -370,3 +370,22 @@ def test_a_launcher_that_starts_one_process_is_noticed(monkeypatch):
 if __name__ == '__main__':
     asked, place = sys.argv[2:], Path(sys.argv[1])
     processes.launch(launched, place, processes=2) if asked == ['launch'] else fault(place) if asked else work(place)
+
+
+def test_a_process_that_waits_for_a_peer_hears_signals_and_says_so():
+    code = (
+        'import functools, signal, sys, robust_dml.runs.processes as p\n'
+        'signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))\n' # heard between two steps of Python alone
+        'p._meet = functools.partial(p._meet, patience=.2)\n'
+        'with p.joined(): pass'
+    )
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        address = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE='2', RANK='0')
+    waits = subprocess.Popen(
+        [sys.executable, '-c', code], env=ENVIRONMENT | address, stderr=subprocess.PIPE, text=True
+    )
+    for line in waits.stderr:
+        if 'waiting at 127.0.0.1' in line: break
+    waits.send_signal(signal.SIGTERM)
+    assert waits.wait(30) == 3

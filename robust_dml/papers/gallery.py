@@ -150,7 +150,8 @@ def _run(
         address=address, kind=card['kind'], defence=label or str(training.get('defense', '')).replace('_', ' '),
         dataset=names.get(data, data[:8]), seed=training.get('seed', ''), settings=_settings(training, card['config']),
         r1=(result.get('benign') or {}).get('R@1'), ers=result.get('ers'), ars=result.get('ars'),
-        collapsed=result['collapsed'] if isinstance(result.get('collapsed'), bool) else None, experiments=list(dict.fromkeys(r['experiment'] for r in by)),
+        collapsed=result['collapsed'] if isinstance(result.get('collapsed'), bool) else None,
+        experiments=list(dict.fromkeys(r['experiment'] for r in by)),
         presets=list(dict.fromkeys(r['preset'] for r in by if r['preset'])), folders=[r['folder'] for r in by]
     )
 

@@ -103,7 +103,7 @@ def _check_launcher()->None:
         )
 
 def _meet(backend:str, timeout:float, patience:float=10.)->None:
-    "Join the other processes; signals are heard while they are awaited, and after `patience` seconds a sentence says so."
+    "Join the other processes; signals are heard meanwhile, and after `patience` seconds a sentence says who is awaited."
     failed:list[BaseException] = []
     gpu = torch.cuda.current_device() if backend == 'nccl' else None
     def work():

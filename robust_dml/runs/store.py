@@ -231,8 +231,7 @@ class Run:
     def stored(self)->bool: return self.folder.parent.name == 'store'
 
     def read(self, name:str, *keys:str, unsigned:bool=False)->dict:
-        """Value of a JSON file that must hold `keys`; StoreError when it is broken, or without a hash in a store, unless
-        `unsigned`."""
+        "Value of a JSON file that must hold `keys`; StoreError when it is broken, or in a store without a hash."
         path = self.folder/name
         try: value = _verified(json.loads(path.read_bytes()), path, required=self.stored and not unsigned)
         except FileNotFoundError as error:
