@@ -364,8 +364,8 @@ def _some(values:Any, most:int=5)->str:
     return ', '.join(_printable(str(value)[:200]) for value in values[:most])+(', ...' if len(values) > most else '')
 
 def _printable(value:Any)->str:
-    "A name in one line that any terminal bears."
-    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
+    "A name or path in one line that any terminal bears."
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in str(value)[:1000])
 
 def _why(error:Exception)->str: # a decoder may fail in any way
     "Why an image cannot be read, in a few words."
@@ -880,7 +880,7 @@ def load(
     elif is_reference(dataset): split = own_set(dataset, given)
     else:
         raise ValueError(
-            f"dataset must be 'glyphs', 'omniglot' or the path of a folder of class folders, found {dataset!r}"
+            f"dataset must be 'glyphs', 'omniglot' or the path of a folder of class folders, found {dataset[:200]!r}"
             f'{meant(dataset, DATASETS)}'
         )
     return (

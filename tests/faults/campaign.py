@@ -84,7 +84,7 @@ def job(home:Path, mark:Callable[[], None]=lambda: None, executor:str='inline')-
     results = experiments.results(plan, show=False)
     mark()
     # drawing touches no file and would take half of the time
-    tables._figures = lambda *_: {'picture.png': (PICTURE, 'A picture.')}
+    tables._figures = lambda *_: {'picture.png': tables.Picture(PICTURE, 'A picture.')}
     experiments.write_table(plan.folder, results)
 
 
