@@ -557,3 +557,10 @@ def test_a_fraction_where_255ths_are_meant_is_refused(eps):
     "0.031 of 255ths changes nothing, and every query would withstand."
     with pytest.raises(ValueError, match='eps must be in 255ths of the pixel range.*8 means 8/255'):
         module.prepared(dict(eps=eps, images='nowhere'))
+
+
+def test_no_cell_of_a_csv_is_a_formula():
+    rows = [['=HYPERLINK("x")', '+1', '-2+3', '@SUM(A1)', '  =1', 'a-b', -1.5, None, float('nan')]]
+    assert next(csv.reader([module._csv(rows).decode()])) == [
+        '\'=HYPERLINK("x")', "'+1", "'-2+3", "'@SUM(A1)", "'  =1", 'a-b', '-1.5', '', ''
+    ]

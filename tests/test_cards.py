@@ -69,3 +69,9 @@ def test_a_training_that_is_not_finished(tmp_path):
 def test_names_break_no_table(hostile):
     lines = rows(('a', 'b'), [(hostile, 1)]).splitlines()
     assert len(lines) == 3 and len(lines[2].replace('\\|', '').split('|')) == 4
+
+
+def test_no_fact_of_a_card_is_markup():
+    names = {part.split('}')[0] for part in TEMPLATE.split('{')[1:]}
+    card = model_card({name: '<script>alert(1)</script> <img src=x>' for name in names})
+    assert '<script' not in card and '<img' not in card and '&lt;script>' in card

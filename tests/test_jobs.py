@@ -368,3 +368,11 @@ def test_a_cancelled_job_is_named_and_stays_away(cluster, tmp_path):
         r'A Natural, seed 0 failed: it ended without a result .*; log: /\S+', said.splitlines()[-1]
     )
     assert epoch(tmp_path) >= 1 and not [*tmp_path.rglob('lock*')]
+
+
+@pytest.mark.parametrize('name', ['a\nb', 'a\n#SBATCH --account=x', 'a%j', 'a`id`', '$(id)', "a'b", 'a"b', 'a\x1b[2J'])
+def test_a_folder_cannot_write_into_the_script_of_a_job(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(jobs.shutil, 'which', lambda _: '/bin/true')
+    with pytest.raises(ValueError, match='must be free of line breaks') as caught:
+        jobs._engine(None, jobs.executor('slurm'), tmp_path/name)
+    assert str(caught.value).isprintable()

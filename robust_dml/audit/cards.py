@@ -213,5 +213,6 @@ def model_card(
     names = {part.split('}')[0] for part in TEMPLATE.split('{')[1:]}
     if names != facts.keys():
         raise ValueError(f'facts must have the keys {", ".join(sorted(names))}, found {", ".join(sorted(facts))}')
-    parts = TEMPLATE.split('{')
-    return parts[0] + ''.join(facts[name] + rest for name,rest in (part.split('}', 1) for part in parts[1:]))
+    parts, plain = TEMPLATE.split('{'), {name: fact.replace('<', '&lt;') for name, fact in facts.items()} # no markup
+    plain['title'] = ' '.join(plain['title'].split())
+    return parts[0] + ''.join(plain[name] + rest for name,rest in (part.split('}', 1) for part in parts[1:]))

@@ -1097,10 +1097,15 @@ def _page(results:Mapping[str, Any], figures:Mapping[str, Picture])->list[Conten
     ]
 
 # %% ../../nbs/audit/00_measure.ipynb #319b2720
+def _inert(value:Any)->Any:
+    "A cell that no spreadsheet takes for a formula: a text that begins like one gets a quote in front."
+    if value is None or value != value: return ''
+    return f"'{value}" if isinstance(value, str) and value.lstrip()[:1] in tuple('=+-@') else value
+
 def _csv(rows:Sequence[Sequence[Any]])->bytes:
     "Rows as a csv file; undefined numbers are empty."
     file = io.StringIO()
-    csv.writer(file, lineterminator='\n').writerows([['' if v is None or v != v else v for v in row] for row in rows])
+    csv.writer(file, lineterminator='\n').writerows([map(_inert, row) for row in rows])
     return file.getvalue().encode(errors='backslashreplace')
 
 def _query_rows(records:Sequence[dict], rows:Tensor, pictures:Pictures)->list[list]:

@@ -6,7 +6,7 @@
 __all__ = ['OPTIONS', 'Executor', 'executor', 'only_inline', 'stoppable', 'Job', 'JobError', 'private_folder', 'run_jobs']
 
 # %% ../../nbs/runs/01_jobs.ipynb #a6a9b2ef
-import os, re, shutil, signal, stat, subprocess, threading, time
+import os, re, shutil, signal, stat, subprocess, sys, threading, time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,8 +129,18 @@ _UNDER_WAY = {
     'RESIZING', 'SIGNALING', 'STAGE_OUT', 'STOPPED', 'SPECIAL_EXIT', 'PREEMPTED'
 }
 
+def _check_script(*words:Any)->None:
+    "Refuse words that would end a line of the script of a cluster's job, or mean something in it."
+    for word in map(str, words):
+        if not word.isprintable() or set(word) & set('%\\\'"`$'):
+            raise ValueError(
+                'a folder that stands in the script of a SLURM job must be free of line breaks and of % \\ \' " ` $,'
+                f' found {ascii(word[:100])}; choose another with -p out FOLDER, or start from another folder'
+            )
+
 def _engine(submitit:ModuleType, how:Executor, folder:Path)->Any:
     "submitit's executor with our options."
+    if how.kind == 'slurm': _check_script(folder.resolve(), Path.cwd(), sys.executable)
     if how.kind == 'slurm' and shutil.which('sbatch') is None:
         raise FileNotFoundError(
             'executor slurm needs the command sbatch, found none; run on a machine of the cluster, or with executor'
