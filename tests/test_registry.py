@@ -121,5 +121,5 @@ def test_an_own_defense_is_tuned_with_the_same_budget(lab):
     cell = tuning.cell_of('own_lab:soft', found[1], plan, 0)
     assert cell.defense.startswith('own_lab:soft+') and experiments.defense(cell, plan.recipe).name == 'own_lab:soft'
     assert tuning.longest('own_lab:soft', plan.recipe.settings[0]) == tuning.longest('hm', plan.recipe.settings[0])
-    with pytest.raises(ValueError, match="method must be one of 'act', 'hm'"): tuning.moved_images('est')
+    with pytest.raises(ValueError, match="defenses must be one of 'act', 'hm'"): tuning.moved_images('est')
     with pytest.raises(ValueError, match="own_lab must have sofd"): tuning.moved_images('own_lab:sofd')

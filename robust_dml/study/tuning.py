@@ -19,7 +19,8 @@ from typing import Any, TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..core import DEFENSES, check_between, check_choice, fingerprint, generator, kept_memory, listed, typed
+from ..core import DEFENSES, check_between, check_choice, fingerprint, generator, is_reference
+from ..core import kept_memory, listed, typed
 from ..data.sets import ImageSet, Split
 from ..defenses.base import method as of_method
 from ..defenses.lines import SCALED, Setting, entry_of, resolve, tuned
@@ -93,9 +94,8 @@ def moved_images(
 )->float:
     "Images moved per triplet and inner step; of a user's own defense, which does not say, all three."
     if method in IMAGES: return IMAGES[method]
-    of = of_method(method)
-    if not of.code: check_choice('method', method, tuple(IMAGES))
-    moves = of.moves or ()
+    if method in DEFENSES or not is_reference(method): check_choice('defenses', method, tuple(IMAGES))
+    moves = of_method(method).moves or ()
     return statistics.fmean(map(len, moves)) if any(moves) else 3.
 
 def longest(
