@@ -304,7 +304,9 @@ def test_a_damaged_or_foreign_folder_does_not_break_the_last_cell(tmp_path, text
     assert all('other' in sentence for sentence in left)
 
 
-@pytest.mark.parametrize('card', [3, [], {}, dict(kind=3, config=[]), dict(kind='train', config=dict(data=[], options=3))])
+@pytest.mark.parametrize(
+    'card', [3, [], {}, dict(kind=3, config=[]), dict(kind='train', config=dict(data=[], options=3))]
+)
 @pytest.mark.parametrize('result', [3, [], {}, dict(benign=3, ers='a'), dict(benign={'R@1': 'x'}, ars=[])])
 def test_a_foreign_run_does_not_break_the_list(tmp_path, card, result):
     made_up_reports(tmp_path)
