@@ -66,8 +66,8 @@ SETS = dict(
         ('cars_annos.mat', 'car_ims', 'devkit/cars_train_annos.mat', 'cars_train_annos.mat'),
         ('car_ims.tgz', 'cars_annos.mat'),
         'https://ai.stanford.edu/~jkrause/cars/car_dataset.html',
-        "put both into {root}/cars and unpack the first there: tar xzf car_ims.tgz (where the page is gone: the images as"
-        " cars_train, cars_test, devkit and cars_test_annos_withlabels.mat in {root}/stanford_cars serve as well)",
+        "put both into {root}/cars and unpack the first there: tar xzf car_ims.tgz (where the page is gone: the images"
+        " as cars_train, cars_test, devkit and cars_test_annos_withlabels.mat in {root}/stanford_cars serve as well)",
         ('cars_annos.mat', 'car_ims/000001.jpg'),
         dict(train=(8054, 98), test=(8131, 98)),
         dict(train=(1, 98), test=(99, 196)),
@@ -178,7 +178,8 @@ def _remedy(name:str, *folders:Path)->str:
             if found == 'whole'
             else f'{path} is {found}: download it again from {about.page}'
         )
-    return f'download {", ".join(about.downloads)} from {about.page} and {about.steps.format(root=_printable(folders[0]))}'
+    steps = about.steps.format(root=_printable(folders[0]))
+    return f'download {", ".join(about.downloads)} from {about.page} and {steps}'
 
 # %% ../../nbs/data/01_archives.ipynb #616c3be3
 def installed(
@@ -411,7 +412,8 @@ def _car_rows(path:Path, column:str, advice:str)->list[tuple[str, int]]: # file,
     fields = list(records if isinstance(records, dict) else mat)
     if not {column, 'class'} <= set(fields):
         raise ValueError(
-            f'{path} must hold annotations with {column} and class, found {_some(fields, 9)[:200] or "nothing"}; {advice}'
+            f'{path} must hold annotations with {column} and class, found {_some(fields, 9)[:200] or "nothing"};'
+            f' {advice}'
         )
     rows = list(zip(*((records if isinstance(records, dict) else mat)[key] for key in (column, 'class'))))
     if not rows: raise ValueError(f'{path} must list images, found an empty list; download it again')

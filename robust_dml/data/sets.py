@@ -601,8 +601,8 @@ def _entries(folder:str|Path)->list[os.DirEntry]: # sorted by name
         with os.scandir(folder) as found: entries = [e for e in found if e.name.lower() not in _OTHERS]
     except OSError as error:
         raise ValueError(
-            f'{_printable(folder)} must be a folder that can be read, found: {error.strerror or error}; change its permissions or'
-            ' remove it'
+            f'{_printable(folder)} must be a folder that can be read, found: {error.strerror or error}; change its'
+            ' permissions or remove it'
         ) from error
     return sorted(entries, key=lambda e: e.name)
 
@@ -804,12 +804,12 @@ def _say_overlap(folder:Path, names:tuple[str, ...], shared:set[str], alone:set[
     "Warn about classes that are trained and tested on, and about queries that can find nothing."
     if shared:
         warnings.warn(
-            f'{folder} trains and tests on {len(shared)} of the same classes ({_printable(min(shared))}, ...): the numbers are not'
-            ' those of unseen classes'
+            f'{folder} trains and tests on {len(shared)} of the same classes ({_printable(min(shared))}, ...): the'
+            ' numbers are not those of unseen classes'
         )
     if alone and len(names) == 3:
-        warnings.warn(f'{folder} has queries of {len(alone)} classes that are not in its gallery ({_printable(min(alone))}, ...):'
-                      ' R@1 and mAP leave them out')
+        warnings.warn(f'{folder} has queries of {len(alone)} classes that are not in its gallery'
+                      f' ({_printable(min(alone))}, ...): R@1 and mAP leave them out')
 
 # %% ../../nbs/data/00_sets.ipynb #fedc2d08
 def taken(
@@ -837,7 +837,9 @@ def own_set(
     found = refer(name)
     split = taken(found.value, given)
     if not isinstance(split, Split):
-        raise TypeError(f'{name} must return a Split, found {type(split).__name__}; see nbs/data/02_add_a_data_set.ipynb')
+        raise TypeError(
+            f'{name} must return a Split, found {type(split).__name__}; see nbs/data/02_add_a_data_set.ipynb'
+        )
     asked, shape = (given['channels'], given['size'], given['size']), tuple(split.train.images.shape[1:])
     if shape != asked:
         raise ValueError(
