@@ -7,8 +7,8 @@ import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-import attacks, memory, mining, precision, search, training # noqa: E402  (the scripts beside this one)
-from common import machine, measure # noqa: E402
+import attacks, memory, mining, precision, search, training
+from common import machine, measure
 
 GROUPS = dict(attacks=attacks, training=training, search=search, mining=mining, memory=memory)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS))
 
-from builder import api, catalogues, notebooks, results  # noqa: E402
+from builder import api, catalogues, notebooks, results
 
 MATHJAX = '3.2.2'
 

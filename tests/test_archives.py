@@ -1159,7 +1159,8 @@ def test_names_in_another_encoding_are_not_made_one(tmp_path):
 @pytest.mark.parametrize('name', ('cub', 'cars', 'sop', 'inshop', 'grocery'))
 def test_a_list_names_each_image_once(tmp_path, name, monkeypatch):
     "In every reader of a list: the second line of an image is refused before anything is decoded."
-    folder, read_list = MAKE[name](tmp_path), archives._LISTS[name]
+    MAKE[name](tmp_path)
+    read_list = archives._LISTS[name]
     def doubled(folder):
         found = read_list(folder)
         last = list(found.sides)[-1]

@@ -12,6 +12,7 @@ from robust_dml.defenses.baselines import away_from, est, free, library_loss, mi
 from robust_dml.defenses.baselines import multi_similarity, multi_similarity_loss, pack, robust_loss, ses
 from robust_dml.defenses.baselines import topweighted, topweighted_loss, unpack
 from robust_dml.core import DEFENSES, generator
+from robust_dml.defenses.colo_tride import naive
 from robust_dml.defenses.base import Clock, Defense, clean_embedding, hm, hm_objective, make_defense as make
 from robust_dml.defenses.base import natural, pseudo_hardness, take
 from robust_dml.triplets.mining import MINERS
@@ -217,7 +218,7 @@ def test_minmax_is_hm_with_hardness_two(monkeypatch, miner, seed):
 def test_minmax_is_the_naive_simultaneous_perturbation():
     net,(x,label) = network(),batch()
     assert run(minmax(**INNER), net, x, label).loss.item() == pytest.approx(
-        run(colo_tride.naive('naive_sip', **INNER, lam=1.0, miner='random'), net, x, label).loss.item(), abs=1e-12
+        run(naive('naive_sip', **INNER, lam=1.0, miner='random'), net, x, label).loss.item(), abs=1e-12
     )
 
 
@@ -508,7 +509,7 @@ def test_losses_and_miners_of_the_library_by_hand(loss, miner, moved):
 
 def test_objects_of_the_library_go_into_robust_loss():
     "With a distance and a reducer, which JSON cannot hold."
-    library = pytest.importorskip('pytorch_metric_learning')
+    pytest.importorskip('pytorch_metric_learning')
     from pytorch_metric_learning import distances, losses, miners, reducers
     cosine = distances.CosineSimilarity()
     loss = losses.ContrastiveLoss(pos_margin=1., neg_margin=0., distance=cosine, reducer=reducers.MeanReducer())

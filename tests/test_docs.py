@@ -11,15 +11,15 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/'docs'))
-import prepare  # noqa: E402
-from builder import api, catalogues, notebooks, results  # noqa: E402
+import prepare
+from builder import api, catalogues, notebooks, results
 
 from robust_dml.attacks import suite, strong
 from robust_dml.core import DEFENSES
 from robust_dml.defenses import colo_tride
 from robust_dml.defenses.base import make_defense
 from robust_dml.metrics import clustering
-from robust_dml.papers.colo_tride import guide  # noqa: E402
+from robust_dml.papers.colo_tride import guide
 
 ROWS = guide.equations() + guide.attacks() + guide.scores() + guide.robust_tuples() + guide.ensembles()
 

@@ -17,7 +17,7 @@ from robust_dml.data.sets import ImageSet
 from robust_dml.defenses.eat import transfer_matrix
 from robust_dml.papers.eat import CLAIMS, CURVED, LINES, MAIN, TABLES, along, beside, borrowed, both_curves, cell_of
 from robust_dml.papers.eat import claim_table, claim_text, class_map, curve_table, flattened, from_outside, gradient_of
-from robust_dml.papers.eat import growth, headline, judged, matrices, measured_apart, memory, paired, part_of, pictures
+from robust_dml.papers.eat import headline, judged, matrices, measured_apart, memory, paired, part_of, pictures
 from robust_dml.papers.eat import plan_of, points, prepare, protocol, record, results, switch, table, task_of, to_csv
 from robust_dml.papers.eat import trained_as, verdict, words, write_eat
 from robust_dml.study.experiments import cells, defense, parameters, plan, train_cell

@@ -1,6 +1,5 @@
 """Committed reports: small, complete in themselves, equal to their results; the page that leads to them; what its
 script does in a browser."""
-import json
 import re
 import shutil
 import subprocess

@@ -4,7 +4,6 @@ import os
 import json
 
 import pytest
-import torch
 from PIL import Image
 from torch import nn
 

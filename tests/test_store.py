@@ -329,7 +329,7 @@ def test_a_damaged_ledger_is_one_sentence(tmp_path, edit, words):
 
 def test_a_training_that_ends_in_the_same_weights_is_the_same(tmp_path):
     "Another version of the package may log more; the line in the ledger stays."
-    run = finished(tmp_path)
+    finished(tmp_path)
     store.collect(tmp_path)
     before = store.ledger_of(tmp_path).read_bytes()
     finished(tmp_path, log=[dict(loss=.3, epoch=0, more=1.)])

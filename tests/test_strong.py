@@ -21,7 +21,7 @@ from robust_dml.attacks.loop import pgd, project
 from robust_dml.runs.store import Run, append_line, read_lines
 from robust_dml.attacks.strong import APGD, BALLS, BEYOND, GOALS, LTM_NEAREST, R_AT_1, Ascent, adaptive, checkpoints
 from robust_dml.attacks.strong import curve, curve_line, decisive, onto_l2, onto_linf, order, over_eps, over_steps
-from robust_dml.attacks.strong import random_start, run_strong, sides, spqa, three, unit, worst_case
+from robust_dml.attacks.strong import random_start, run_strong, spqa, three, unit, worst_case
 from robust_dml.defenses.train import train
 from robust_dml.defenses.base import make_defense as make
 
@@ -166,7 +166,7 @@ def test_halving_needs_the_best_image_and_not_the_last():
     start = torch.full((1, 1, 1, 1), .5, dtype=torch.float64)
     move, at = Ascent(start, ball=BALLS['linf'], eps=.5, step_size=.1, steps=10, halve=True), start
     for k in range(10):
-        seen, at = at, move(at, torch.ones_like(at), tensor([-float(k)]))
+        at = move(at, torch.ones_like(at), tensor([-float(k)]))
         if k in checkpoints(10): assert at.item() == pytest.approx(.5 + move.step.item())
     assert move.step.item() == pytest.approx(.1/2**len(checkpoints(10) - {10}))
 

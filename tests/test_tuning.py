@@ -12,6 +12,7 @@ import torch
 
 from robust_dml.study import experiments, tuning
 from robust_dml.data.sets import Split
+from robust_dml.defenses import lines
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -273,12 +274,12 @@ def test_tuned_settings_are_kept_and_applied(tmp_path, done):
     chosen = dict(act=dict(candidate=dict(eps=.5, steps=1.5, miner='softhard'), eligible=True))
     told = json.loads((page.parent/'results.json').read_text()) | dict(preset='quick', chosen=chosen)
     (tmp_path/'results.json').write_text(json.dumps(told))
-    found = tuning.tuned('act', tuning.keep(tmp_path, tmp_path/'tuned.json'))
+    found = lines.tuned('act', tuning.keep(tmp_path, tmp_path/'tuned.json'))
     base = experiments.defense(tuning.cell_of('act', {}, tuned.plan, 0), tuned.plan.recipe).options
     assert tuning.resolve(found, base) == dict(eps=base['eps']/2, steps=6, miner='softhard')
     with pytest.raises(ValueError, match="method must be one of 'act', found 'hm'"):
-        tuning.tuned('hm', tmp_path/'tuned.json')
-    with pytest.raises(FileNotFoundError, match='make it with: make tune'): tuning.tuned('act', tmp_path/'absent.json')
+        lines.tuned('hm', tmp_path/'tuned.json')
+    with pytest.raises(FileNotFoundError, match='make it with: make tune'): lines.tuned('act', tmp_path/'absent.json')
 
 
 @pytest.mark.parametrize(

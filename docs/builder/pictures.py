@@ -1,7 +1,7 @@
 """Small pictures of attacks and defences: the library itself on a circle and on twelve glyphs."""
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from matplotlib.axes import Axes
@@ -13,7 +13,7 @@ from robust_dml.attacks import blackbox
 from robust_dml.data import sets
 from robust_dml.defenses import eat, train
 from robust_dml.models import networks
-from robust_dml.attacks.suite import SUITE, Attack, Gallery, Queries, members, run_attack
+from robust_dml.attacks.suite import SUITE, Attack, Gallery, Queries, members
 from robust_dml.core import DEFENSES, generator
 from robust_dml.defenses.base import Clock, make_defense
 from robust_dml.triplets.distances import normalise

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .suite import SUITE, Attack, AttackOutcome, Gallery, Queries, SelfExclusion, draw, hide, hinge
+from .suite import Attack, AttackOutcome, Gallery, Queries, draw, hide, hinge
 from .suite import hit_measure, keep_attacks, nearest, noise, own_row, picked, position, qa_measure
 from .suite import qa_objective, qa_targets, quiet, run_attack
 from ..core import check_between, check_choice, generator

@@ -40,8 +40,7 @@ from ..report.blocks import para, plain_table, publish, table_box, table_row, ta
 from ..report.pages import clock_text, fixed_text, in_255, in_pixels, new_figure, png, report_name, theme
 from ..report.tables import ATTACK_WORDS, BENIGN_COLUMNS, strip
 from ..neighbors import knn
-from ..runs.store import Run, StoreError, append_line, load_tensors, locked, open_run, provenance
-from ..runs.store import read_lines
+from ..runs.store import Run, append_line, load_tensors, locked, open_run, provenance, read_lines
 from ..runs.store import reports_root, save_tensors, to_json, write_atomic
 from ..attacks.strong import GOALS, LTM_NEAREST, R_AT_1, WorstCase, curve, curve_line, outcomes, over_eps
 from ..attacks.strong import over_steps, worst_case

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..core import check_between, check_choice, need
-from .base import OFFSET, Clock, Defense, Step, check_inner, clean_embedding, embed_together, perturb
+from .base import OFFSET, Defense, Step, check_inner, clean_embedding, embed_together, perturb
 from .base import registered, take, training_log, triplet_distances
 from ..triplets.distances import hardness, paired_distance, pairwise_distance, triplet_loss
 from ..triplets.mining import MINERS, Triplets

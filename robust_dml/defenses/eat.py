@@ -13,7 +13,7 @@ __all__ = ['CRAFT', 'COMBINE', 'SELF_TRANSFER', 'pal', 'pal_sample', 'pal_batch'
 # %% ../../nbs/defenses/04_eat.ipynb #da021d25
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import combinations
@@ -28,7 +28,7 @@ from torch.optim import AdamW, Optimizer
 
 from ..attacks.suite import SUITE, Attack, Gallery, members as as_queries, run_attack
 from .baselines import with_gradients
-from ..core import DEFENSES, check_between, check_choice, generator, need
+from ..core import check_between, check_choice, generator, need
 from ..data.sets import ImageSet
 from .base import OFFSET, Defense, Step, check_inner, clean_embedding, embed_together, method
 from .base import registered, training_log, variant

@@ -9,7 +9,7 @@ __all__ = ['rankings', 'match_places', 'first_match_rank', 'recall_at_k', 'Retri
 
 # %% ../../nbs/metrics/00_retrieval.ipynb #12ca794f
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -382,7 +382,7 @@ def colour_histogram(
 # %% ../../nbs/metrics/00_retrieval.ipynb #3d0a51c5
 def untrained_baselines(
     split:Split,                    # a `QueryGallery` is searched from its queries into its gallery
-    features:dict[str, Callable[[ImageSet], Tensor]]={}, # name -> embeddings (N, D) of a set, in its order
+    features:Mapping[str, Callable[[ImageSet], Tensor]]|None=None, # name -> embeddings (N, D) of a set, in its order
     *,
     bins:int=8,                     # of the colour histogram, each channel
     block:int=256,                  # images at a time
@@ -390,6 +390,7 @@ def untrained_baselines(
 )->dict[str, dict[str, Any]]:       # name -> row of `benign`
     "Benign metrics of the test side by features that saw no image of the training side."
     test, asked = split.test, split.queries if isinstance(split, QueryGallery) else None
+    features = features or {}
     if 'colour histogram' in features:
         raise ValueError("features must have names of their own, found 'colour histogram'; rename it")
     rows = torch.arange(len(test)).split(block)

@@ -7,7 +7,7 @@ __all__ = ['code_of', 'has_own_code', 'behaviour', 'differs']
 
 # %% ../../nbs/models/02_identity.ipynb #1de00002
 import functools, hashlib, sys, types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any

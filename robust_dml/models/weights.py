@@ -6,7 +6,7 @@
 __all__ = ['kind_of', 'part', 'Weights', 'read_checkpoint', 'read_weights', 'unprefixed', 'load_whole', 'fill']
 
 # %% ../../nbs/models/01_weights.ipynb #b1e60002
-import argparse, collections, io, pathlib, zipfile
+import argparse, collections, pathlib, zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple

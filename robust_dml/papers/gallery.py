@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..study import compare, cost, explore, fairness, locality, reference, scale, stress, timing, tuning
-from . import all_defenses, eat, tuples
-from .claims import claims
+# these are imported because they register their studies
+from ..study import compare, cost, explore, fairness, locality # noqa: F401
+from ..study import reference, scale, stress, timing, tuning # noqa: F401
+from . import all_defenses, eat, tuples # noqa: F401
+from .claims import claims # noqa: F401
 from .colo_tride import errata
 from ..report.blocks import Markup, Tag, as_markdown, bad, code, document, heading, link, note
 from ..report.blocks import opening, para, publish, table_box, table_row, tag
-from ..study.experiments import STUDIES, Study, parameters, plan, register, replan, study_of
+from ..study.experiments import STUDIES, Study, plan, register, replan, study_of
 from ..report.pages import fixed_text, in_255, static
 from ..runs.store import StoreError, finished_runs, read_results, write_atomic
 

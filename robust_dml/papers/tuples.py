@@ -8,13 +8,12 @@ __all__ = ['LINES', 'PAPER_B', 'BUDGETS', 'CURVED', 'TABLES', 'Line', 'Budget', 
            'fold_of', 'table', 'along', 'curve', 'both_curves', 'curve_table', 'words', 'parted_table', 'write_tuples']
 
 # %% ../../nbs/papers/00_tuples.ipynb #0d63c56d
-import json, math
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from ..metrics.clustering import ATTACKS

@@ -1169,6 +1169,3 @@ def write_report(
     write_atomic(folder/'table.csv', to_csv(table, columns))
     titled = {**results, 'title': _title(results), 'records': records}
     return publish(folder, titled, _page(results, figures, examples))
-
-# %% ../../nbs/report/02_tables.ipynb #5d7e20b4
-#| export

@@ -7,19 +7,21 @@ __all__ = ['process_count', 'process_index', 'leads', 'ProcessLost', 'check_star
            'everyone', 'agreed', 'check_same', 'shares', 'spread', 'traffic']
 
 # %% ../../nbs/runs/02_processes.ipynb #d1e652f7
-import importlib, json, os, socket, sys, threading, time
+import json, os, socket, sys, threading, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
+# its functions keep the group that they find as their default, so they are imported while there is none
+import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.func import functional_call
 
-from ..core import check_choice, need
+from ..core import need
 
 # %% ../../nbs/runs/02_processes.ipynb #1c1ace94
 _LAUNCHER = ('RANK', 'MASTER_ADDR', 'MASTER_PORT') # what a launcher says besides
@@ -136,8 +138,6 @@ def joined(
     cuda = torch.device(device).type == 'cuda'
     if cuda: _own_gpu(device)
     _check_launcher()
-    # its functions keep the group that they find as their default, so they are imported while there is none
-    importlib.import_module('torch.distributed.nn.functional')
     with _talking(): _meet('nccl' if cuda else 'gloo', timeout)
     try:
         yield

@@ -10,7 +10,6 @@ __all__ = ['KEYS', 'METRICS', 'READINGS', 'per_query', 'scored', 'Answers', 'ans
 # %% ../../nbs/study/03_compare.ipynb #9254759f
 import itertools, math, statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 

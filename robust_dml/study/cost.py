@@ -38,8 +38,8 @@ from ..defenses.base import Clock, Defense, make_defense, method
 from ..triplets.distances import normalise
 from ..metrics.evaluate import Protocol, attack_batches, check_size, evaluate, intervals
 from .experiments import BUILT_IN, Cell, Plan, Recipe, _shareable, _trainings, cells, defense, describe
-from .experiments import evaluation_config, folder_name, natural, plan, recipe, seed_list, table_lines
-from .experiments import Study, outline, register, table_row, with_backbone, with_budget, TABLE_DEFENSES
+from .experiments import evaluation_config, natural, plan, recipe, seed_list, table_lines
+from .experiments import Study, register, table_row, with_backbone, with_budget, TABLE_DEFENSES
 from ..metrics.retrieval import retrieval
 from ..models.networks import build, embed, embed_all, frozen, streamlined
 from ..attacks.loop import autograd_gradient

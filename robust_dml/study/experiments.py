@@ -40,7 +40,7 @@ from ..metrics.scores import paper_table
 from ..neighbors import resolve_backend
 from ..runs.store import Run, StoreError, described, find_run, load_tensors, locked, open_run, reports_root
 from ..runs.store import save_tensors, sweep, write_atomic
-from ..defenses.train import OPTIMIZERS, SCHEDULES, load_trained, train
+from ..defenses.train import OPTIMIZERS, SCHEDULES, train
 from ..defenses.colo_tride import OFFICIAL, PAPER, PROFILES
 from ..report import tables
 

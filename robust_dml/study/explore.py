@@ -7,7 +7,7 @@ __all__ = ['GOALS', 'Goal', 'Searched', 'searched', 'r_at_1', 'lists', 'watched'
            'form', 'Grid', 'grid', 'chosen', 'precompute', 'thumbnails', 'sheet', 'explore_results', 'write_explorer']
 
 # %% ../../nbs/study/06_explore.ipynb #2fcef4b9
-import base64, io, json, math
+import base64, io, json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -25,8 +25,8 @@ from ..attacks.suite import SUITE, Gallery, Queries, first_hit, hide, nearest, p
 from ..core import check_between, check_choice, kept_memory, need, progress
 from ..data.sets import ImageSet
 from ..triplets.distances import exact_distances, paired_distance
-from ..metrics.evaluate import queries_and_gallery, query_rows
-from .experiments import Cell, Plan, Study, cells, evaluation_config, query_count, register
+from ..metrics.evaluate import queries_and_gallery
+from .experiments import Plan, Study, cells, evaluation_config, query_count, register
 from .experiments import train_cell
 from ..models.networks import checksum, dtype_of, embed, embed_all, frozen, streamlined
 from ..report.blocks import as_markdown, facts_table, heading, opening, para, plain_table, sentences
@@ -35,7 +35,6 @@ from ..report.tables import png, theme
 from ..runs.store import find_run, write_atomic, write_results
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # %% ../../nbs/study/06_explore.ipynb #de85532d
@@ -237,7 +236,7 @@ def show(
     asker = before['asks'] if before['asks'] is not None else s.queries.id[query].item()
     with theme():
         fig = need('matplotlib.figure', 'a figure').Figure(figsize=(1.05*count, 4.3), layout='constrained')
-        top, *rest = axes = fig.subplots(3, count, squeeze=False)
+        top, *rest = fig.subplots(3, count, squeeze=False)
         difference = .5 + (t.images - t.clean)[0]/(2*max(eps, 1e-6))
         for ax, image, title in zip(
             top, (t.clean[0], t.images[0], difference), ('image', 'attacked', f'±{255*eps:g}/255')

@@ -180,7 +180,7 @@ def under_indexes(
 # per query, bytes per image
 )->list[dict]:
     "R@1 of the same queries by every index."
-    right, rows, (images, dim) = {}, [], found.gallery.shape
+    rows, (images, dim) = [], found.gallery.shape
     search = {
         kind: searcher(found.gallery, kind) for kind in dict.fromkeys((Index('exact').kind, *(i.kind for i in indexes)))
     }

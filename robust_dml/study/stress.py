@@ -18,11 +18,11 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..attacks.suite import SUITE, AttackOutcome, Gallery, Queries, picked, run_attack
+from ..attacks.suite import SUITE, Gallery, Queries, picked, run_attack
 from ..attacks.blackbox import Subject, nes, random_noise, square, topk, transfer, universal
 from ..core import kept_memory, progress
 from ..metrics.evaluate import query_rows, queries_and_gallery
-from .experiments import TABLE_DEFENSES, Cell, Plan, Study, alone, cells, evaluate_cell
+from .experiments import TABLE_DEFENSES, Cell, Plan, Study, alone, cells
 from .experiments import query_count, register, results, train_cell
 from ..models.networks import dtype_of, embed_all, streamlined
 from ..report.blocks import Content, bold, chart, heading, note, opening, para, plain_table, publish, warning
@@ -32,7 +32,6 @@ from ..runs.store import Run, append_line, open_run, read_lines
 from ..attacks.strong import APGD, LTM_NEAREST, adaptive, over_eps, over_steps, run_strong, three
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # %% ../../nbs/study/04_stress.ipynb #1fb95ac7

@@ -23,14 +23,14 @@ from ..core import DEFENSES, check_between, check_choice, fingerprint, generator
 from ..core import kept_memory, listed, typed
 from ..data.sets import ImageSet, Split
 from ..defenses.base import method as of_method
-from ..defenses.lines import SCALED, Setting, entry_of, resolve, tuned
+from ..defenses.lines import SCALED, Setting, entry_of, resolve
 from .experiments import Cell, Plan, Study, check_split, defense, describe, outline, parameters
 from .experiments import plan, record, register
 from ..runs.jobs import only_inline
 from ..report.blocks import Content, Tag, below, chart, defence_name, facts_table, heading, note, opening
 from ..report.blocks import para, plain_table, publish
 from ..report.pages import defence_legend, look, new_figure, theme
-from ..runs.store import Run, provenance, read_results, to_json, write_atomic
+from ..runs.store import provenance, read_results, to_json, write_atomic
 from ..report.tables import setting_line
 from ..defenses.colo_tride import PROFILES
 

@@ -9,7 +9,7 @@ __all__ = ['SEEDS', 'LEVEL', 'BEYOND', 'OUTCOMES', 'GRADES', 'NOT_JUDGED', 'PAPE
 
 # %% ../../nbs/study/02_verdicts.ipynb #e6340f49
 import math, statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..core import need

@@ -8,7 +8,7 @@ __all__ = ['CLEAN_R1', 'ADAPTED', 'TRANSFERS', 'BESIDE', 'fold_of_tuples', 'beni
 
 # %% ../../../nbs/papers/claims/02_tuple_eat_rules.ipynb #edcb1b2f
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..colo_tride.errata import ABOUT

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 import torch
 
 from . import theory
-from ...core import generator, given
+from ...core import generator
 from ...data.sets import load, pair_batches
 from ...triplets.distances import normalise, paired_distance
 from ...study.experiments import BUILT_IN, Study, folder_name, natural, recipe, register
