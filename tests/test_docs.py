@@ -81,7 +81,7 @@ def test_worked_pages_extend_and_the_others_stand_in_their_folders(source):
         for name in ('extend', 'papers', 'study')
     }
     assert listed['extend'] == ['data/02_add_a_data_set', 'attacks/04_add_an_attack', 'defenses/06_add_a_defense']
-    assert 'papers/04_gallery' in listed['papers'] and {'study/06_explore', 'explore'} <= {
+    assert 'papers/03_gallery' in listed['papers'] and {'study/06_explore', 'explore'} <= {
         *listed['study']
     }
 

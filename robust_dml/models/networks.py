@@ -131,7 +131,7 @@ IMAGENET = (.485, .456, .406), (.229, .224, .225) # mean and standard deviation 
 class Backbone:
     "What is known of a backbone: its record in the registry."
     make:Callable[..., tuple[nn.Module, int]] # (size, channels) -> network without classifier, length of its output
-    constants:tuple[tuple[float, ...], tuple[float, ...]]|None=None # mean and deviation of RGB; None: images as they are
+    constants:tuple[tuple[float, ...], tuple[float, ...]]|None=None # mean and deviation of RGB; None: as they are
     least:int=16     # smallest side of an image
     weights:str=''   # name by which torchvision knows its weights
     code:str=''      # hash of the source of a user's own; goes into the address of a training

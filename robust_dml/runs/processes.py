@@ -105,7 +105,7 @@ def _check_launcher()->None:
         )
 
 def _meet(backend:str, timeout:float, patience:float=10.)->None:
-    "Join the other processes; signals are heard meanwhile, and after `patience` seconds a sentence says who is awaited."
+    "Join the other processes; after `patience` seconds a sentence says who is awaited, and signals are heard."
     failed:list[BaseException] = []
     gpu = torch.cuda.current_device() if backend == 'nccl' else None
     def work():

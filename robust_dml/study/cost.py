@@ -587,7 +587,8 @@ def _compute(plan, show): return cost_results(plan, show=show) # defined below
 register(Study(
     'cost', 'What the tables cost', TABLE_DEFENSES, check=_one_set, prepare=cost_plan,
     compute=_compute,
-    write=lambda folder, results: write_cost_report(folder, results), words=lambda results: [summary(results)], in_all='no'
+    write=lambda folder, results: write_cost_report(folder, results), words=lambda results: [summary(results)],
+    in_all='no'
 ))
 
 # %% ../../nbs/study/08_cost.ipynb #190d36bc
