@@ -15,7 +15,7 @@ from robust_dml.study.experiments import table_row
 from robust_dml.study.verdicts import NOT_JUDGED
 from robust_dml.defenses.colo_tride import PROFILES
 from robust_dml.metrics.scores import ARS_HEADINGS, HEADINGS
-from robust_dml.runs.store import StoreError, read_results, to_json
+from robust_dml.runs.store import StoreError, read_results, to_json, write_results
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT/'reports'
@@ -185,7 +185,7 @@ def logs(world, experiment, defense, key, function):
 def saved(world, folder):
     for name, results in world.items():
         (folder/name).mkdir(parents=True)
-        (folder/name/'results.json').write_text(json.dumps(results))
+        write_results(folder/name, results)
     return folder
 
 
@@ -562,7 +562,7 @@ def test_undefined_numbers_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'text, words', [('{"records": [', 'expected JSON in'), ('{"settings": {}}', 'expected records in')]
+    'text, words', [('{"records": [', 'expected JSON in'), ('{"settings": {}}', 'with a hash of its content')]
 )
 def test_a_damaged_report_is_one_sentence(tmp_path, text, words):
     folder = saved(made_world(), tmp_path)
@@ -785,7 +785,7 @@ def test_page_is_complete_and_follows_the_results(tmp_path):
     stored = json.loads((folder/'claims'/'results.json').read_text())
     assert stored['claims'][2]['first'] == claims.ALL_HOLD
     change(world, 'table1', 'hm', ('eval', 'ers'), 55.)
-    (folder/'table1-glyphs-small'/'results.json').write_bytes(to_json(world['table1-glyphs-small']))
+    write_results(folder/'table1-glyphs-small', world['table1-glyphs-small'])
     claims.page(folder)
     assert '<summary>Claim 3: mixed (drawn); reproduced (paper).' in kept.read_text()
     assert '<summary>Claim 3: supported (drawn); reproduced (paper).' in text
@@ -798,7 +798,7 @@ def test_committed_page_follows_from_the_committed_reports():
 
 
 def test_a_corrupted_report_changes_the_page(tmp_path):
-    "A digit of a committed result, and the committed page is no longer what comes out."
+    "A committed result that was edited is refused; had it been measured so, the page would be another one."
     names = [
         p.parent.name
         for p in REPORTS.glob('*/results.json')
@@ -818,6 +818,8 @@ def test_a_corrupted_report_changes_the_page(tmp_path):
     for r in broken['records']:
         if r['defense'] == 'hm': r['eval']['ers'] += 30.
     path.write_bytes(to_json(broken))
+    with pytest.raises(StoreError, match='with a hash of its content'): claims.claims_results(tmp_path)
+    write_results(path.parent, broken)
     assert claims_page.as_markdown(claims.claims_results(tmp_path)) != before
 
 

@@ -398,9 +398,22 @@ def test_results_from_before_there_were_marks(tmp_path):
     old = dict(rows=[dict(ers=1.5, holds=True, limit=3), dict(ers=None, holds=None, limit=None)], weights=None)
     (tmp_path/'report').mkdir()
     (tmp_path/'report'/'results.json').write_text(json.dumps(old))
-    first, second = store.read_results(tmp_path/'report')['rows']
+    found = store.read_results(tmp_path/'report', unsigned=True)
+    first, second = found['rows']
     assert first == old['rows'][0] and math.isnan(second['ers']) and second['holds'] is second['limit'] is None
-    assert store.read_results(tmp_path/'report')['weights'] is None
+    assert found['weights'] is None
+
+
+def test_results_that_were_edited_are_refused(tmp_path):
+    "Another number, and another number with the hash taken away."
+    store.write_results(tmp_path/'report', dict(ers=38.3))
+    path = tmp_path/'report'/'results.json'
+    edited = json.loads(path.read_text()) | dict(ers=99.9)
+    path.write_text(json.dumps(edited))
+    with pytest.raises(StoreError, match='found a damaged file'): store.read_results(tmp_path/'report')
+    path.write_text(json.dumps({key: value for key, value in edited.items() if key != 'content'}))
+    with pytest.raises(StoreError, match='expected a file with a hash of its content'):
+        store.read_results(tmp_path/'report')
 
 
 def test_undefined_numbers_of_a_run_stay_with_the_ledger(tmp_path):

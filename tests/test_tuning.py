@@ -13,6 +13,7 @@ import torch
 from robust_dml.study import experiments, tuning
 from robust_dml.data.sets import Split
 from robust_dml.defenses import lines
+from robust_dml.runs.store import read_results, write_results
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -272,8 +273,8 @@ def test_tuned_settings_are_kept_and_applied(tmp_path, done):
     tuned, results, page = done
     with pytest.raises(ValueError, match='preset is not smoke'): tuning.keep(page.parent, tmp_path/'tuned.json')
     chosen = dict(act=dict(candidate=dict(eps=.5, steps=1.5, miner='softhard'), eligible=True))
-    told = json.loads((page.parent/'results.json').read_text()) | dict(preset='quick', chosen=chosen)
-    (tmp_path/'results.json').write_text(json.dumps(told))
+    told = read_results(page.parent) | dict(preset='quick', chosen=chosen)
+    write_results(tmp_path, told)
     found = lines.tuned('act', tuning.keep(tmp_path, tmp_path/'tuned.json'))
     base = experiments.defense(tuning.cell_of('act', {}, tuned.plan, 0), tuned.plan.recipe).options
     assert tuning.resolve(found, base) == dict(eps=base['eps']/2, steps=6, miner='softhard')

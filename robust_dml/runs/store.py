@@ -83,6 +83,8 @@ def to_json(
     )
 
 # %% ../../nbs/runs/00_store.ipynb #5d0c1e02
+_RESULTS = 'results.json' # of a report
+
 def _signed(value:dict)->dict:
     "The same with a hash of its content."
     return dict(value, content=hashlib.sha256(to_json(value)).hexdigest())
@@ -232,8 +234,8 @@ class Run:
 
     def read(self, name:str, *keys:str, unsigned:bool=False)->dict:
         "Value of a JSON file that must hold `keys`; StoreError when it is broken, or in a store without a hash."
-        path = self.folder/name
-        try: value = _verified(json.loads(path.read_bytes()), path, required=self.stored and not unsigned)
+        path, signed = self.folder/name, self.stored or name == _RESULTS
+        try: value = _verified(json.loads(path.read_bytes()), path, required=signed and not unsigned)
         except FileNotFoundError as error:
             value = _kept(self, name)
             if value is None: raise StoreError(f'expected {path}, found no such file; run again') from error
@@ -594,14 +596,16 @@ def write_results(
 )->None:
     "Write results.json: runs that the ledger of the reports holds by address, everything else in full."
     plain = json.loads(to_json(dict(_marked(results), results_format=2), compact=True))
-    write_atomic(Path(folder)/'results.json', to_json(_packed(plain, ledger_of(Path(folder).parent)), compact=True))
+    packed = _signed(_packed(plain, ledger_of(Path(folder).parent)))
+    write_atomic(Path(folder)/_RESULTS, to_json(packed, compact=True))
 
 def read_results(
     folder:Path, # of one report
     *keys:str,   # that the results must hold
+    unsigned:bool=False, # take results from before there were hashes
 )->dict:
-    "The results of a report in full; StoreError when they are damaged or a run is missing."
-    found = Run(Path(folder)).read('results.json', *keys)
+    "The results of a report in full; StoreError when they are damaged or edited, or a run is missing."
+    found = Run(Path(folder)).read(_RESULTS, *keys, unsigned=unsigned)
     known = _unmarked(found, math.nan) if found.pop('results_format', 1) > 1 else _guessed(found, _with_floats(found))
     return _unpacked(known, ledger_of(Path(folder).parent))
 
@@ -631,9 +635,9 @@ def share(
     reports, new = Path(reports), collect(reports, source, unsigned=unsigned)
     pictured:set[str] = set()
     for path in sorted(reports.glob('*/results.json')):
-        results = read_results(path.parent)
+        results = read_results(path.parent, unsigned=unsigned)
         write_results(path.parent, results)
-        if results.get('experiment') in _PICTURED: pictured |= _addresses(Run(path.parent).read('results.json'))
+        if results.get('experiment') in _PICTURED: pictured |= _addresses(Run(path.parent).read(_RESULTS))
     with locked(Run(reports/'store'/'.examples')):
         examples = _archived(reports)
         files = {address: Path(source or reports/'store')/address/_EXAMPLES for address in pictured - examples.keys()}
