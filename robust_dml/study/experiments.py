@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PAPER_28', 'PAPER_224', 'A', 'B', 'QUICK', 'SMALL', 'MEDIUM', 'SMOKE', 'P', 'PHOTOS', 'PRESETS', 'BUILT_IN',
-           'PARAMETERS', 'STUDIES', 'Recipe', 'recipe', 'overrides', 'describe', 'parameters', 'seed_list', 'Study',
-           'register', 'study_of', 'by_name', 'Plan', 'plan', 'with_backbone', 'with_budget', 'replan', 'folder_name',
-           'data_name', 'check_split', 'query_count', 'announce', 'Cell', 'cells', 'natural', 'defense',
-           'training_config', 'training_options', 'weights_name', 'train_cell', 'alone', 'trained_as',
+           'PARAMETERS', 'STUDIES', 'TABLE3', 'TABLE4', 'Recipe', 'recipe', 'overrides', 'describe', 'parameters',
+           'seed_list', 'Study', 'register', 'study_of', 'by_name', 'Plan', 'plan', 'with_backbone', 'with_budget',
+           'replan', 'folder_name', 'data_name', 'check_split', 'query_count', 'announce', 'Cell', 'cells', 'natural',
+           'defense', 'training_config', 'training_options', 'weights_name', 'train_cell', 'alone', 'trained_as',
            'evaluation_config', 'evaluate_cell', 'missing_cells', 'compute_cell', 'compute_elsewhere', 'record',
            'check_weights', 'published', 'results', 'outline', 'example_tensors', 'write_table']
 
@@ -295,12 +295,12 @@ register(Study(
     'table2', 'Table 2: resistance to eight attacks', TABLE_DEFENSES, more=('colo_steps',), examples=True,
     layout=tables.LAYOUTS['table2']
 ))
-register(Study(
+TABLE3 = register(Study(
     'table3', 'Table 3: one perturbation at a time, with and without COLO',
     ('naive_sip', 'naive_cap', 'naive_anp', 'naive_tride', 'colo_cap', 'colo_anp', 'colo_tride'), (B,),
     more=('colo_steps',), layout=tables.Layout('table3', about_assisting=True)
 ))
-register(Study(
+TABLE4 = register(Study(
     'table4', 'Table 4: assist and attack',
     ('natural', 'assist_part', 'assist_full', 'colo_early', 'colo_steps', 'colo_tride'), (B,),
     more=('range_part', 'range_full', 'range_early'), layout=tables.Layout(about_assisting=True)

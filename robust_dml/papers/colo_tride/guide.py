@@ -216,8 +216,8 @@ _EXHIBITS = (
     ),
     ('Table 1', 'retrieval, ten attacks, ERS', '', 'report.tables.table1', 'run_table1.ipynb'),
     ('Table 2', 'eight resistances, ARS', '', 'report.tables.table2', 'run_table2.ipynb'),
-    ('Table 3', 'the phases alone, with and without COLO', '', 'study.experiments.STUDIES', 'run_table3.ipynb'),
-    ('Table 4', 'assist and attack, early disabling', '', 'study.experiments.STUDIES', 'run_table4.ipynb'),
+    ('Table 3', 'the phases alone, with and without COLO', '', 'study.experiments.TABLE3', 'run_table3.ipynb'),
+    ('Table 4', 'assist and attack, early disabling', '', 'study.experiments.TABLE4', 'run_table4.ipynb'),
 )
 
 def equations()->list[Row]:
