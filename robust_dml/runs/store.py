@@ -611,6 +611,11 @@ def read_results(
 
 _PICTURED = ('table1', 'table2', 'eat') # reports that show example queries
 
+def _shows_drawings(results:Mapping[str,Any])->bool:
+    "Whether the example queries of a report may be handed on: photographs belong to their photographers."
+    shape = results.get('data', {}).get('train', {}).get('shape', [1])
+    return results.get('experiment') in _PICTURED and shape[0] == 1
+
 def _addresses(value:Any)->set[str]:
     "Runs that packed results rest on."
     if isinstance(value, list): return set().union(*map(_addresses, value))
@@ -637,7 +642,7 @@ def share(
     for path in sorted(reports.glob('*/results.json')):
         results = read_results(path.parent, unsigned=unsigned)
         write_results(path.parent, results)
-        if results.get('experiment') in _PICTURED: pictured |= _addresses(Run(path.parent).read(_RESULTS))
+        if _shows_drawings(results): pictured |= _addresses(Run(path.parent).read(_RESULTS))
     with locked(Run(reports/'store'/'.examples')):
         examples = _archived(reports)
         files = {address: Path(source or reports/'store')/address/_EXAMPLES for address in pictured - examples.keys()}

@@ -155,8 +155,9 @@ def ran_text(results:Mapping[str, Any])->list[str]:
     for line in results['coverage']['run']:
         least, most = line['seeds']
         seeds = f'{most} seed{"s" if most > 1 else ""}' if least == most else f'{least} to {most} seeds'
+        count = len(line['experiments'])
         lines.append(
-            f'{line["dataset"]} ({join_words(line["presets"])}; {seeds}; {len(line["experiments"])} experiments)'
+            f'{line["dataset"]} ({join_words(line["presets"])}; {seeds}; {count} experiment{"s" if count > 1 else ""})'
         )
     scales = [
         f'{scale}: {SCALES[scale]}' for scale in dict.fromkeys(line['scale'] for line in results['coverage']['run'])
