@@ -844,7 +844,7 @@ def test_the_page_opens_with_what_was_run_and_what_was_not(tmp_path):
     folder = saved(made_world() | {'table2-cub-paper': made_study(TABLE, setting='224')}, tmp_path)
     page = claims.page(folder).read_text()
     first = page[:page.index('<table')]
-    assert 'Run: glyphs (small; 3 seeds; ' in first and 'cub (paper; 3 seeds; 1 experiments)' in first
+    assert 'Run: glyphs (small; 3 seeds; ' in first and 'cub (paper; 3 seeds; 1 experiment)' in first
     assert 'Not run: CARS, SOP and In-Shop, the data of the papers at their size.' in first
     lines = unescaped((folder/'claims'/'README.md').read_text()).split('\n\n')
     assert lines[1] == f'**{claims_page.summary(claims.claims_results(folder))}**' and lines[2].startswith('Run: glyphs')
