@@ -11,14 +11,14 @@ export PYTHONUNBUFFERED := 1
 RUNS := $(filter-out ablation,$(patsubst nbs/run_%.ipynb,%,$(wildcard nbs/run_*.ipynb)))
 STUDIES := $(shell sed -n "s/.*study = 'lambda' *\# \(.*\)\\\\n\",/\1/p" nbs/run_ablation.ipynb)
 STUDY ?= lambda
-.PHONY: help venv demo $(RUNS) ablation reports ledger trace bench bench-full test types lint faults sync hooks lab browser-test clean
+.PHONY: help venv demo $(RUNS) ablation reports ledger trace bench bench-full test test-all types lint faults sync hooks lab browser-test clean
 help:
 	@echo "make demo  train, attack, score and report on the embedded images"
 	@echo "make table1 P='-p dataset omniglot -p root path/to/archives'   a table with parameters; also $(filter-out table1 cost data,$(RUNS))"
 	@echo "make lambda P='-p dataset omniglot'   a study by its name: $(STUDIES)"
 	@echo "make cost P='-p dataset cub -p preset paper'   time and memory that a table will take here"
 	@echo "make table3 N=2   the same by torchrun in two processes, which share every training and evaluation"
-	@echo "make test  sync check, linter, type check, notebook tests, pytest; make lint, make types  the linter, the type check alone"
+	@echo "make test  sync check, linter, type check, notebook tests, pytest; make test-all  the slow tests as well; make lint, make types  one of them alone"
 	@echo "make faults   kills, full disks, damaged files and dying workers, then hostile data for every reader, three quarters of an hour; writes reports/reliability.json"
 	@echo "make reports   builds every page in reports/ from its results.json and the ledger, and reports/index.html, which leads to them"
 	@echo "make ledger   brings finished runs of reports/store, or of S=another/reports/store, into reports/runs.jsonl, which is what git keeps of them"
@@ -107,7 +107,12 @@ lint: venv
 test: export OMP_NUM_THREADS := 1
 test: sync lint types
 	$(BIN)/nbdev_test --n_workers 2 --timing
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+
+# What takes a minute a test as well: deep networks, whole chains of runs.
+test-all: export OMP_NUM_THREADS := 1
+test-all: test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 faults: venv
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from html import escape
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from robust_dml.metrics.evaluate import evaluate
 from robust_dml.study.experiments import by_name, cells
 from robust_dml.models.networks import build
 from robust_dml.metrics.scores import ARS_HEADINGS, HEADINGS, ars, ers
-from robust_dml.runs.store import Run, StoreError, read_lines, to_json
+from robust_dml.runs.store import Run, StoreError, append_line, read_lines, to_json
 from robust_dml.defenses.train import train
 
 LTM, TMA = (METRICS.index(h) for h in ('LTM', 'TMA'))
@@ -450,7 +451,7 @@ def test_lost_outcomes_are_made_again(smoke, capsys):
     files[1].write_bytes(files[1].read_bytes()[:2000])
     others = [dict(whole[2][0], weights='0'*64, before=whole[2][1]['before']), dict(whole[2][0], attack='another')]
     # lines of other weights and attacks are left alone
-    files[2].write_text(files[2].read_text() + ''.join(json.dumps(line) + '\n' for line in others))
+    for line in others: append_line(Run(files[2].parent), files[2].name, line)
     capsys.readouterr()
     assert to_json(comparison(plan, show=False)) == to_json(found)
     said = capsys.readouterr().out
@@ -518,7 +519,7 @@ def test_page(smoke, tmp_path):
     )
     assert 'its numbers mean nothing' in page and page.index('class="headline"') < page.index('All pairs') < page.index(
         'The worst of the suite'
-    ) < page.index("This project's own score")
+    ) < page.index(escape("This project's own score"))
     lines = (tmp_path/'compare.csv').read_text().splitlines()
     assert len(lines) == 1 + 14 and lines[0].startswith('Setting,First,Second,Metric,Of first,Of second,Difference,')
     assert len(json.loads((tmp_path/'results.json').read_text())['comparisons'][0]['pairs']) == 14

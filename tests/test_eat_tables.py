@@ -568,7 +568,7 @@ def test_what_is_kept_is_what_is_measured(small):
             model.members, part, **{k: p[k] for k in ('eps', 'step_size', 'steps', 'batch_size')}
         ).tolist()
     )
-    shown = pictures(plan, found)['eat']
+    shown = pictures(plan.reports, found)['eat']
     assert (
         shown['label'].bincount().tolist() == [20, 20]
         and shown['clean'].shape == (40, 96)

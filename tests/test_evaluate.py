@@ -156,6 +156,7 @@ def test_parts_add_up_over_a_kill(model, images, tmp_path):
     assert again.seconds == pytest.approx(again.parts['ES'] + again.parts['CA+']) and again.after == first.after
 
 
+@pytest.mark.slow
 def test_folding_changes_no_number_of_a_deep_network(images, monkeypatch):
     net = build('resnet18', dim=16, size=28, channels=1, seed=0)
     train(net, images.train, make('natural', margin=.2), epochs=1, pairs=40, lr=1e-3, show=False)

@@ -155,6 +155,7 @@ def test_both_readings_of_the_paper_stand_in_the_larger_tables():
     assert 'colo_steps' not in STUDIES['table1'].lines('quick') and 'hm' in STUDIES['figure4'].lines('quick')
 
 
+@pytest.mark.slow
 def test_a_miniature_cub_through_everything(tmp_path):
     """`run_all -p dataset cub -p preset smoke`: the files as their authors distribute them, 32 pixels, no pretrained
     weights, one process."""

@@ -86,7 +86,7 @@ def test_results_say_what_was_trained(letters, tmp_path):
     'change, message',
     [
         (dict(epochs=0), 'at least 1 epoch'), (dict(inner_steps=0), 'inner_steps must be at least 1'),
-        (dict(defense='none'), "'hm'"), (dict(images='absent'), 'found nothing of that kind')
+        (dict(defense='none'), 'one of natural, act, hm, .* found .none.'), (dict(images='absent'), 'found nothing of that kind')
     ],
 )
 def test_bad_input(letters, tmp_path, change, message):

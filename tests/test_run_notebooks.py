@@ -162,6 +162,7 @@ def kill_when(out, ready, limit=60):
     return process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_killed_runs_end_in_the_same_bytes(undisturbed, tmp_path):
     "Killed in training, in the attacks of the first model and in those of the second; the table does not tell."
     def lines(n):

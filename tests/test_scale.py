@@ -149,6 +149,7 @@ def test_bad_parameters_are_named(given, message):
     with pytest.raises(ValueError, match=message): scale.checked(given)
 
 
+@pytest.mark.slow
 def test_the_report_at_smoke_size(tmp_path):
     results = scale.measure(
         scale.checked(

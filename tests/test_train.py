@@ -167,6 +167,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(images):
     for a, b in zip(net.state_dict().values(), whole.state_dict().values()): assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
 def test_a_deep_network_resumes_bit_by_bit_and_keeps_its_memory_layout(images, tmp_path, precision):
     "Weights and moments of a network with BatchNorm live with the channels last while it trains."
