@@ -279,15 +279,20 @@ def trial(name:str, box:Path, seed:str)->str:
     return said
 
 
+def _peak()->int:
+    "Bytes of memory that this process has held at most, whatever it did before."
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+
+
 def run(seconds:float, seed:int, only:str='')->tuple[Counter, dict[str, str]]:
     "Inputs until the time is over: how many ended how, and one seed for each kind of fault."
     counts, faults = Counter(), {}
     box = Path(tempfile.mkdtemp(prefix='readers-'))
     os.environ['XDG_CACHE_HOME'] = str(box/'cache')
     Image.new('RGB', (9, 9), (1, 2, 3)).save(box/'secret.png')
-    chosen = [only] if only else list(READERS)
+    chosen, before = [only] if only else list(READERS), _peak()
     spent, n, end = dict.fromkeys(chosen, 0.), 0, time.monotonic()+seconds
-    while time.monotonic() < end:
+    while time.monotonic() < end or n < len(chosen): # each once at least
         name = min(chosen, key=lambda name: spent[name]/READERS[name][1]) # each gets its share
         began = time.monotonic()
         faulthandler.dump_traceback_later(60, exit=True)
@@ -301,8 +306,8 @@ def run(seconds:float, seed:int, only:str='')->tuple[Counter, dict[str, str]]:
         n += 1
     faulthandler.cancel_dump_traceback_later()
     shutil.rmtree(box, ignore_errors=True)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
-    if most > BYTES: faults[f'{most/2**20:.0f} MiB of memory'] = str(seed)
+    grown = _peak() - before
+    if grown > BYTES: faults[f'{grown/2**20:.0f} MiB more memory'] = str(seed)
     return counts, faults
 
 
