@@ -62,8 +62,10 @@ def test_rows_add_up():
     ] == ['disk full', 'kill', 'all']
 
 
-def test_hostile_data_for_every_reader():
+def test_hostile_data_for_every_reader(monkeypatch, tmp_path):
     "A few of the inputs that `make faults` tries for minutes."
+    monkeypatch.chdir(tmp_path)                        # both are the program's own business, and as before for the
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path)) # tests that follow
     counts, faults = readers.run(5., 11)
     assert not faults and {name for name, _ in counts} == readers.READERS.keys()
 
